@@ -1,0 +1,16 @@
+"""ds_pso: swarms of DeepSpeed ZeRO worlds that meet every n steps instead of every step."""
+
+from ds_pso._version import __version__
+from ds_pso.errors import CheckpointError, ConfigError, PeerError, SwarmError, UnsupportedError
+from ds_pso.swarm import Swarm, init
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "PeerError",
+    "Swarm",
+    "SwarmError",
+    "UnsupportedError",
+    "__version__",
+    "init",
+]

@@ -1,0 +1,332 @@
+"""Saves a whole swarm so that it resumes bit for bit, and refuses what does not fit.
+
+Layout of a checkpoint folder::
+
+    latest                      name of the newest complete checkpoint
+    step_00000064/
+        particle_0/deepspeed/   DeepSpeed's own checkpoint of particle 0
+        particle_1/deepspeed/
+        swarm/rank_00000.json          this rank's counters, random state, data position, file hashes
+        swarm/rank_00000.safetensors   its rule state (velocity, anchor, ...), torch's random state
+
+Everything is written to ``.step_00000064.tmp`` and renamed when all ranks are done; only then
+does ``latest`` move.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ds_pso.errors import CheckpointError
+from ds_pso.synchronizer import SyncTotals
+
+if TYPE_CHECKING:
+    from ds_pso.swarm import Swarm
+
+FORMAT = 1
+LATEST = "latest"
+_DEEPSPEED_TAG = "deepspeed"
+
+
+# -- saving ---------------------------------------------------------------------------------
+
+
+def save(swarm: Swarm, folder: Path) -> Path:
+    """Write ``folder/step_<n>`` and move ``latest`` to it. Called on all ranks, between steps.
+
+    Raises:
+        CheckpointError: the disk is full or the folder cannot be written; what was there stays.
+    """
+    name = f"step_{swarm.engine.global_steps:08d}"
+    temporary, final = folder / f".{name}.tmp", folder / name
+    world = swarm.world
+    with world.agree("starting a checkpoint"):
+        if world.is_node_leader:
+            shutil.rmtree(temporary, ignore_errors=True)
+            (temporary / "swarm").mkdir(parents=True, exist_ok=True)
+    with world.agree("writing a checkpoint"), _as_checkpoint_error(temporary):
+        particle = temporary / f"particle_{swarm.particle}"
+        swarm.engine.save_checkpoint(str(particle), tag=_DEEPSPEED_TAG, save_latest=False)
+        _save_rank(swarm, temporary)
+    with world.agree("completing a checkpoint"), _as_checkpoint_error(final):
+        if world.is_node_leader:
+            _replace_folder(temporary, final)
+            _write_atomically(folder / LATEST, name)
+    return final
+
+
+def _save_rank(swarm: Swarm, folder: Path) -> None:
+    layout = swarm.world.layout
+    stem = _rank_stem(folder, layout.rank)
+    tensors = {f"rule.{i}.{key}": value for i, state in enumerate(_rule_state(swarm)) for key, value in state.items()}
+    tensors["random.torch"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, f"{stem}.safetensors")
+    numpy_state: Any = np.random.get_state()
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        "step": swarm.engine.global_steps,
+        "num_particles": layout.num_particles,
+        "particle_size": layout.particle_size,
+        "sync_mode": swarm.config.sync_mode,
+        "zero_stage": swarm.engine.zero_optimization_stage(),
+        "model": _model_fingerprint(swarm),
+        "rule_memory": dict(swarm.synchronizer.memory) if swarm.synchronizer else {},
+        "window": [swarm.window.total, swarm.window.count],
+        "totals": vars(swarm.totals),
+        "last_losses": list(swarm.last_losses),
+        "samplers": [sampler.state_dict() for sampler in swarm.samplers],
+        "random": {
+            "python": random.getstate(),
+            "numpy": [numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]],
+        },
+        "files": {},
+    }
+    mine = [Path(f"{stem}.safetensors"), *_my_share(folder / f"particle_{swarm.particle}", swarm)]
+    record["files"] = {str(path.relative_to(folder)): [path.stat().st_size, _hash(path)] for path in mine}
+    _write_atomically(Path(f"{stem}.json"), json.dumps(record))
+
+
+def _rule_state(swarm: Swarm) -> list[dict[str, Tensor]]:
+    return swarm.synchronizer.state if swarm.synchronizer else []
+
+
+def _my_share(folder: Path, swarm: Swarm) -> list[Path]:
+    """The files of this particle that this rank hashes, and checks when they are loaded."""
+    mates = swarm.world.mates_on_this_node
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return files[mates.index(swarm.world.layout.rank) :: len(mates)]
+
+
+def _model_fingerprint(swarm: Swarm) -> str:
+    if swarm.synchronizer is not None:
+        return swarm.synchronizer.shards.fingerprint()
+    shapes = [(n, list(getattr(p, "ds_shape", p.shape))) for n, p in swarm.engine.module.named_parameters()]
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
+
+
+# -- loading --------------------------------------------------------------------------------
+
+
+def load(swarm: Swarm, folder: Path, tag: str | None = None) -> int:
+    """Check the whole checkpoint on all ranks, then restore it. Returns the step it was saved at.
+
+    Raises:
+        CheckpointError: nothing there, damaged, or of another model, rule or number of ranks;
+            the engine is untouched.
+    """
+    with swarm.world.agree("checking the checkpoint"):
+        source = find(folder, tag)
+        record = _read_record(source, swarm)
+        _check_fits(record, swarm, source)
+        _check_files(record, source)
+        tensors = _read_tensors(source, swarm)
+    with swarm.world.agree("loading the checkpoint"), _weights_only():
+        particle = source / f"particle_{swarm.particle}"
+        path, _ = swarm.engine.load_checkpoint(str(particle), tag=_DEEPSPEED_TAG)
+        if path is None:
+            raise CheckpointError(f"{particle}: DeepSpeed found nothing to load; the folder is incomplete")
+    _restore(swarm, record, tensors)
+    swarm.metrics.rewind(record["step"])
+    return int(record["step"])
+
+
+def find(folder: Path, tag: str | None = None) -> Path:
+    """The folder of checkpoint ``tag``, or of the one that ``latest`` names."""
+    pointer = folder / LATEST
+    if tag is None:
+        try:
+            tag = pointer.read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder}: no checkpoint to resume ({LATEST} cannot be read: {error.strerror}); "
+                "check the path, or start without resuming"
+            ) from error
+    source = folder / tag
+    if not tag or Path(tag).name != tag or not source.is_dir():
+        raise CheckpointError(f"{source}: no such checkpoint; name one of the step_* folders in {folder}")
+    return source
+
+
+def _read_record(source: Path, swarm: Swarm) -> dict[str, Any]:
+    path = Path(f"{_rank_stem(source, swarm.world.layout.rank)}.json")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        present = len(list((source / "swarm").glob("rank_*.json")))
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}); the checkpoint holds {present} ranks and this run has "
+            f"{swarm.world.layout.world_size}: start as many as it was saved with"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged ({error}); resume from another step_* folder") from error
+    if record.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format {record.get('format')!r} is not {FORMAT}; use the ds_pso that wrote it")
+    return record
+
+
+def _check_fits(record: dict[str, Any], swarm: Swarm, source: Path) -> None:
+    layout = swarm.world.layout
+    now = {
+        "num_particles": layout.num_particles,
+        "particle_size": layout.particle_size,
+        "sync_mode": swarm.config.sync_mode,
+        "zero_stage": swarm.engine.zero_optimization_stage(),
+        "model": _model_fingerprint(swarm),
+    }
+    remedies = {
+        "num_particles": "set swarm.particles to that number",
+        "particle_size": "start that many ranks per particle",
+        "sync_mode": "set swarm.sync_mode to that",
+        "zero_stage": "set zero_optimization.stage to that",
+        "model": "build the model, precision and parameter groups it was saved with",
+    }
+    for key, value in now.items():
+        if record[key] != value:
+            raise CheckpointError(
+                f"{source}: saved with {key} {record[key]}, and this run has {value}; {remedies[key]}, "
+                "or start without resuming"
+            )
+    if len(record["samplers"]) != len(swarm.samplers):
+        raise CheckpointError(
+            f"{source}: saved with {len(record['samplers'])} samplers, and this run has made "
+            f"{len(swarm.samplers)}; call swarm.sampler as often as before, and before swarm.load"
+        )
+    for sampler, state in zip(swarm.samplers, record["samplers"], strict=True):
+        reason = sampler.check(state)
+        if reason:
+            raise CheckpointError(f"{source}: {reason}; resume with the data it was saved with")
+
+
+def _check_files(record: dict[str, Any], source: Path) -> None:
+    for name, (size, digest) in record["files"].items():
+        path = source / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing; resume from another step_* folder")
+        if path.stat().st_size != size:
+            raise CheckpointError(
+                f"{path}: {path.stat().st_size} bytes instead of {size}, so it was cut short or overwritten; "
+                "resume from another step_* folder"
+            )
+        if _hash(path) != digest:
+            raise CheckpointError(f"{path}: damaged (checksum differs); resume from another step_* folder")
+
+
+def _read_tensors(source: Path, swarm: Swarm) -> dict[str, Tensor]:
+    path = f"{_rank_stem(source, swarm.world.layout.rank)}.safetensors"
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); resume from another step_* folder") from error
+    expected = {f"rule.{i}.{key}": value for i, state in enumerate(_rule_state(swarm)) for key, value in state.items()}
+    found = {key: value for key, value in tensors.items() if key.startswith("rule.")}
+    if {key: value.shape for key, value in expected.items()} != {key: value.shape for key, value in found.items()}:
+        raise CheckpointError(
+            f"{path}: holds the rule state {sorted(found)}, and swarm.{swarm.config.sync_mode} as configured now "
+            f"keeps {sorted(expected)}; resume with the options it was saved with"
+        )
+    return tensors
+
+
+def _restore(swarm: Swarm, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    if swarm.synchronizer is not None:
+        for index, state in enumerate(swarm.synchronizer.state):
+            for key, value in state.items():
+                value.copy_(tensors[f"rule.{index}.{key}"])
+        swarm.synchronizer.memory = record["rule_memory"]
+        swarm.synchronizer.losses = tuple(record["last_losses"])
+        swarm.synchronizer.totals = SyncTotals(**record["totals"])
+    swarm.window.restore(*record["window"])
+    for sampler, state in zip(swarm.samplers, record["samplers"], strict=True):
+        sampler.load_state_dict(state)
+    version, internal, gauss = record["random"]["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(tuple(record["random"]["numpy"]))
+    torch.set_rng_state(tensors["random.torch"])
+    if "random.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random.cuda"])
+
+
+@contextlib.contextmanager
+def _weights_only() -> Iterator[None]:
+    """DeepSpeed unpickles its checkpoints; allow its own state classes and plain data, nothing else."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    except (OSError, RuntimeError, EOFError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"DeepSpeed could not load its checkpoint: {error}") from error
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+# -- files ----------------------------------------------------------------------------------
+
+
+def _rank_stem(folder: Path, rank: int) -> Path:
+    return folder / "swarm" / f"rank_{rank:05d}"
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _replace_folder(temporary: Path, final: Path) -> None:
+    """Rename, keeping an older checkpoint of the same step until the new one is in place."""
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.replace(final, old)
+    try:
+        os.replace(temporary, final)
+    except FileNotFoundError:
+        if not final.exists():  # on a shared disk another node's leader was faster
+            raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _as_checkpoint_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or path}: cannot write the checkpoint ({error.strerror or error}); "
+            "free some space or choose another folder; the last complete checkpoint is untouched"
+        ) from error

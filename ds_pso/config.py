@@ -1,0 +1,150 @@
+"""The ``swarm`` section of a DeepSpeed JSON config: reading, validating, naming what is wrong."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator
+
+from ds_pso.errors import ConfigError
+from ds_pso.rules import RULES, Rule
+from ds_pso.rules.base import RuleConfig, StrictModel
+
+ALLREDUCE = "allreduce"
+
+ConfigSource = str | Path | Mapping[str, Any]
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class SwarmConfig(StrictModel):
+    """The ``swarm`` section. The options of a rule stand in a subsection with the rule's name."""
+
+    particles: int | Literal["node"] = Field(default="node", description="Number of particles P, or one per node.")
+    sync_mode: str = Field(
+        default="local_sgd",
+        description="`allreduce` (plain DeepSpeed over all ranks) or the name of a rule.",
+    )
+    sync_interval: int = Field(default=32, ge=1, description="Optimizer steps between two sync points.")
+    fitness: Literal["train", "probe"] = Field(
+        default="train",
+        description="Loss that ranks the particles: mean training loss since the last sync, or a probe batch.",
+    )
+    bucket_mb: float = Field(default=64.0, gt=0, le=4096, description="Exchange buffer, in MiB.")
+    peer_backend: Literal["auto", "gloo", "nccl"] = Field(
+        default="auto", description="Collectives between particles: NCCL on GPUs and gloo on CPU unless named."
+    )
+    timeout_s: float = Field(default=600.0, gt=0, description="Longest wait for another rank, in seconds.")
+    seed: int = Field(default=0, ge=0, description="Seed of the random factors of the rules.")
+
+    _rule_options: dict[str, RuleConfig] = PrivateAttr(default_factory=dict)
+
+    @field_validator("particles", mode="before")
+    @classmethod
+    def _particles(cls, value: Any) -> Any:
+        if value == "node" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+            return value
+        raise ValueError('must be a whole number of at least 1, or "node" for one particle per node')
+
+    @field_validator("sync_mode")
+    @classmethod
+    def _sync_mode(cls, value: str) -> str:
+        if value not in (ALLREDUCE, *RULES):
+            raise ValueError(f"must be one of {', '.join([ALLREDUCE, *RULES])}")
+        return value
+
+    @property
+    def rule_options(self) -> RuleConfig | None:
+        """Validated options of the active rule; None for ``allreduce``."""
+        if self.sync_mode == ALLREDUCE:
+            return None
+        return self._rule_options.get(self.sync_mode) or RULES[self.sync_mode].Config()
+
+    def build_rule(self) -> Rule | None:
+        """The rule that ``sync_mode`` names; None for ``allreduce``."""
+        options = self.rule_options
+        return None if options is None else RULES[self.sync_mode](options, seed=self.seed)
+
+    def resolved(self) -> dict[str, Any]:
+        """The section with every default filled in, as JSON types."""
+        section = self.model_dump(mode="json")
+        if self.rule_options is not None:
+            section[self.sync_mode] = self.rule_options.model_dump(mode="json")
+        return section
+
+
+def load_config(source: ConfigSource) -> tuple[dict[str, Any], SwarmConfig]:
+    """Read a DeepSpeed config and split off its swarm section.
+
+    Args:
+        source: path of a JSON file, or the config as a mapping (left unchanged).
+
+    Returns:
+        DeepSpeed's part of the config, and the validated swarm section.
+
+    Raises:
+        ConfigError: names the file, the key, the value and what is allowed.
+    """
+    if isinstance(source, Mapping):
+        where, config = "config", copy.deepcopy(dict(source))
+    else:
+        where, config = str(source), _read_json(Path(source))
+    section = config.pop("swarm", None)
+    if section is None:
+        raise ConfigError(
+            f'{where}: no "swarm" section; add one, such as "swarm": {{"particles": 2, "sync_mode": "local_sgd"}}'
+        )
+    if not isinstance(section, dict):
+        raise ConfigError(f'{where}: swarm = {section!r}: must be an object such as {{"particles": 2}}')
+    options = {name: section.pop(name) for name in RULES if name in section}
+    swarm = _validate(SwarmConfig, section, f"{where}: swarm", known=[*SwarmConfig.model_fields, *RULES])
+    swarm._rule_options = {
+        name: _validate(RULES[name].Config, value, f"{where}: swarm.{name}") for name, value in options.items()
+    }
+    return config, swarm
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ConfigError(f'{path}: the key "{key}" stands twice; remove one')
+        return dict(pairs)
+
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the DeepSpeed config ({error.strerror}); check the path") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a UTF-8 text file; the DeepSpeed config must be JSON") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: the DeepSpeed config must be a JSON object")
+    return config
+
+
+def _validate(model: type[Model], value: Any, where: str, known: list[str] | None = None) -> Model:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where} = {value!r}: must be an object")
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        keys = known or list(model.model_fields)
+        raise ConfigError("; ".join(_explain(item, where, keys) for item in error.errors())) from error
+
+
+def _explain(item: Any, where: str, known: list[str]) -> str:
+    key = str(item["loc"][0]) if item["loc"] else ""
+    name = f"{where}.{key}" if key else where
+    if item["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f'did you mean "{close[0]}"?' if close else f"known keys: {', '.join(known)}"
+        return f"{name}: unknown key; {hint}"
+    message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return f"{name} = {item['input']!r}: {message if message.startswith('must') else 'must be ' + message}"

@@ -1,0 +1,172 @@
+"""Moves tensors between the particles, in buckets of bounded memory, and counts the bytes.
+
+Knows the peer group; knows nothing of rules or of DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_pso.errors import PeerError
+from ds_pso.world import World
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of elements of one flat tensor, and its place in the bucket that carries it."""
+
+    tensor: int  # index of the tensor
+    start: int  # first element in the tensor
+    stop: int  # one past the last
+    offset: int  # first element in the bucket
+
+    def of(self, flat: Tensor) -> Tensor:
+        return flat[self.start : self.stop]
+
+    def in_bucket(self, bucket: Tensor) -> Tensor:
+        return bucket[self.offset : self.offset + self.stop - self.start]
+
+
+def plan_buckets(numels: Sequence[int], bucket_numel: int) -> list[list[Piece]]:
+    """Cut tensors of these sizes into buckets of at most ``bucket_numel`` elements.
+
+    Every element of every tensor is in exactly one piece, in order; only the last bucket is not
+    full. Empty tensors have no piece.
+    """
+    buckets: list[list[Piece]] = []
+    room = 0
+    for index, numel in enumerate(numels):
+        start = 0
+        while start < numel:
+            if room == 0:
+                buckets.append([])
+                room = bucket_numel
+            stop = min(numel, start + room)
+            buckets[-1].append(Piece(index, start, stop, bucket_numel - room))
+            room -= stop - start
+            start = stop
+    return buckets
+
+
+def wire_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Sums are made in fp32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Exchange:
+    """Collectives of one peer group.
+
+    ``bytes_received`` counts what this rank receives under the bandwidth-optimal algorithm for
+    each collective, N bytes in a group of P: 2 N (P - 1) / P for an all-reduce, N for a
+    broadcast (0 at the source), N (P - 1) for an all-gather. Summed over the group it is the
+    whole traffic.
+    """
+
+    def __init__(self, world: World, bucket_mb: float) -> None:
+        self.world = world
+        self.bucket_bytes = int(bucket_mb * 2**20)
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device()) if world.backend == "nccl" else torch.device("cpu")
+        )
+        self.bytes_received = 0
+        self.seconds = 0.0  # inside collectives, waiting included
+
+    @property
+    def num_particles(self) -> int:
+        return self.world.layout.num_particles
+
+    @property
+    def particle(self) -> int:
+        return self.world.layout.particle
+
+    def weighted_mean(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Iterator[tuple[Piece, Tensor]]:
+        """Yield, piece by piece, sum_i weights[i] * (the tensor of particle i).
+
+        A particle of weight 0 contributes exact zeros, whatever its tensors hold (NaN, too).
+        ``tensors`` are flat and of floating dtype, with the same sizes on every peer; those
+        already yielded may be overwritten. A yielded tensor is valid until the next one.
+        """
+        share = 2 * (self.num_particles - 1) / self.num_particles
+        for bucket, pieces in self._buckets(tensors):
+            if weights[self.particle] == 0:
+                bucket.zero_()
+            else:
+                self._fill(bucket, pieces, tensors)
+                bucket.mul_(weights[self.particle])
+            self._run("all-reduce", lambda group, bucket=bucket: group.allreduce([bucket]), share * _nbytes(bucket))
+            yield from self._unpack(bucket, pieces, tensors)
+
+    def from_one(self, tensors: Sequence[Tensor], source: int) -> Iterator[tuple[Piece, Tensor]]:
+        """Yield, piece by piece, the tensors of particle ``source``."""
+        for bucket, pieces in self._buckets(tensors):
+            if self.particle == source:
+                self._fill(bucket, pieces, tensors)
+            options = dist.BroadcastOptions()
+            options.rootRank, options.rootTensor = source, 0
+            received = 0 if self.particle == source else _nbytes(bucket)
+            self._run("broadcast", lambda group, b=bucket, o=options: group.broadcast([b], o), received)
+            yield from self._unpack(bucket, pieces, tensors)
+
+    def all_gather(self, values: Sequence[float]) -> list[list[float]]:
+        """A few float64 of every particle, exactly, in the order of particles."""
+        if self.num_particles == 1:
+            return [list(values)]
+        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+        rows = [torch.empty_like(mine) for _ in range(self.num_particles)]
+        self._run(
+            "all-gather",
+            lambda group: group.allgather([rows], [mine]),
+            (self.num_particles - 1) * _nbytes(mine),
+        )
+        return [row.tolist() for row in rows]
+
+    def _buckets(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, list[Piece]]]:
+        for dtype in sorted({wire_dtype(t.dtype) for t in tensors}, key=str):
+            numels = [t.numel() if wire_dtype(t.dtype) == dtype else 0 for t in tensors]
+            capacity = max(1, self.bucket_bytes // dtype.itemsize)
+            buffer = torch.empty(min(capacity, sum(numels)), dtype=dtype, device=self.device)
+            for pieces in plan_buckets(numels, capacity):
+                last = pieces[-1]
+                yield buffer[: last.offset + last.stop - last.start], pieces
+
+    @staticmethod
+    def _fill(bucket: Tensor, pieces: list[Piece], tensors: Sequence[Tensor]) -> None:
+        for piece in pieces:
+            piece.in_bucket(bucket).copy_(piece.of(tensors[piece.tensor]))
+
+    @staticmethod
+    def _unpack(bucket: Tensor, pieces: list[Piece], tensors: Sequence[Tensor]) -> Iterator[tuple[Piece, Tensor]]:
+        for piece in pieces:
+            target = tensors[piece.tensor]
+            yield piece, piece.in_bucket(bucket).to(device=target.device, dtype=target.dtype)
+
+    def _run(self, what: str, start: Any, received: float) -> None:
+        group = self.world.peer_group
+        if group is None:
+            return
+        begin = time.perf_counter()
+        try:
+            start(group).wait()
+            if self.device.type == "cuda":
+                torch.cuda.current_stream().synchronize()
+        except RuntimeError as error:
+            layout = self.world.layout
+            peers = "; ".join(self.world.describe(rank) for rank in layout.peers if rank != layout.rank)
+            raise PeerError(
+                f"{self.world.describe(layout.rank)}: the {what} with its peers broke ({error}); one of these was "
+                f"lost or is slower than swarm.timeout_s: {peers}. Look at their logs, then restart "
+                "from the last checkpoint"
+            ) from error
+        self.seconds += time.perf_counter() - begin
+        self.bytes_received += round(received)
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

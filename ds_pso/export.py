@@ -1,0 +1,114 @@
+"""Writes one model of the swarm in Hugging Face format, gathered from the shards.
+
+No rank ever holds more than one extra shard and one full parameter; the leader collects the
+whole model once, in CPU memory, as ``save_pretrained`` needs it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ds_pso.errors import ConfigError
+from ds_pso.shards import Segment, Shards, find_shards
+
+Choice = Literal["consensus", "best"]
+
+if TYPE_CHECKING:
+    from ds_pso.swarm import Swarm
+
+
+def export(swarm: Swarm, folder: Path, which: Choice = "consensus", tokenizer: Any = None) -> Path:
+    """Write the model to ``folder``; ``from_pretrained(folder)`` opens it. Called on all ranks.
+
+    Args:
+        which: ``consensus``, the mean of the particles whose weights are finite, or ``best``, the
+            particle with the lowest loss at the last sync point.
+        tokenizer: saved beside the model, if given.
+    """
+    if which not in ("consensus", "best"):
+        raise ConfigError(f'export which = {which!r}: must be "consensus" or "best"')
+    if swarm.synchronizer is not None:
+        shards = swarm.synchronizer.shards
+        tensors, buffers = swarm.synchronizer.collect(which)
+    else:
+        shards = find_shards(swarm.engine)
+        tensors, buffers = shards.tensors, [buffer for _, buffer in shards.buffers()]
+    state_dict = _state_dict(swarm, shards, tensors, buffers)
+    with swarm.world.agree("exporting the model"):
+        if swarm.is_leader:
+            temporary = folder.with_name(f".{folder.name}.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            _write(swarm.engine.module, state_dict, temporary)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
+    return folder
+
+
+def _state_dict(swarm: Swarm, shards: Shards, tensors: list[Tensor], buffers: list[Tensor]) -> dict[str, Tensor]:
+    """The whole model in its working dtype on the leader; empty elsewhere."""
+    state_dict: dict[str, Tensor] = {}
+    for name, tensor in _parameters(swarm, shards, tensors):
+        if swarm.is_leader:
+            state_dict[name] = tensor.cpu()
+    for (name, buffer), values in zip(shards.buffers(), buffers, strict=True):
+        if swarm.is_leader:
+            state_dict[name] = values.view(buffer.shape).cpu()
+    return state_dict
+
+
+def _parameters(swarm: Swarm, shards: Shards, tensors: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Full parameters, one at a time, right on rank 0 of each particle."""
+    pieces: dict[str, list[Segment]] = {}
+    for segment in shards.segments:
+        pieces.setdefault(segment.name, []).append(segment)
+    trained = _trained_names(swarm, set(pieces))
+    for name, parameter in shards.module.named_parameters():
+        if name not in trained:
+            yield name, _frozen(parameter)
+            continue
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        full = torch.zeros(shape.numel(), dtype=torch.float32, device=swarm.world.particle_device)
+        for s in pieces.get(name, []):
+            values = tensors[s.shard][s.shard_start : s.shard_start + s.numel]
+            full[s.param_start : s.param_start + s.numel].copy_(values)
+        if swarm.world.layout.particle_size > 1:
+            dist.reduce(full, 0)  # an element is zero on all ranks but its owner
+        yield name, full.view(shape).to(parameter.dtype)
+
+
+def _trained_names(swarm: Swarm, mine: set[str]) -> set[str]:
+    """Names in the optimizer of any rank of the particle, so that all ranks reduce alike."""
+    if swarm.world.layout.particle_size == 1:
+        return mine
+    names: list[Any] = [None] * swarm.world.layout.particle_size
+    dist.all_gather_object(names, sorted(mine))
+    return set().union(*names)
+
+
+def _frozen(parameter: Tensor) -> Tensor:
+    """A parameter that is not trained, gathered if ZeRO 3 has partitioned it."""
+    if hasattr(parameter, "ds_id"):
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return parameter.detach()
+
+
+def _write(module: Any, state_dict: dict[str, Tensor], folder: Path) -> None:
+    if hasattr(module, "save_pretrained"):
+        module.save_pretrained(folder, state_dict=state_dict)
+    else:
+        save_file({key: value.contiguous() for key, value in state_dict.items()}, folder / "model.safetensors")

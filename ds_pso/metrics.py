@@ -1,0 +1,58 @@
+"""Writes ``metrics.jsonl``: one JSON object a line, from the leader of the swarm."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+
+class MetricsLog:
+    """Appends records; with no path it drops them."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._start = time.time()
+
+    def write(self, event: str, step: int, values: dict[str, Any]) -> None:
+        if self.path is None:
+            return
+        record = {"event": event, "step": step, "time_s": round(time.time() - self._start, 3), **values}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drop what a run wrote after ``step`` before it was resumed from there."""
+        if self.path is None or not self.path.exists():
+            return
+        kept = [record for record in read_metrics(self.path) if record["step"] <= step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+        self._start = time.time() - (kept[-1]["time_s"] if kept else 0.0)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All records; a last line that a crash cut short is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,24 @@
+"""Local SGD: at a sync point every particle takes the mean of all (parameter averaging)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ds_pso.rules.base import Plan, Rule, State, SyncPoint
+
+
+class LocalSGD(Rule):
+    """x_i <- mean of x_j over the living particles j.
+
+    Source: S. U. Stich, "Local SGD Converges Fast and Communicates Little", ICLR 2019; "PA" in
+    the PSO-PS paper (arXiv 2009.03816). Moves one all-reduce of the shard and keeps no state.
+    """
+
+    def plan(self, sync: SyncPoint, memory: Mapping[str, Any]) -> Plan:
+        return Plan(receive="mean", weights=sync.mean_weights(), alive=sync.alive)
+
+    def update(self, x: Tensor, received: Tensor, state: State, plan: Plan, particle: int) -> None:
+        x.copy_(received)

@@ -1,0 +1,80 @@
+"""Shards a dataset over all P x S ranks of the swarm, and continues where a checkpoint stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sized
+
+import torch
+from torch.utils.data import Sampler
+
+from ds_pso.errors import ConfigError
+
+
+class SwarmSampler(Sampler[int]):
+    """Every rank sees its own part of the data, reshuffled in each epoch.
+
+    Give it to a ``DataLoader`` with the same ``batch_size``. The swarm advances it by one batch
+    at each ``engine.backward``, so that its place is what was trained on, not what the loader's
+    workers have fetched ahead. Iterating goes on from that place to the end of the epoch.
+
+    Each rank takes the same whole number of batches per epoch; the fewer than
+    ``world_size * batch_size`` samples left over are others in every epoch.
+    """
+
+    def __init__(
+        self, dataset: Sized, *, rank: int, world_size: int, batch_size: int, shuffle: bool = True, seed: int = 0
+    ) -> None:
+        self._dataset_size = len(dataset)
+        self._rank, self._world_size = rank, world_size
+        self._batch_size, self._shuffle, self._seed = batch_size, shuffle, seed
+        self._num_batches = self._dataset_size // (world_size * batch_size)
+        if self._num_batches == 0:
+            raise ConfigError(
+                f"the dataset has {self._dataset_size} samples, and {world_size} ranks with micro batches of "
+                f"{batch_size} need at least {world_size * batch_size}; use more data, fewer ranks or a smaller batch"
+            )
+        self.epoch = 0
+        self._batch = 0  # batches trained on in this epoch
+
+    def __len__(self) -> int:
+        """Samples of this rank in a whole epoch."""
+        return self._num_batches * self._batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(range(self._dataset_size))
+        if self._shuffle:
+            generator = torch.Generator().manual_seed(self._seed + self.epoch)
+            order = torch.randperm(self._dataset_size, generator=generator).tolist()
+        mine = order[self._rank :: self._world_size][: len(self)]
+        yield from mine[self._batch * self._batch_size :]
+
+    def advance(self) -> None:
+        """One more batch was trained on."""
+        self._batch += 1
+        if self._batch == self._num_batches:
+            self.epoch, self._batch = self.epoch + 1, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Start ``epoch``; does nothing in the middle of that very epoch."""
+        if epoch != self.epoch:
+            self.epoch, self._batch = epoch, 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {
+            "dataset_size": self._dataset_size,
+            "batch_size": self._batch_size,
+            "seed": self._seed,
+            "epoch": self.epoch,
+            "batch": self._batch,
+        }
+
+    def check(self, state: dict[str, int]) -> str | None:
+        """Why ``state`` belongs to other data; None if it fits."""
+        mine = self.state_dict()
+        for key in ("dataset_size", "batch_size", "seed"):
+            if state[key] != mine[key]:
+                return f"the data's {key} was {state[key]} and is {mine[key]} now"
+        return None
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self._batch = state["epoch"], state["batch"]

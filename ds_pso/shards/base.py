@@ -1,0 +1,122 @@
+"""A rank's view of the model: its fp32 master shards, and which parameter each element belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_pso.errors import SwarmError
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of real elements: where it lies in the shards, and where in its parameter."""
+
+    name: str  # of the parameter, as in module.named_parameters()
+    shard: int  # index into Shards.tensors
+    shard_start: int
+    param_start: int  # offset in the flattened parameter
+    numel: int
+
+
+def intersect(name: str, begin: int, numel: int, window: tuple[int, int], shard: int) -> list[Segment]:
+    """The part of parameter [begin, begin + numel) of a flat group that lies in this rank's window."""
+    start, stop = max(begin, window[0]), min(begin + numel, window[1])
+    if start >= stop:
+        return []
+    return [Segment(name, shard, start - window[0], start - begin, stop - start)]
+
+
+class Shards(ABC):
+    """The fp32 master weights that this rank owns: about 1/S of the model, flat, live.
+
+    Writing to ``tensors`` changes the optimizer's own memory; ``publish`` then brings the
+    working weights of the whole particle in line. Call it on all ranks of the particle, outside
+    forward and backward.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.optimizer = engine.optimizer
+        self.module = engine.module
+        self._names = {id(p): name for name, p in self.module.named_parameters()}
+        self.segments = self._find_segments()
+        self.padding = _gaps(self.segments, [t.numel() for t in self.tensors])
+
+    @property
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """Flat fp32 tensors, detached, in the optimizer's memory."""
+
+    @abstractmethod
+    def _find_segments(self) -> list[Segment]:
+        """Segments in ascending order of (shard, shard_start)."""
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Make the working weights of every rank of the particle the cast of the masters."""
+
+    def name_of(self, parameter: Tensor) -> str:
+        try:
+            return self._names[id(parameter)]
+        except KeyError:
+            raise SwarmError(
+                "the optimizer holds a parameter that is not in engine.module; give deepspeed.initialize "
+                "the parameters of the model it trains"
+            ) from None
+
+    def zero_padding(self) -> None:
+        """Alignment padding may hold anything, NaN included; nobody may see it."""
+        tensors = self.tensors
+        for shard, start, stop in self.padding:
+            tensors[shard][start:stop].zero_()
+
+    def all_finite(self) -> bool:
+        """Whether no weight of these shards is NaN or infinite. Padding must be zero."""
+        norms = [torch.linalg.vector_norm(t, ord=float("inf")) for t in self.tensors if t.numel()]
+        return all(bool(torch.isfinite(norm)) for norm in norms)
+
+    def heal_optimizer_state(self) -> None:
+        """Zero the moments of a particle that went mad, where they are not finite."""
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    value.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+
+    def buffers(self) -> list[tuple[str, Tensor]]:
+        """Persistent floating-point buffers (batch-norm statistics and the like), by name."""
+        found = []
+        for prefix, module in self.module.named_modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                    found.append((f"{prefix}.{name}" if prefix else name, buffer))
+        return found
+
+    def fingerprint(self) -> str:
+        """Equal on two ranks exactly when their shards hold the same slices of the same model."""
+        segments = [(s.name, s.shard, s.shard_start, s.param_start, s.numel) for s in self.segments]
+        sizes = [t.numel() for t in self.tensors]
+        shapes = [
+            (name, list(getattr(p, "ds_shape", p.shape)), str(p.dtype)) for name, p in self.module.named_parameters()
+        ]
+        buffers = [(name, list(buffer.shape)) for name, buffer in self.buffers()]
+        text = json.dumps([type(self.optimizer).__name__, segments, sizes, shapes, buffers])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _gaps(segments: Sequence[Segment], numels: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(shard, start, stop) of what no segment covers."""
+    gaps, ends = [], [0] * len(numels)
+    for segment in segments:
+        if segment.shard_start > ends[segment.shard]:
+            gaps.append((segment.shard, ends[segment.shard], segment.shard_start))
+        ends[segment.shard] = segment.shard_start + segment.numel
+    gaps += [(shard, end, numel) for shard, (end, numel) in enumerate(zip(ends, numels, strict=True)) if end < numel]
+    return sorted(gaps)

@@ -1,0 +1,207 @@
+"""The swarm as a training script sees it: join, attach, sample, log, save, load, export, close."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ds_pso import checkpoint, export, lr_schedule
+from ds_pso.config import ALLREDUCE, ConfigSource, SwarmConfig, load_config
+from ds_pso.errors import ConfigError, SwarmError
+from ds_pso.exchange import Exchange
+from ds_pso.fitness import FitnessWindow
+from ds_pso.metrics import MetricsLog
+from ds_pso.sampler import SwarmSampler
+from ds_pso.shards import find_shards
+from ds_pso.synchronizer import Probe, Synchronizer, SyncTotals
+from ds_pso.world import World
+
+
+def init(config: ConfigSource, *, run_dir: str | Path | None = None) -> Swarm:
+    """Join the swarm. Call it first, before anything initialises torch.distributed.
+
+    Args:
+        config: DeepSpeed's JSON config with a ``swarm`` section, as a path or a mapping.
+        run_dir: folder for ``metrics.jsonl``; without it nothing is logged to disk.
+
+    Returns:
+        The swarm. Its ``ds_config`` goes to ``deepspeed.initialize``; from now on the
+        environment describes a world of one particle.
+
+    Raises:
+        ConfigError: bad config or environment; raised before any process group is built.
+        PeerError: ranks that did not arrive within ``swarm.timeout_s``.
+    """
+    ds_config, swarm_config = load_config(config)
+    lr_schedule.register()
+    particles = 1 if swarm_config.sync_mode == ALLREDUCE else swarm_config.particles
+    world = World.carve(particles, peer_backend=swarm_config.peer_backend, timeout_s=swarm_config.timeout_s)
+    return Swarm(ds_config, swarm_config, world, Path(run_dir) if run_dir else None)
+
+
+class Swarm:
+    """P particles that train apart and meet every ``sync_interval`` optimizer steps.
+
+    Usable as a context manager: leaving it in good order waits for the other ranks, leaving it
+    with an exception does not.
+    """
+
+    def __init__(self, ds_config: dict[str, Any], config: SwarmConfig, world: World, run_dir: Path | None) -> None:
+        self.ds_config = ds_config
+        self.config = config
+        self.world = world
+        self.run_dir = run_dir
+        self.exchange = Exchange(world, config.bucket_mb)
+        self.metrics = MetricsLog(run_dir / "metrics.jsonl" if run_dir and world.is_leader else None)
+        self.window = FitnessWindow()
+        self.samplers: list[SwarmSampler] = []
+        self.engine: Any = None
+        self.synchronizer: Synchronizer | None = None  # None: not attached, or only one particle
+
+    # -- who and where ----------------------------------------------------------------------
+
+    @property
+    def num_particles(self) -> int:
+        return self.world.layout.num_particles
+
+    @property
+    def particle(self) -> int:
+        return self.world.layout.particle
+
+    @property
+    def is_leader(self) -> bool:
+        """True on one rank of the whole swarm: the one that prints and logs."""
+        return self.world.is_leader
+
+    @property
+    def steps_to_sync(self) -> int | None:
+        """Optimizer steps until the next sync point; None if the particles never meet."""
+        if self.synchronizer is None:
+            return None
+        interval = self.config.sync_interval
+        return interval - int(self.engine.global_steps) % interval
+
+    @property
+    def totals(self) -> SyncTotals:
+        """What the sync points have cost this rank so far."""
+        return self.synchronizer.totals if self.synchronizer else SyncTotals()
+
+    @property
+    def last_losses(self) -> tuple[float, ...]:
+        """Loss of each particle at the last sync point, shape (P,); empty with one particle."""
+        return self.synchronizer.losses if self.synchronizer else ()
+
+    # -- the training script's calls --------------------------------------------------------
+
+    def attach(self, engine: Any, probe: Probe | None = None) -> Any:
+        """Let ``engine.step()`` meet the swarm at sync points.
+
+        Copies the weights of particle 0 to all others, so that all start alike.
+
+        Args:
+            engine: what ``deepspeed.initialize`` returned, with an optimizer.
+            probe: for ``"fitness": "probe"``: loss of the engine on a batch that is the same for
+                every particle. Called on all ranks; the mean over a particle's ranks counts.
+
+        Returns:
+            The same engine.
+
+        Raises:
+            UnsupportedError: the engine uses a feature that the swarm cannot follow.
+            SwarmError: the particles hold different models, or attach was called before.
+        """
+        if self.engine is not None:
+            raise SwarmError("swarm.attach was called twice; one swarm trains one engine")
+        rule = self.config.build_rule()
+        if rule is not None and self.num_particles > 1:
+            if self.config.fitness == "probe" and probe is None:
+                raise ConfigError('swarm.fitness = "probe": give swarm.attach a probe, or use "train"')
+            probe = probe if self.config.fitness == "probe" else None
+            self.synchronizer = Synchronizer(self.world, self.exchange, rule, find_shards(engine), probe)
+        self.engine = engine
+        self._follow(engine)
+        return engine
+
+    def sync(self) -> None:
+        """Meet the other particles now. ``engine.step`` does it every ``sync_interval`` steps."""
+        if self.synchronizer is not None:
+            self.log("sync", **self.synchronizer.sync(self.window))
+
+    def sampler(
+        self, dataset: Sized, *, batch_size: int | None = None, shuffle: bool = True, seed: int = 0
+    ) -> SwarmSampler:
+        """Sampler of this rank's part of ``dataset``, over all P x S ranks.
+
+        Args:
+            batch_size: of the DataLoader; DeepSpeed's ``train_micro_batch_size_per_gpu`` if not given.
+        """
+        batch_size = batch_size or self.ds_config.get("train_micro_batch_size_per_gpu")
+        if not isinstance(batch_size, int):
+            raise ConfigError(
+                'swarm.sampler needs batch_size, or a number as "train_micro_batch_size_per_gpu" in the config'
+            )
+        layout = self.world.layout
+        sampler = SwarmSampler(
+            dataset,
+            rank=layout.rank,
+            world_size=layout.world_size,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            seed=seed,
+        )
+        self.samplers.append(sampler)
+        return sampler
+
+    def log(self, event: str, **values: Any) -> None:
+        """Append a record to ``metrics.jsonl`` (the leader's; other ranks' are dropped)."""
+        self.metrics.write(event, self.engine.global_steps if self.engine else 0, values)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write a checkpoint of the whole swarm; call it on all ranks, after ``engine.step``."""
+        return checkpoint.save(self, Path(folder))
+
+    def load(self, folder: str | Path, tag: str | None = None) -> int:
+        """Continue from a checkpoint, the latest one if no tag is named; returns its step."""
+        return checkpoint.load(self, Path(folder), tag)
+
+    def export(self, folder: str | Path, which: export.Choice = "consensus", tokenizer: Any = None) -> Path:
+        """Write one model in Hugging Face format: the ``consensus`` of the particles, or the ``best``."""
+        return export.export(self, Path(folder), which, tokenizer)
+
+    def close(self) -> None:
+        """Leave the swarm; waits for the other ranks, and gives the launcher's environment back."""
+        self.world.close()
+
+    def __enter__(self) -> Swarm:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.world.abandon()
+
+    # -- following the engine ---------------------------------------------------------------
+
+    def _follow(self, engine: Any) -> None:
+        """Watch the engine from outside: on overflow its optimizer is not even called."""
+        backward, step = engine.backward, engine.step
+
+        def backward_and_record(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.window.add(loss)
+            result = backward(loss, *args, **kwargs)
+            for sampler in self.samplers:
+                sampler.advance()
+            return result
+
+        def step_and_meet(*args: Any, **kwargs: Any) -> Any:
+            before = engine.global_steps
+            result = step(*args, **kwargs)
+            if engine.global_steps != before and engine.global_steps % self.config.sync_interval == 0:
+                self.sync()
+            return result
+
+        engine.backward, engine.step = backward_and_record, step_and_meet

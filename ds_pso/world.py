@@ -1,0 +1,403 @@
+"""Carves the launcher's world of W ranks into P particles of S ranks, and joins equal shards.
+
+After ``World.carve`` the environment (RANK, WORLD_SIZE, MASTER_ADDR, ...) describes the particle,
+so that DeepSpeed, Accelerate and the HF Trainer build an ordinary world of S ranks inside it.
+Rank i of every particle belongs to the peer group of shard i, a process group of its own that
+torch's default world knows nothing about.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from ds_pso.errors import ConfigError, PeerError, SwarmError
+
+_CARVED = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
+_GOODBYE_S = 30.0  # how long the host of a store waits for its clients to leave
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who is who: the part of the world that is plain arithmetic."""
+
+    rank: int  # in the launcher's world
+    world_size: int  # W
+    num_particles: int  # P
+
+    @property
+    def particle_size(self) -> int:
+        """S, the number of ranks in a particle."""
+        return self.world_size // self.num_particles
+
+    @property
+    def particle(self) -> int:
+        return self.rank // self.particle_size
+
+    @property
+    def shard_rank(self) -> int:
+        """Rank inside the particle, which is also the number of the ZeRO shard."""
+        return self.rank % self.particle_size
+
+    @property
+    def peers(self) -> list[int]:
+        """Launcher's ranks of this rank's peer group, in the order of particles."""
+        return [p * self.particle_size + self.shard_rank for p in range(self.num_particles)]
+
+    @property
+    def mates(self) -> list[int]:
+        """Launcher's ranks of this rank's particle."""
+        first = self.particle * self.particle_size
+        return list(range(first, first + self.particle_size))
+
+
+def read_layout(particles: int | Literal["node"], env: Mapping[str, str]) -> Layout:
+    """Layout from the launcher's environment, before anything is built.
+
+    Raises:
+        ConfigError: P does not divide W, or the environment is incomplete.
+    """
+    if "RANK" not in env and "WORLD_SIZE" not in env:
+        rank, world_size = 0, 1  # started as plain `python script.py`
+    else:
+        rank, world_size = _read_int(env, "RANK"), _read_int(env, "WORLD_SIZE")
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if name not in env:
+                raise ConfigError(f"{name} is not set; start with deepspeed, torchrun or accelerate launch")
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"RANK = {rank}: must lie between 0 and WORLD_SIZE - 1 = {world_size - 1}")
+    if particles == "node":
+        # torchrun and accelerate set the first name, the deepspeed launcher the second.
+        local = _read_int(env, "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in env else "LOCAL_SIZE", world_size)
+        if world_size % local:
+            raise ConfigError(
+                f'swarm.particles = "node": {world_size} ranks do not split into nodes of {local}; '
+                "start the same number of ranks on every node, or give the number of particles"
+            )
+        return Layout(rank, world_size, world_size // local)
+    if world_size % particles:
+        divisors = [str(p) for p in range(1, world_size + 1) if world_size % p == 0]
+        raise ConfigError(
+            f"swarm.particles = {particles}: does not divide the {world_size} ranks that were started; "
+            f"use one of {', '.join(divisors)}, or start another number of ranks"
+        )
+    return Layout(rank, world_size, particles)
+
+
+def _read_int(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    value = env.get(name)
+    if value is None:
+        if default is None:
+            raise ConfigError(f"{name} is not set; start with deepspeed, torchrun or accelerate launch")
+        return default
+    try:
+        return int(value)
+    except ValueError as error:
+        raise ConfigError(f"{name} = {value!r}: must be a whole number; the launcher sets it") from error
+
+
+class World:
+    """A rank's place in the swarm, and the means to talk about it: a store and the peer group."""
+
+    def __init__(self, layout: Layout, timeout_s: float) -> None:
+        self.layout = layout
+        self.timeout_s = timeout_s
+        self.store: dist.Store | None = None  # None: a world of one rank
+        self.peer_group: Any = None  # None: one particle
+        self.backend = "none"
+        self._particle_store: dist.TCPStore | None = None
+        self._saved_env: dict[str, str | None] = {}
+        self._barriers: dict[str, int] = {}
+        self._closed = False
+
+    @classmethod
+    def carve(cls, particles: int | Literal["node"], *, peer_backend: str = "auto", timeout_s: float = 600.0) -> World:
+        """Split the launcher's world and point the environment at this rank's particle.
+
+        Call it before ``deepspeed.init_distributed``, ``Accelerator()`` or ``TrainingArguments()``.
+
+        Raises:
+            ConfigError: P does not divide W, no launcher, or torch.distributed is already up.
+            PeerError: some ranks did not arrive within ``timeout_s``; it names them.
+        """
+        layout = read_layout(particles, os.environ)
+        if layout.num_particles > 1 and dist.is_initialized():
+            raise ConfigError(
+                "torch.distributed is already initialised; call ds_pso.init before "
+                "deepspeed.init_distributed, Accelerator() or TrainingArguments()"
+            )
+        world = cls(layout, timeout_s)
+        if layout.world_size > 1:
+            try:
+                world._join()
+                if layout.num_particles > 1:
+                    world.backend = _resolve_backend(peer_backend)
+                    world.peer_group = world._build_peer_group()
+                    world._enter_particle()
+            except BaseException:
+                world.abandon()
+                raise
+        return world
+
+    # -- building ---------------------------------------------------------------------------
+
+    def _join(self) -> None:
+        """Open the store of the launcher's world; every rank says hello."""
+        layout = self.layout
+        address, port = os.environ["MASTER_ADDR"], _read_int(os.environ, "MASTER_PORT")
+        agent_hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        try:
+            store = dist.TCPStore(
+                address,
+                port,
+                is_master=layout.rank == 0 and not agent_hosts_store,
+                timeout=timedelta(seconds=self.timeout_s),
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+        except (dist.DistError, RuntimeError) as error:
+            raise PeerError(
+                f"rank {layout.rank} could not reach rank 0 at {address}:{port} within {self.timeout_s:g} s; "
+                f"check that every node was started and that MASTER_ADDR and MASTER_PORT are right ({error})"
+            ) from error
+        # A restarted torchrun job meets the keys of its last attempt in the agent's store.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.store = dist.PrefixStore(f"ds_pso/{attempt}", store)
+        self.store.set(f"host/{layout.rank}", socket.gethostname())
+        self.roll_call("start", range(layout.world_size))
+
+    def _build_peer_group(self) -> Any:
+        """A process group of this rank's peers, unknown to torch's default world."""
+        layout = self.layout
+        assert self.store is not None
+        store = dist.PrefixStore(f"peers/{layout.shard_rank}", self.store)
+        timeout = timedelta(seconds=self.timeout_s)
+        if self.backend == "nccl":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            return dist.ProcessGroupNCCL(store, layout.particle, layout.num_particles, options)
+        return dist.ProcessGroupGloo(store, layout.particle, layout.num_particles, timeout)
+
+    def _enter_particle(self) -> None:
+        """Host or find the particle's own store, and let the environment describe the particle."""
+        layout = self.layout
+        assert self.store is not None
+        key = f"particle/{layout.particle}"
+        if layout.shard_rank == 0:
+            # The store is hosted here and now on a port that the system picks, and handed to torch
+            # as an agent's store: no port is free for a moment and taken by another the next.
+            address = _address_towards(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+            self._particle_store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
+            self.store.set(key, f"{address} {self._particle_store.port}")
+        self._wait([key], layout.mates[:1], "the address of its particle")
+        particle_address, particle_port = self.store.get(key).decode().split()
+        self._saved_env = {name: os.environ.get(name) for name in _CARVED}
+        os.environ.update(
+            RANK=str(layout.shard_rank),
+            WORLD_SIZE=str(layout.particle_size),
+            LOCAL_WORLD_SIZE=str(len(self.mates_on_this_node)),
+            MASTER_ADDR=particle_address,
+            MASTER_PORT=particle_port,
+            TORCHELASTIC_USE_AGENT_STORE="True",
+        )
+
+    # -- talking ----------------------------------------------------------------------------
+
+    @property
+    def is_leader(self) -> bool:
+        """True on one rank of the whole swarm: rank 0 of particle 0."""
+        return self.layout.rank == 0
+
+    def _on_this_node(self, ranks: Iterable[int]) -> list[int]:
+        if self.store is None:
+            return list(ranks)
+        here = self.store.get(f"host/{self.layout.rank}")
+        return [rank for rank in ranks if self.store.get(f"host/{rank}") == here]
+
+    @property
+    def mates_on_this_node(self) -> list[int]:
+        """Launcher's ranks of this particle that share this rank's machine."""
+        return self._on_this_node(self.layout.mates)
+
+    @property
+    def is_node_leader(self) -> bool:
+        """True on the lowest rank of each machine: the one that makes and renames folders."""
+        return self._on_this_node(range(self.layout.rank + 1))[0] == self.layout.rank
+
+    def describe(self, rank: int) -> str:
+        """``particle 1, rank 0 (rank 2 on host gpu-07)``"""
+        layout = Layout(rank, self.layout.world_size, self.layout.num_particles)
+        host = ""
+        with contextlib.suppress(Exception):
+            if self.store is not None and self.store.check([f"host/{rank}"]):
+                host = f" on host {self.store.get(f'host/{rank}').decode()}"
+        return f"particle {layout.particle}, rank {layout.shard_rank} (rank {rank}{host})"
+
+    def roll_call(self, label: str, ranks: Iterable[int]) -> None:
+        """Say that this rank has arrived at ``label``, and wait for ``ranks``.
+
+        Raises:
+            PeerError: after ``timeout_s``; it names who is missing.
+        """
+        if self.store is None:
+            return
+        self.store.set(f"at/{label}/{self.layout.rank}", "1")
+        expected = list(ranks)
+        self._wait([f"at/{label}/{rank}" for rank in expected], expected, label)
+
+    def forget(self, label: str) -> None:
+        """Drop this rank's mark at ``label``, once everybody is known to have passed it."""
+        if self.store is not None:
+            self.store.delete_key(f"at/{label}/{self.layout.rank}")
+
+    def _wait(self, keys: list[str], ranks: list[int], label: str) -> None:
+        assert self.store is not None
+        try:
+            self.store.wait(keys, timedelta(seconds=self.timeout_s))
+        except (dist.DistError, RuntimeError) as error:
+            raise PeerError(f"{self._who_is_missing(keys, ranks, label)} ({type(error).__name__})") from error
+
+    def _who_is_missing(self, keys: list[str], ranks: list[int], label: str) -> str:
+        me = self.describe(self.layout.rank)
+        try:
+            assert self.store is not None
+            missing = [rank for key, rank in zip(keys, ranks, strict=True) if not self.store.check([key])]
+        except (dist.DistError, RuntimeError):
+            return (
+                f"{me}: the store of rank 0 no longer answers, waiting for {label}; rank 0 was lost: "
+                "look for its error above, then restart from the last checkpoint"
+            )
+        return (
+            f"{me}: waited {self.timeout_s:g} s for {label}, and these did not arrive: "
+            f"{'; '.join(self.describe(rank) for rank in missing) or 'nobody is missing any more'}. "
+            "Look at their logs, or raise swarm.timeout_s if they are only slow"
+        )
+
+    def barrier(self, label: str) -> None:
+        """Wait for all W ranks."""
+        self.gather(label, None)
+
+    def gather(self, label: str, value: Any) -> list[Any]:
+        """One small JSON value of every rank, in the order of ranks, on every rank."""
+        if self.store is None:
+            return [json.loads(json.dumps(value))]
+        turn = self._barriers[label] = self._barriers.get(label, -1) + 1
+        key = f"gather/{label}/{turn}"
+        ranks = list(range(self.layout.world_size))
+        self.store.set(f"{key}/{self.layout.rank}", json.dumps(value))
+        if self.is_leader:
+            keys = [f"{key}/{rank}" for rank in ranks]
+            self._wait(keys, ranks, label)
+            everything = json.dumps([json.loads(item) for item in self.store.multi_get(keys)])
+            self.store.set(f"{key}/all", everything)
+            for item in [*keys, f"gather/{label}/{turn - 1}/all"]:  # who is here has read the last turn's
+                self.store.delete_key(item)
+        try:
+            self.store.wait([f"{key}/all"], timedelta(seconds=self.timeout_s + 5))
+        except (dist.DistError, RuntimeError) as error:
+            raise PeerError(self._who_is_missing([f"{key}/all"], [0], label)) from error
+        return json.loads(self.store.get(f"{key}/all"))
+
+    @contextlib.contextmanager
+    def agree(self, label: str) -> Iterator[None]:
+        """Run the block on every rank; if it raises on any, raise the first error on all.
+
+        So a file that only one rank finds damaged stops everybody with the same words.
+        """
+        failure: SwarmError | None = None
+        try:
+            yield
+        except SwarmError as error:
+            failure = error
+        except OSError as error:
+            failure = SwarmError(f"{error.filename or label}: {error.strerror or error}")
+        messages = self.gather(label, None if failure is None else [type(failure).__name__, str(failure)])
+        first = next((item for item in messages if item), None)
+        if first is not None:
+            kinds = {kind.__name__: kind for kind in SwarmError.__subclasses__()}
+            raise kinds.get(first[0], SwarmError)(first[1], agreed=True) from failure
+
+    @property
+    def particle_device(self) -> torch.device:
+        """Where the particle's own collectives run, once DeepSpeed has built its world."""
+        if dist.is_initialized() and dist.get_backend() == "nccl":
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+
+    def particle_gather(self, values: list[float]) -> list[list[float]]:
+        """A few float64 of every rank of this particle, exactly, in the order of ranks."""
+        if self.layout.particle_size == 1:
+            return [list(values)]
+        mine = torch.tensor(values, dtype=torch.float64, device=self.particle_device)
+        rows = [torch.empty_like(mine) for _ in range(self.layout.particle_size)]
+        dist.all_gather(rows, mine)
+        return [row.tolist() for row in rows]
+
+    # -- leaving ----------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Leave in good order: nobody's store goes away while another still needs it."""
+        if self._closed:
+            return
+        layout = self.layout
+        if self.store is not None:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            self._shut_peer_group()
+            with contextlib.suppress(dist.DistError, RuntimeError):
+                patience = timedelta(seconds=min(_GOODBYE_S, self.timeout_s))
+                if layout.shard_rank == 0:
+                    mates = [f"bye/{mate}" for mate in layout.mates[1:]]
+                    if mates:
+                        self.store.wait(mates, patience)
+                if layout.rank == 0:
+                    firsts = range(layout.particle_size, layout.world_size, layout.particle_size)
+                    self.store.wait([f"bye/{rank}" for rank in firsts], patience)
+                else:
+                    self.store.set(f"bye/{layout.rank}", "1")
+                    if layout.shard_rank == 0:
+                        time.sleep(0.05)  # lets the message leave before the socket closes
+        self.abandon()
+
+    def _shut_peer_group(self) -> None:
+        group, self.peer_group = self.peer_group, None
+        if group is not None and self.backend == "nccl":
+            group.shutdown()
+
+    def abandon(self) -> None:
+        """Leave at once, waiting for nobody, and put the launcher's environment back."""
+        self._closed = True
+        for name, value in self._saved_env.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        self._saved_env = {}
+        self.peer_group = self.store = self._particle_store = None
+
+
+def _resolve_backend(name: str) -> str:
+    if name == "auto":
+        return "nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    if name == "nccl" and not torch.cuda.is_available():
+        raise ConfigError('swarm.peer_backend = "nccl": no GPU is visible; use "auto" or "gloo"')
+    return name
+
+
+def _address_towards(address: str, port: int) -> str:
+    """This machine's address on the way to ``address``: the one its mates can reach, too."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:  # connecting a UDP socket sends nothing
+        probe.connect((address, port))
+        return str(probe.getsockname()[0])
