@@ -47,6 +47,10 @@ class WarmupHoldDecayLR(lr_schedules.WarmupDecayLR):
             last_batch_iteration,
         )
 
+    def get_lr(self) -> list[float]:
+        # DeepSpeed's constructors ask before the first step, and warn themselves about it.
+        return list(self.min_lrs) if self.last_batch_iteration < 0 else super().get_lr()
+
     def _get_gamma(self) -> float:
         if self.last_batch_iteration < self.warmup_num_steps:
             return float(super()._get_gamma())

@@ -76,6 +76,16 @@ class Swarm:
         """True on one rank of the whole swarm: the one that prints and logs."""
         return self.world.is_leader
 
+    def describe(self) -> str:
+        """``2 particles x 4 ranks, pso every 8 steps``"""
+        layout = self.world.layout
+        ranks = f"{layout.particle_size} rank{'s' if layout.particle_size > 1 else ''}"
+        if self.num_particles == 1:
+            return f"1 particle x {ranks}: plain DeepSpeed"
+        return (
+            f"{self.num_particles} particles x {ranks}, {self.config.sync_mode} every {self.config.sync_interval} steps"
+        )
+
     @property
     def steps_to_sync(self) -> int | None:
         """Optimizer steps until the next sync point; None if the particles never meet."""
@@ -154,6 +164,14 @@ class Swarm:
         )
         self.samplers.append(sampler)
         return sampler
+
+    def gather(self, value: float) -> list[float]:
+        """One number of each particle, shape (P,), on every rank; call it on all ranks."""
+        return [row[0] for row in self.exchange.all_gather([value])]
+
+    def total_bytes(self) -> int:
+        """Bytes that all ranks together have received at sync points; call it on all ranks."""
+        return sum(self.world.gather("bytes", self.totals.bytes_received))
 
     def log(self, event: str, **values: Any) -> None:
         """Append a record to ``metrics.jsonl`` (the leader's; other ranks' are dropped)."""

@@ -13,7 +13,6 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.pipe.engine import PipelineEngine
-from deepspeed.runtime.zero.mics import MiCS_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -73,7 +72,6 @@ def _why_not(engine: Any) -> str | None:
             "SuperOffload updates shards in another process; remove offload_optimizer.super_offload",
         ),
         (bool(engine.zenflow), "ZenFlow updates shards asynchronously; remove zero_optimization.zenflow"),
-        (isinstance(engine.optimizer, MiCS_Optimizer), "MiCS partitions differently; remove mics_shard_size"),
         (
             bool(zero.zero_quantized_weights or zero.zero_quantized_nontrainable_weights),
             "quantised ZeRO weights are not published; remove zero_quantized_weights",

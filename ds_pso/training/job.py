@@ -1,0 +1,214 @@
+"""The main job, from arguments to summary. Reads top to bottom like a script of one's own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import transformers
+from deepspeed.accelerator import get_accelerator
+from torch.utils.data import DataLoader
+
+import ds_pso
+from ds_pso import metrics
+from ds_pso.errors import CheckpointError, ConfigError, SwarmError
+from ds_pso.swarm import Swarm
+from ds_pso.training.arguments import fill_auto, parse_arguments, read_deepspeed_config
+from ds_pso.training.model import HeldOut, build_model, causal_loss, load_tokenizer
+from ds_pso.training.progress import Progress
+from ds_pso.training.report import generate_sample, plot_losses, summary
+from ds_pso.training.text import Corpus, load_corpus
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the job; errors that ds_pso foresaw become one line and exit code 1."""
+    is_first = os.environ.get("RANK", "0") == "0"
+    try:
+        arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        config = read_deepspeed_config(arguments.deepspeed_config, world_size)
+        _share_cores(world_size)
+        _quieten()
+        with ds_pso.init(config, run_dir=arguments.output_dir) as swarm:
+            train(swarm, arguments)
+    except SwarmError as error:
+        if is_first or not error.agreed:
+            print(f"ds_pso: error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def train(swarm: Swarm, arguments: argparse.Namespace) -> None:
+    """Data, model, engine, loop, export."""
+    run_dir, device = arguments.output_dir, torch.device(get_accelerator().current_device_name())
+    _prepare_run_dir(swarm, arguments)
+    fill_auto(swarm.ds_config, arguments.steps)
+    _say(swarm, f"{swarm.describe()}; run folder {run_dir}")
+
+    corpus = load_corpus(
+        swarm, arguments.dataset, run_dir / "data", arguments.seq_length, load_tokenizer(arguments.model)
+    )
+    torch.manual_seed(arguments.seed)
+    model = build_model(arguments.model, corpus.tokenizer, arguments.seq_length, swarm.ds_config)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=swarm.ds_config)
+    batch_size = engine.train_micro_batch_size_per_gpu()
+    held_out = HeldOut(swarm, corpus.held_out, batch_size, device)
+    engine = swarm.attach(engine, probe=held_out.probe(engine))
+    sampler = swarm.sampler(corpus.train, batch_size=batch_size, seed=arguments.seed)
+    loader = DataLoader(corpus.train, batch_size=batch_size, sampler=sampler)
+    # Dropout differs between ranks; the weights were made alike by attach.
+    torch.manual_seed(arguments.seed + swarm.world.layout.rank)
+
+    first_step = swarm.load(run_dir / "checkpoints") if arguments.resume else 0
+    if first_step >= arguments.steps:
+        raise ConfigError(f"--steps {arguments.steps}: the checkpoint has {first_step} steps already; ask for more")
+    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+    _say(
+        swarm,
+        f"{num_parameters / 1e6:.2f} M parameters; {len(corpus.train) * arguments.seq_length / 1e6:.2f} M training "
+        f"tokens; {engine.train_batch_size() * swarm.num_particles * arguments.seq_length} tokens a step",
+    )
+    if first_step == 0:
+        swarm.log("held_out", losses=held_out.evaluate(engine))
+    _loop(swarm, engine, loader, held_out, arguments, first_step, device)
+    _finish(swarm, engine, corpus, held_out, arguments, num_parameters, device)
+
+
+def _loop(
+    swarm: Swarm,
+    engine: Any,
+    loader: DataLoader,
+    held_out: HeldOut,
+    arguments: argparse.Namespace,
+    first_step: int,
+    device: torch.device,
+) -> None:
+    with Progress(swarm, first_step, arguments.steps) as progress:
+        step, losses = first_step, []
+        while step < arguments.steps:
+            for batch in loader:  # one epoch, or what a checkpoint left of it
+                loss = causal_loss(engine, batch.to(device))
+                engine.backward(loss)
+                engine.step()
+                losses.append(loss.detach())
+                if engine.global_steps == step:
+                    continue  # gradients are still being accumulated
+                step = engine.global_steps
+                last = step == arguments.steps
+                if progress.wants_loss:
+                    progress.step(float(losses[-1]))
+                if last or step % arguments.eval_every == 0:
+                    mean = float(torch.stack(losses).mean())
+                    losses.clear()
+                    swarm.log("train", losses=swarm.gather(mean))
+                    evaluated = held_out.evaluate(engine)
+                    swarm.log("held_out", losses=evaluated)
+                    progress.evaluated(step, evaluated, mean)
+                if last or (arguments.save_every and step % arguments.save_every == 0):
+                    swarm.save(arguments.output_dir / "checkpoints")
+                if last:
+                    break
+
+
+def _finish(
+    swarm: Swarm,
+    engine: Any,
+    corpus: Corpus,
+    held_out: HeldOut,
+    arguments: argparse.Namespace,
+    num_parameters: int,
+    device: torch.device,
+) -> None:
+    run_dir: Path = arguments.output_dir
+    exported = swarm.export(run_dir / "model", tokenizer=corpus.tokenizer)
+    received = swarm.total_bytes()
+    if not swarm.is_leader:
+        return
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported).to(device).eval()
+    last_loss = held_out.evaluate_whole(model)
+    swarm.log("exported", losses=[last_loss])
+    plot_losses(run_dir / "metrics.jsonl", run_dir / "loss.png")
+    gradient = next(p.dtype.itemsize for p in engine.module.parameters() if p.requires_grad)
+    prompt = "def " if arguments.dataset == "python" else "The"
+    print(
+        summary(
+            run_dir=run_dir,
+            files={
+                "resolved config": run_dir / "config.json",
+                "losses, sync points, bytes": run_dir / "metrics.jsonl",
+                "the same as a picture": run_dir / "loss.png",
+                "to continue with --resume": run_dir / "checkpoints",
+                "from_pretrained opens it": exported,
+            },
+            first_loss=_first_held_out(run_dir / "metrics.jsonl"),
+            last_loss=last_loss,
+            swarm_bytes=received,
+            # An all-reduce among P receives 2 N (P - 1) / P on each of P sides, whatever happens inside a particle.
+            gradient_bytes=arguments.steps * 2 * (swarm.num_particles - 1) * num_parameters * gradient,
+            sync_line=f"{swarm.totals.count} sync points took {swarm.totals.seconds:.1f} s, "
+            f"{swarm.totals.waited_s:.1f} s of it waiting for the slowest particle",
+            sample=generate_sample(model, corpus.tokenizer, prompt),
+        ),
+        flush=True,
+    )
+
+
+def _first_held_out(path: Path) -> float:
+    records = metrics.read_metrics(path)
+    first = next(r for r in records if r["event"] == "held_out")
+    return sum(first["losses"]) / len(first["losses"])
+
+
+def _prepare_run_dir(swarm: Swarm, arguments: argparse.Namespace) -> None:
+    """Keep what an earlier run left, unless it is to be continued; write the resolved config."""
+    run_dir: Path = arguments.output_dir
+    record = {
+        "arguments": {key: value if isinstance(value, int) else str(value) for key, value in vars(arguments).items()},
+        "deepspeed": {**swarm.ds_config, "swarm": swarm.config.resolved()},
+    }
+    with swarm.world.agree("preparing the run folder"):
+        if not swarm.is_leader:
+            return
+        if arguments.resume and not (run_dir / "checkpoints").is_dir():
+            raise CheckpointError(f"{run_dir}: nothing to resume (no checkpoints folder); leave out --resume")
+        if not arguments.resume and (run_dir / "metrics.jsonl").exists():
+            _move_aside(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _move_aside(run_dir: Path) -> None:
+    """An older run keeps its results under the next free number; prepared data moves to the new run."""
+    number = 1
+    while (old := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
+        number += 1
+    os.replace(run_dir, old)
+    if (old / "data").exists():
+        run_dir.mkdir()
+        shutil.move(old / "data", run_dir / "data")
+
+
+def _share_cores(world_size: int) -> None:
+    """Without a GPU, ranks on one machine share its cores instead of each taking all."""
+    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size)))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+
+
+def _quieten() -> None:
+    """Keep the output to what a person needs; DeepSpeed calls a deprecated collective at every step."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _say(swarm: Swarm, message: str) -> None:
+    if swarm.is_leader:
+        print(message, flush=True)

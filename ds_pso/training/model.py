@@ -1,0 +1,134 @@
+"""Builds or loads the causal language model, and evaluates it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_pso.errors import ConfigError
+from ds_pso.swarm import Swarm
+from ds_pso.training.arguments import parse_llama
+from ds_pso.training.text import Blocks
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer that comes with a local or hub model; None for one built from scratch."""
+    if model.startswith("llama:"):
+        return None
+    from transformers import AutoTokenizer
+
+    return _from_pretrained(AutoTokenizer, model)
+
+
+def build_model(model: str, tokenizer: Any, seq_length: int, ds_config: dict[str, Any]) -> torch.nn.Module:
+    """A Llama of the size that ``model`` names, or the pretrained model it points to."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    if not model.startswith("llama:"):
+        with _partitioned_loading(ds_config):
+            return _from_pretrained(AutoModelForCausalLM, model)
+    layers, width = parse_llama(model)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=width * 8 // 3 // 32 * 32,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 32,
+        max_position_embeddings=max(2048, seq_length),
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def _from_pretrained(kind: Any, model: str) -> Any:
+    try:
+        return kind.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"--model {model}: cannot be loaded ({reason}); give llama:<layers>x<width>, a local folder or a hub id"
+        ) from error
+
+
+class _partitioned_loading:
+    """Under ZeRO 3, load each weight straight into its partitions instead of whole on every rank."""
+
+    def __init__(self, ds_config: dict[str, Any]) -> None:
+        self._config = ds_config
+        self._handle: Any = None
+
+    def __enter__(self) -> None:
+        if self._config.get("zero_optimization", {}).get("stage") == 3:
+            import deepspeed
+            from transformers.integrations import HfDeepSpeedConfig
+
+            deepspeed.init_distributed()
+            self._handle = HfDeepSpeedConfig(self._config)  # transformers looks for a living one
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        if self._handle is not None:
+            unset_hf_deepspeed_config()
+
+
+def causal_loss(engine: Any, batch: Tensor) -> Tensor:
+    """Mean next-token cross-entropy in nats; ``batch`` has shape (batch, seq_length)."""
+    return engine(input_ids=batch, labels=batch, use_cache=False).loss
+
+
+class HeldOut:
+    """Held-out loss of a particle, each rank scoring its share of the same blocks.
+
+    The first blocks make the probe batch (``"fitness": "probe"``), the others the evaluation, so
+    that choosing particles by the probe does not look at what is reported.
+    """
+
+    def __init__(self, swarm: Swarm, blocks: Blocks, batch_size: int, device: torch.device, num_batches: int = 4):
+        layout = swarm.world.layout
+        wanted = batch_size * num_batches * layout.particle_size
+        probe = range(min(batch_size * layout.particle_size, len(blocks) // 4))
+        evaluation = range(len(probe), min(len(probe) + wanted, len(blocks)))
+        self._swarm, self._blocks, self._batch_size, self._device = swarm, blocks, batch_size, device
+        self._everything = list(evaluation)
+        # Ranks go in step under ZeRO 3, so each must run as many batches; a short set is used whole by all.
+        self._evaluation = self._share(evaluation)
+        self._probe = self._share(probe)
+
+    def _share(self, indices: range) -> list[int]:
+        layout = self._swarm.world.layout
+        each = len(indices) // layout.particle_size
+        return list(indices[layout.shard_rank :: layout.particle_size][:each]) if each else list(indices)
+
+    @torch.no_grad()
+    def _loss(self, engine: Any, indices: list[int]) -> float:
+        engine.eval()
+        total = 0.0
+        for start in range(0, len(indices), self._batch_size):
+            batch = torch.stack([self._blocks[i] for i in indices[start : start + self._batch_size]])
+            total += float(causal_loss(engine, batch.to(self._device))) * len(batch)
+        engine.train()
+        return total / len(indices)
+
+    def probe(self, engine: Any) -> Callable[[], float]:
+        """For ``swarm.attach``: this rank's loss on the probe batch."""
+        return lambda: self._loss(engine, self._probe)
+
+    def evaluate(self, engine: Any) -> list[float]:
+        """Loss of every particle, shape (P,), on every rank."""
+        loss = torch.tensor(self._loss(engine, self._evaluation), dtype=torch.float64, device=self._device)
+        if self._swarm.world.layout.particle_size > 1:
+            dist.all_reduce(loss)
+        return self._swarm.gather(float(loss) / self._swarm.world.layout.particle_size)
+
+    def evaluate_whole(self, model: Any) -> float:
+        """Loss of an exported model, on one rank alone, on all the blocks of the evaluation."""
+        return self._loss(model, self._everything)

@@ -1,0 +1,75 @@
+"""What a person sees while the job runs: a bar on a terminal, one line per evaluation in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+from ds_pso.swarm import Swarm
+
+
+class Progress:
+    """Silent on all ranks but the leader."""
+
+    def __init__(self, swarm: Swarm, first_step: int, num_steps: int) -> None:
+        self._swarm, self._num_steps = swarm, num_steps
+        self._held_out: list[float] = []
+        self._bytes = 0
+        self._start, self._first_step = time.time(), first_step
+        self._bar: tqdm | None = None
+        if swarm.is_leader and sys.stdout.isatty():
+            self._bar = tqdm(total=num_steps, initial=first_step, file=sys.stdout, dynamic_ncols=True, unit="step")
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    @property
+    def wants_loss(self) -> bool:
+        """Whether ``step`` shows the loss: reading it makes the host wait for the device."""
+        return self._bar is not None
+
+    def step(self, loss: float) -> None:
+        """``loss``: of this particle in the step just taken."""
+        if self._bar is not None:
+            self._bar.update()
+            self._bar.set_postfix_str(self._status(loss), refresh=False)
+
+    def evaluated(self, step: int, held_out: list[float], loss: float) -> None:
+        """Called on all ranks: counting the bytes of the whole swarm takes all of them."""
+        self._held_out, self._bytes = held_out, self._swarm.total_bytes()
+        if self._swarm.is_leader and self._bar is None:
+            elapsed = time.time() - self._start
+            left = elapsed / max(1, step - self._first_step) * (self._num_steps - step)
+            print(f"step {step:>5}/{self._num_steps} | {self._status(loss)} | {left:.0f} s left", flush=True)
+
+    def _status(self, loss: float) -> str:
+        swarm, totals = self._swarm, self._swarm.totals
+        losses = swarm.last_losses if totals.count else (loss,)
+        parts = [f"loss {_join(losses)}"]
+        if self._held_out:
+            parts.append(f"held-out {_join(self._held_out)}")
+        if swarm.steps_to_sync is not None:
+            parts.append(f"next sync in {swarm.steps_to_sync}")
+            parts.append(f"sync {totals.seconds:.1f} s, {human_bytes(self._bytes)} moved")
+        return " | ".join(parts)
+
+
+def _join(losses: tuple[float, ...] | list[float]) -> str:
+    shown = [f"{loss:.3f}" for loss in losses[:8]]
+    return " ".join(shown) + (" ..." if len(losses) > 8 else "")
+
+
+def human_bytes(count: float) -> str:
+    """``12.3 MB``; powers of ten, as networks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
