@@ -39,10 +39,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="a text file, a folder of text files, a datasets id, or `python`: the source code of "
         "Python's standard library (default)",
     )
-    add("--steps", type=_positive, default=320, help="optimizer steps (default: %(default)s)")
+    add("--steps", type=_positive, default=400, help="optimizer steps (default: %(default)s)")
     add("--seq_length", type=_positive, default=128, help="tokens per sample (default: %(default)s)")
     add("--output_dir", type=Path, default=Path("runs/latest"), help="run folder (default: %(default)s)")
-    add("--eval_every", type=_positive, default=32, help="steps between held-out evaluations (default: %(default)s)")
+    add("--eval_every", type=_positive, default=40, help="steps between held-out evaluations (default: %(default)s)")
     add("--save_every", type=_positive, help="steps between checkpoints (default: only at the end)")
     add("--resume", action="store_true", help="continue from the latest checkpoint in --output_dir")
     add("--seed", type=int, default=0, help="of model, data order and dropout (default: %(default)s)")

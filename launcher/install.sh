@@ -1,0 +1,26 @@
+#!/bin/sh
+# Makes a virtual environment and installs ds_pso in it for development: launcher/install.sh [FOLDER]
+set -eu
+cd "$(dirname "$0")/.."
+venv=${1:-.venv}
+python=${PYTHON:-python3}
+
+torch=$(sed -n 's/^ *"\(torch>=[^"]*\)",$/\1/p' pyproject.toml)
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+pip="$venv/bin/python -m pip --disable-pip-version-check -q"
+
+if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
+    echo "Installing $torch"
+    if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then
+        $pip install "$torch"
+    else
+        # Without an NVIDIA driver the gigabytes of CUDA libraries in the default build are no use:
+        # uv knows where the CPU builds are; pip is for machines that cannot reach them.
+        $pip install uv
+        UV_HTTP_RETRIES=0 "$venv/bin/uv" pip install -q -p "$venv/bin/python" --torch-backend=cpu "$torch" 2>/dev/null ||
+            $pip install "$torch"
+    fi
+fi
+echo "Installing ds_pso and what it needs"
+$pip install -e ".[dev]"
+touch "$venv/.installed"
