@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -53,11 +52,12 @@ def train(swarm: Swarm, arguments: argparse.Namespace) -> None:
     fill_auto(swarm.ds_config, arguments.steps)
     _say(swarm, f"{swarm.describe()}; run folder {run_dir}")
 
-    corpus = load_corpus(
-        swarm, arguments.dataset, run_dir / "data", arguments.seq_length, load_tokenizer(arguments.model)
-    )
+    with swarm.world.agree("loading the tokenizer"):
+        tokenizer = load_tokenizer(arguments.model)
+    corpus = load_corpus(swarm, arguments.dataset, run_dir / "data", arguments.seq_length, tokenizer)
     torch.manual_seed(arguments.seed)
-    model = build_model(arguments.model, corpus.tokenizer, arguments.seq_length, swarm.ds_config)
+    with swarm.world.agree("building the model"):
+        model = build_model(arguments.model, corpus.tokenizer, arguments.seq_length, swarm.ds_config)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=swarm.ds_config)
     batch_size = engine.train_micro_batch_size_per_gpu()
     held_out = HeldOut(swarm, corpus.held_out, batch_size, device)
@@ -186,14 +186,11 @@ def _prepare_run_dir(swarm: Swarm, arguments: argparse.Namespace) -> None:
 
 
 def _move_aside(run_dir: Path) -> None:
-    """An older run keeps its results under the next free number; prepared data moves to the new run."""
+    """An older run keeps its results under the next free number."""
     number = 1
     while (old := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
         number += 1
     os.replace(run_dir, old)
-    if (old / "data").exists():
-        run_dir.mkdir()
-        shutil.move(old / "data", run_dir / "data")
 
 
 def _share_cores(world_size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -57,8 +58,8 @@ def load_corpus(swarm: Swarm, dataset: str, folder: Path, seq_length: int, token
     from transformers import AutoTokenizer
 
     with swarm.world.agree("preparing the data"):
-        if swarm.world.is_node_leader and not (folder / "held_out.npy").exists():
-            _prepare(dataset, folder, tokenizer)
+        if swarm.world.is_node_leader:
+            _prepare_once(dataset, folder, tokenizer)
     splits = []
     with swarm.world.agree("reading the data"):
         for name in ("train", "held_out"):
@@ -70,6 +71,23 @@ def load_corpus(swarm: Swarm, dataset: str, folder: Path, seq_length: int, token
                 )
             splits.append(blocks)
     return Corpus(tokenizer or AutoTokenizer.from_pretrained(folder / "tokenizer"), *splits)
+
+
+def _prepare_once(dataset: str, folder: Path, tokenizer: Any) -> None:
+    """Prepare, or find prepared from the same source when a run is resumed."""
+    source = {"dataset": dataset, "tokenizer": tokenizer.name_or_path if tokenizer else f"BPE {VOCABULARY}"}
+    done = folder / "source.json"
+    if not done.exists():
+        _prepare(dataset, folder, tokenizer)
+        done.write_text(json.dumps(source), encoding="utf-8")
+        return
+    before = json.loads(done.read_text(encoding="utf-8"))
+    for key, value in source.items():
+        if before[key] != value:
+            raise ConfigError(
+                f"{folder}: was prepared with {key} {before[key]!r}, and this run asks for {value!r}; "
+                "resume with what the run began with, or give another --output_dir"
+            )
 
 
 def _prepare(dataset: str, folder: Path, tokenizer: Any) -> None:
