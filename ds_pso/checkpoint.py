@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ds_pso.errors import CheckpointError
+from ds_pso.errors import CheckpointError, SwarmError
 from ds_pso.synchronizer import SyncTotals
 
 if TYPE_CHECKING:
@@ -58,9 +58,12 @@ def save(swarm: Swarm, folder: Path) -> Path:
         if world.is_node_leader:
             shutil.rmtree(temporary, ignore_errors=True)
             (temporary / "swarm").mkdir(parents=True, exist_ok=True)
+    with _as_checkpoint_error(temporary):
+        # Not inside agree: its barriers would leave the others waiting while this rank waits for them.
+        swarm.engine.save_checkpoint(
+            str(temporary / f"particle_{swarm.particle}"), tag=_DEEPSPEED_TAG, save_latest=False
+        )
     with world.agree("writing a checkpoint"), _as_checkpoint_error(temporary):
-        particle = temporary / f"particle_{swarm.particle}"
-        swarm.engine.save_checkpoint(str(particle), tag=_DEEPSPEED_TAG, save_latest=False)
         _save_rank(swarm, temporary)
     with world.agree("completing a checkpoint"), _as_checkpoint_error(final):
         if world.is_node_leader:
@@ -136,11 +139,13 @@ def load(swarm: Swarm, folder: Path, tag: str | None = None) -> int:
         _check_fits(record, swarm, source)
         _check_files(record, source)
         tensors = _read_tensors(source, swarm)
-    with swarm.world.agree("loading the checkpoint"), _weights_only():
+    with _weights_only():
         particle = source / f"particle_{swarm.particle}"
         path, _ = swarm.engine.load_checkpoint(str(particle), tag=_DEEPSPEED_TAG)
         if path is None:
-            raise CheckpointError(f"{particle}: DeepSpeed found nothing to load; the folder is incomplete")
+            raise CheckpointError(
+                f"{particle}: DeepSpeed found nothing to load; the folder is incomplete", agreed=False
+            )
     _restore(swarm, record, tensors)
     swarm.metrics.rewind(record["step"])
     return int(record["step"])
@@ -276,9 +281,9 @@ def _weights_only() -> Iterator[None]:
         with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
             yield
     except (OSError, RuntimeError, EOFError) as error:
-        if isinstance(error, CheckpointError):
+        if isinstance(error, SwarmError):
             raise
-        raise CheckpointError(f"DeepSpeed could not load its checkpoint: {error}") from error
+        raise CheckpointError(f"DeepSpeed could not load its checkpoint: {error}", agreed=False) from error
     finally:
         if before is None:
             del os.environ[name]
@@ -325,8 +330,12 @@ def _replace_folder(temporary: Path, final: Path) -> None:
 def _as_checkpoint_error(path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
+        if isinstance(error, SwarmError):
+            raise
         raise CheckpointError(
-            f"{error.filename or path}: cannot write the checkpoint ({error.strerror or error}); "
-            "free some space or choose another folder; the last complete checkpoint is untouched"
+            f"{getattr(error, 'filename', None) or path}: cannot write the checkpoint "
+            f"({getattr(error, 'strerror', None) or error}); free some space or choose another folder; "
+            "the last complete checkpoint is untouched",
+            agreed=False,
         ) from error
