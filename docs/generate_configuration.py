@@ -1,0 +1,78 @@
+"""Writes the tables of docs/configuration.md from the config models: ``python docs/generate_configuration.py``.
+
+With ``--check`` it changes nothing and exits with 1 when the page is out of date.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from ds_pso.config import ALLREDUCE, SwarmConfig
+from ds_pso.rules import RULES
+
+PAGE = Path(__file__).with_name("configuration.md")
+BEGIN, END = "<!-- begin generated -->\n", "<!-- end generated -->\n"
+_SIGNS = {Ge: ("ge", "at least"), Gt: ("gt", "above"), Le: ("le", "at most"), Lt: ("lt", "below")}
+# What the type of a field does not say, because a validator checks it.
+_BY_VALIDATOR = {
+    "particles": 'whole number, at least 1, or `"node"`',
+    "sync_mode": ", ".join(f'`"{name}"`' for name in (ALLREDUCE, *RULES)),
+}
+
+
+def tables() -> str:
+    """One table for the section itself, then one for each rule."""
+    parts = ["### `swarm`\n", _table(SwarmConfig)]
+    for name, rule in RULES.items():
+        parts.append(f"### `swarm.{name}`\n")
+        parts.append(_table(rule.Config) if rule.Config.model_fields else "No options.\n")
+    return "\n".join(parts)
+
+
+def _table(model: type[BaseModel]) -> str:
+    rows = ["| key | allowed | default | meaning |", "| --- | --- | --- | --- |"]
+    for key, field in model.model_fields.items():
+        rows.append(f"| `{key}` | {_allowed(key, field)} | `{json.dumps(field.default)}` | {field.description} |")
+    return "\n".join(rows) + "\n"
+
+
+def _allowed(key: str, field: FieldInfo) -> str:
+    if key in _BY_VALIDATOR:
+        return _BY_VALIDATOR[key]
+    if typing.get_origin(field.annotation) is typing.Literal:
+        return ", ".join(f"`{json.dumps(value)}`" for value in typing.get_args(field.annotation))
+    kinds: dict[Any, str] = {int: "whole number", float: "number", str: "string", bool: "`true` or `false`"}
+    bounds = [
+        f"{words} {getattr(item, attribute):g}"
+        for item in field.metadata
+        for kind, (attribute, words) in _SIGNS.items()
+        if isinstance(item, kind)
+    ]
+    return ", ".join([kinds[field.annotation], " and ".join(bounds)] if bounds else [kinds[field.annotation]])
+
+
+def updated(page: str) -> str:
+    """The page with fresh tables between the two markers."""
+    head, rest = page.split(BEGIN)
+    return head + BEGIN + "\n" + tables() + "\n" + END + rest.split(END)[1]
+
+
+def main(argv: list[str]) -> int:
+    page = PAGE.read_text(encoding="utf-8")
+    fresh = updated(page)
+    if "--check" in argv:
+        return int(page != fresh)
+    PAGE.write_text(fresh, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
