@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -56,15 +56,14 @@ class SyncPoint:
 
     def best_weights(self) -> tuple[float, ...]:
         """One for the living particle with the lowest loss, zero for the others, shape (P,)."""
-        # Without any loss all are equally bad, and the first of the living must win.
-        order = [(loss, not alive) for loss, alive in zip(self.losses(), self.alive, strict=True)]
-        best = order.index(min(order))
+        best = best_of(self.losses(), self.alive)
         return tuple(float(i == best) for i in range(self.num_particles))
 
 
-def best_of(losses: list[float]) -> int:
-    """Index of the lowest loss; the lower index wins a tie."""
-    return min(range(len(losses)), key=lambda i: (losses[i], i))
+def best_of(losses: Sequence[float], alive: Sequence[bool]) -> int:
+    """Index of the living particle with the lowest loss; the lower index wins a tie."""
+    # The dead come last even when nobody has a loss and all are equally bad.
+    return min(range(len(losses)), key=lambda i: (not alive[i], losses[i], i))
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class Pso(Rule):
             factors.append((improved, self.options.cognitive * r1, self.options.social * r2))
         return Plan(
             receive="one",
-            source=best_of(best_fitness if all_time else losses),
+            source=best_of(best_fitness if all_time else losses, sync.alive),
             send="best_position" if all_time else "x",
             alive=sync.alive,
             factors=tuple(factors),
