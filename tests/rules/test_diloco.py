@@ -1,0 +1,89 @@
+"""DiLoCo against its equations in NumPy, and against torch's SGD as the outer optimizer."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from .simulation import Simulation, diloco_rules, make_rule, meetings
+
+
+class NumpyDiLoCo:
+    """Algorithm 1 of arXiv 2311.08105, with OuterOpt = SGD with Nesterov momentum."""
+
+    def __init__(self, start: np.ndarray, eta: float, mu: float) -> None:
+        self.theta, self.buffer, self.eta, self.mu = start.copy(), np.zeros_like(start), eta, mu
+
+    def sync(self, particles: np.ndarray) -> np.ndarray:
+        gradient = np.mean([self.theta - x for x in particles], axis=0)
+        self.buffer = self.mu * self.buffer + gradient
+        self.theta = self.theta - self.eta * (gradient + self.mu * self.buffer)
+        return self.theta
+
+
+@settings(deadline=None)
+@given(
+    diloco_rules,
+    st.integers(1, 5).flatmap(lambda p: st.lists(meetings(p), min_size=1, max_size=6)),
+    st.integers(0, 20),
+    st.integers(0, 2**32 - 1),
+)
+def test_follows_the_paper(rule, rounds, numel, seed):
+    rng = np.random.default_rng(seed)
+    start, num_particles = rng.normal(size=numel), len(rounds[0][0])
+    oracle = NumpyDiLoCo(start, rule.options.outer_lr, rule.options.outer_momentum)
+    swarm = Simulation(rule, torch.from_numpy(start.copy()), num_particles)
+    for fitness, alive in rounds:
+        for x, living in zip(swarm.x, alive, strict=True):
+            x += torch.from_numpy(rng.normal(size=numel)) if living else float("nan")
+        expected = oracle.sync(swarm.array()[np.array(alive)])
+        swarm.sync(fitness, alive)
+        np.testing.assert_allclose(swarm.array(), np.tile(expected, (num_particles, 1)), rtol=1e-9, atol=1e-9)
+        for state in swarm.state:
+            np.testing.assert_allclose(state["anchor"].numpy(), expected, rtol=1e-9, atol=1e-9)
+            if rule.options.outer_momentum > 0:
+                np.testing.assert_allclose(state["momentum"].numpy(), oracle.buffer, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.6, 0.9])
+def test_equals_torch_sgd_on_the_pseudo_gradient(momentum):
+    rng = np.random.default_rng(1)
+    target = torch.from_numpy(rng.normal(size=8))
+    swarm = Simulation(make_rule("diloco", outer_lr=0.7, outer_momentum=momentum), torch.zeros_like(target), 3)
+    outer = torch.zeros_like(target).requires_grad_()
+    optimizer = torch.optim.SGD([outer], lr=0.7, momentum=momentum, nesterov=momentum > 0)
+    for _ in range(60):
+        for x in swarm.x:
+            for _ in range(4):  # f(x) = ||x - x*||^2, with noise
+                x -= 0.05 * (2 * (x - target) + 0.01 * torch.from_numpy(rng.normal(size=8)))
+        outer.grad = outer.detach() - sum(swarm.x) / 3
+        optimizer.step()
+        swarm.sync([0.0] * 3)
+        torch.testing.assert_close(swarm.x[1], outer.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(swarm.x[0], target, rtol=0, atol=0.01)
+
+
+def test_rate_one_and_no_momentum_is_local_sgd():
+    rng = np.random.default_rng(2)
+    start = torch.from_numpy(rng.normal(size=50).astype(np.float32))
+    swarms = [
+        Simulation(make_rule("diloco", outer_lr=1.0, outer_momentum=0.0), start, 3),
+        Simulation(make_rule("local_sgd"), start, 3),
+    ]
+    for _ in range(10):
+        moves = torch.from_numpy(rng.normal(size=(3, 50)).astype(np.float32))
+        for swarm in swarms:
+            for x, move in zip(swarm.x, moves, strict=True):
+                x += move
+            swarm.sync([0.0] * 3)
+        torch.testing.assert_close(swarms[0].x, swarms[1].x, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("momentum", "names"), [(0.0, {"anchor"}), (0.9, {"anchor", "momentum"})])
+def test_keeps_momentum_only_when_there_is_any(momentum, names):
+    x = torch.ones(3)
+    state = make_rule("diloco", outer_momentum=momentum).init_state(x)
+    assert state.keys() == names
+    x += 1
+    assert state["anchor"].tolist() == [1.0] * 3, "the anchor must not move with the weights"

@@ -1,0 +1,142 @@
+"""What every registered rule must keep, whatever its options."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from ds_pso.rules import RULES, SyncPoint
+
+from .simulation import Simulation, any_rule, make_rule, meetings
+
+
+def bits(tensor):
+    """Comparable to the last bit, NaN included."""
+    return tensor.view(torch.int32)
+
+
+@given(any_rule, st.integers(1, 5).flatmap(meetings), st.integers(0, 1000))
+def test_a_plan_can_be_carried_out(rule, meeting, index):
+    fitness, alive = meeting
+    plan = rule.plan(SyncPoint(index, tuple(fitness), tuple(alive)), {})
+    state = rule.init_state(torch.zeros(3))
+    assert plan.send == "x" or plan.send in state
+    if plan.receive == "mean":
+        assert sum(plan.weights) == pytest.approx(1.0)
+        assert all(w == 0 for w, living in zip(plan.weights, alive, strict=True) if not living)
+    else:
+        assert alive[plan.source], "a dead particle would send NaN to everybody"
+
+
+@given(any_rule, st.integers(1, 4).flatmap(meetings), st.integers(0, 1000))
+def test_a_plan_depends_on_its_arguments_alone(rule, meeting, index):
+    point = SyncPoint(index, tuple(meeting[0]), tuple(meeting[1]))
+    twin = type(rule)(rule.options, seed=rule.seed)
+    twin.plan(SyncPoint(index + 1, point.fitness, point.alive), {})  # other calls in between change nothing
+    assert rule.plan(point, {}) == twin.plan(point, {})
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    any_rule,
+    st.integers(2, 4).flatmap(meetings),
+    st.integers(0, 150),
+    st.lists(st.integers(0, 150), max_size=6),
+    st.integers(0, 2**32 - 1),
+)
+def test_updating_in_pieces_equals_updating_at_once(rule, meeting, numel, cuts, seed):
+    rng = np.random.default_rng(seed)
+
+    def noise():
+        return torch.from_numpy(rng.normal(size=numel).astype(np.float32))
+
+    fitness, alive = meeting
+    plan = rule.plan(SyncPoint(3, tuple(fitness), tuple(alive)), {})
+    edges = sorted({0, numel, *(cut for cut in cuts if cut < numel)})
+    for particle, living in enumerate(alive):
+        x, received = noise() if living else torch.full((numel,), math.nan), noise()
+        state = {name: noise() for name in rule.init_state(x)}
+        x_cut, state_cut = x.clone(), {name: value.clone() for name, value in state.items()}
+        rule.before_exchange(x, state, plan, particle)
+        rule.update(x, received.clone(), state, plan, particle)
+        for start, stop in itertools.pairwise(edges):
+            piece = {name: value[start:stop] for name, value in state_cut.items()}
+            rule.before_exchange(x_cut[start:stop], piece, plan, particle)
+            rule.update(x_cut[start:stop], received[start:stop], piece, plan, particle)
+        assert torch.equal(bits(x), bits(x_cut))
+        assert state.keys() == state_cut.keys()
+        assert all(torch.equal(bits(value), bits(state_cut[name])) for name, value in state.items())
+
+
+@settings(deadline=None, max_examples=60)
+@given(any_rule, st.integers(2, 5).flatmap(meetings), st.integers(0, 3))
+def test_a_dead_particle_comes_back_finite(rule, meeting, rounds_before):
+    fitness, alive = meeting
+    swarm = Simulation(rule, torch.linspace(-1, 1, 7), len(alive))
+    for _ in range(rounds_before):
+        for i, x in enumerate(swarm.x):
+            x += 0.1 * (i + 1)
+        swarm.sync([float(i) for i in range(len(alive))])
+    for x, state, living in zip(swarm.x, swarm.state, alive, strict=True):
+        if not living:
+            x.fill_(math.nan)
+            # DiLoCo's state is common to all particles: training cannot touch it.
+            for name in {"velocity", "best_position"} & state.keys():
+                state[name].fill_(math.nan)
+    swarm.sync(fitness, alive)
+    for x, state in zip(swarm.x, swarm.state, strict=True):
+        assert all(tensor.isfinite().all() for tensor in (x, *state.values()))
+
+
+@given(any_rule, st.integers(2, 5))
+def test_particles_that_agree_stay_where_they_are(rule, num_particles):
+    start = torch.linspace(-1, 1, 5)
+    swarm = Simulation(rule, start, num_particles)
+    for _ in range(3):
+        swarm.sync([1.0] * num_particles)
+    for x in swarm.x:
+        torch.testing.assert_close(x, start)
+
+
+@given(any_rule)
+def test_a_lone_particle_keeps_a_shape_a_dtype_and_a_place_in_memory(rule):
+    x = torch.ones(2, 3, 4)
+    swarm = Simulation(rule, x, 1)
+    (address,) = [x.data_ptr() for x in swarm.x]
+    swarm.sync([1.0])
+    assert swarm.x[0].data_ptr() == address
+    assert {(t.shape, t.dtype) for t in swarm.state[0].values()} <= {(x.shape, x.dtype)}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_options_are_strict_and_have_defaults(name):
+    config = RULES[name].Config
+    config()
+    with pytest.raises(ValidationError):
+        config(no_such_option=1)
+    for field in config.model_fields.values():
+        assert field.description, "docs/configuration.md is made from it"
+        assert not field.is_required()
+
+
+@given(st.integers(2, 4).flatmap(lambda p: st.lists(meetings(p), min_size=2, max_size=4)), any_rule)
+def test_what_lives_on_is_state_and_memory(rounds, rule):
+    """A rule object made anew between two sync points goes on as the old one would have."""
+    assume(len(rounds[0][0]) > 1)
+    swarms = [Simulation(rule, torch.ones(4), len(rounds[0][0])) for _ in range(2)]
+    for fitness, alive in rounds:
+        swarms[1].rule = type(rule)(rule.options, seed=rule.seed)
+        for swarm in swarms:
+            for i, x in enumerate(swarm.x):
+                x += i
+            swarm.sync(fitness, alive)
+    assert np.array_equal(swarms[0].array(), swarms[1].array())
+
+
+def test_make_rule_builds_what_the_registry_names():
+    assert all(type(make_rule(name)) is rule for name, rule in RULES.items())

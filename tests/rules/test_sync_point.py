@@ -1,0 +1,53 @@
+"""What particles conclude from each other's fitness."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ds_pso.rules import SyncPoint
+
+from .simulation import meetings
+
+NAN, INF = math.nan, math.inf
+points = st.integers(1, 8).flatmap(meetings).map(lambda m: SyncPoint(0, tuple(m[0]), tuple(m[1])))
+
+
+@given(points)
+def test_mean_weights_are_equal_among_the_living_and_sum_to_one(point):
+    weights = point.mean_weights()
+    assert sum(weights) == pytest.approx(1.0)
+    assert {w for w, alive in zip(weights, point.alive, strict=True) if not alive} <= {0.0}
+    assert len({w for w, alive in zip(weights, point.alive, strict=True) if alive}) == 1
+
+
+@given(points)
+def test_best_weights_choose_one_living_particle_with_the_lowest_loss(point):
+    weights = point.best_weights()
+    best = weights.index(1.0)
+    assert sorted(weights) == [0.0] * (point.num_particles - 1) + [1.0]
+    assert point.alive[best]
+    assert point.losses()[best] == min(point.losses())
+
+
+@pytest.mark.parametrize(
+    ("fitness", "alive", "best"),
+    [
+        ((2.0, 1.0, 3.0), (True, True, True), 1),
+        ((1.0, 1.0, 1.0), (True, True, True), 0),
+        ((2.0, 1.0, 1.0), (True, True, True), 1),
+        ((NAN, 5.0, INF), (True, True, True), 1),
+        ((-INF, 5.0, 6.0), (False, True, True), 1),  # a dead particle's boast does not count
+        ((NAN, NAN, NAN), (True, True, True), 0),
+        ((NAN, NAN, NAN), (False, True, True), 1),
+        ((NAN, INF, NAN), (False, False, True), 2),
+    ],
+)
+def test_best_weights_by_example(fitness, alive, best):
+    assert SyncPoint(0, fitness, alive).best_weights().index(1.0) == best
+
+
+def test_losses_make_nan_and_the_dead_the_worst():
+    point = SyncPoint(0, (1.0, NAN, INF, -3.0), (True, True, True, False))
+    assert point.losses() == [1.0, INF, INF, INF]
