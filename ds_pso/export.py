@@ -73,7 +73,7 @@ def _parameters(swarm: Swarm, shards: Shards, tensors: list[Tensor]) -> Iterator
     pieces: dict[str, list[Segment]] = {}
     for segment in shards.segments:
         pieces.setdefault(segment.name, []).append(segment)
-    trained = _trained_names(swarm, set(pieces))
+    trained = shards.trained_names()  # all ranks must reduce the same parameters
     for name, parameter in shards.module.named_parameters():
         if name not in trained:
             yield name, _frozen(parameter)
@@ -86,15 +86,6 @@ def _parameters(swarm: Swarm, shards: Shards, tensors: list[Tensor]) -> Iterator
         if swarm.world.layout.particle_size > 1:
             dist.reduce(full, 0)  # an element is zero on all ranks but its owner
         yield name, full.view(shape).to(parameter.dtype)
-
-
-def _trained_names(swarm: Swarm, mine: set[str]) -> set[str]:
-    """Names in the optimizer of any rank of the particle, so that all ranks reduce alike."""
-    if swarm.world.layout.particle_size == 1:
-        return mine
-    names: list[Any] = [None] * swarm.world.layout.particle_size
-    dist.all_gather_object(names, sorted(mine))
-    return set().union(*names)
 
 
 def _frozen(parameter: Tensor) -> Tensor:

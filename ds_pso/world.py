@@ -117,7 +117,9 @@ class World:
         self.backend = "none"
         self._particle_store: dist.TCPStore | None = None
         self._saved_env: dict[str, str | None] = {}
-        self._barriers: dict[str, int] = {}
+        self._turns: dict[str, int] = {}  # of each label of gather
+        self._hosts = [""] * layout.world_size  # by launcher's rank, once known
+        self._torch_was_up = dist.is_initialized()
         self._closed = False
 
     @classmethod
@@ -156,25 +158,31 @@ class World:
         layout = self.layout
         address, port = os.environ["MASTER_ADDR"], _read_int(os.environ, "MASTER_PORT")
         agent_hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        hosts_store = layout.rank == 0 and not agent_hosts_store
         try:
             store = dist.TCPStore(
                 address,
                 port,
-                is_master=layout.rank == 0 and not agent_hosts_store,
+                is_master=hosts_store,
                 timeout=timedelta(seconds=self.timeout_s),
                 wait_for_workers=False,
                 multi_tenant=True,
             )
         except (dist.DistError, RuntimeError) as error:
-            raise PeerError(
-                f"rank {layout.rank} could not reach rank 0 at {address}:{port} within {self.timeout_s:g} s; "
-                f"check that every node was started and that MASTER_ADDR and MASTER_PORT are right ({error})"
-            ) from error
+            what = (
+                f"rank 0 cannot listen on port {port}; another job may use it: choose another with --master_port"
+                if hosts_store
+                else f"rank {layout.rank} could not reach rank 0 at {address}:{port} within {self.timeout_s:g} s; "
+                "check that every node was started and that MASTER_ADDR and MASTER_PORT are right"
+            )
+            raise PeerError(f"{what} ({str(error).splitlines()[0]})") from error
         # A restarted torchrun job meets the keys of its last attempt in the agent's store.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = dist.PrefixStore(f"ds_pso/{attempt}", store)
         self.store.set(f"host/{layout.rank}", socket.gethostname())
         self.roll_call("start", range(layout.world_size))
+        hosts = self.store.multi_get([f"host/{rank}" for rank in range(layout.world_size)])
+        self._hosts = [host.decode() for host in hosts]
 
     def _build_peer_group(self) -> Any:
         """A process group of this rank's peers, unknown to torch's default world."""
@@ -220,10 +228,7 @@ class World:
         return self.layout.rank == 0
 
     def _on_this_node(self, ranks: Iterable[int]) -> list[int]:
-        if self.store is None:
-            return list(ranks)
-        here = self.store.get(f"host/{self.layout.rank}")
-        return [rank for rank in ranks if self.store.get(f"host/{rank}") == here]
+        return [rank for rank in ranks if self._hosts[rank] == self._hosts[self.layout.rank]]
 
     @property
     def mates_on_this_node(self) -> list[int]:
@@ -238,10 +243,7 @@ class World:
     def describe(self, rank: int) -> str:
         """``particle 1, rank 0 (rank 2 on host gpu-07)``"""
         layout = Layout(rank, self.layout.world_size, self.layout.num_particles)
-        host = ""
-        with contextlib.suppress(Exception):
-            if self.store is not None and self.store.check([f"host/{rank}"]):
-                host = f" on host {self.store.get(f'host/{rank}').decode()}"
+        host = f" on host {self._hosts[rank]}" if self._hosts[rank] else ""
         return f"particle {layout.particle}, rank {layout.shard_rank} (rank {rank}{host})"
 
     def roll_call(self, label: str, ranks: Iterable[int]) -> None:
@@ -292,22 +294,23 @@ class World:
         """One small JSON value of every rank, in the order of ranks, on every rank."""
         if self.store is None:
             return [json.loads(json.dumps(value))]
-        turn = self._barriers[label] = self._barriers.get(label, -1) + 1
+        turn = self._turns[label] = self._turns.get(label, -1) + 1
         key = f"gather/{label}/{turn}"
         ranks = list(range(self.layout.world_size))
-        self.store.set(f"{key}/{self.layout.rank}", json.dumps(value))
+        keys = [f"{key}/{rank}" for rank in ranks]
+        self.store.set(keys[self.layout.rank], json.dumps(value))
         if self.is_leader:
-            keys = [f"{key}/{rank}" for rank in ranks]
             self._wait(keys, ranks, label)
-            everything = json.dumps([json.loads(item) for item in self.store.multi_get(keys)])
-            self.store.set(f"{key}/all", everything)
+            everything = [json.loads(item) for item in self.store.multi_get(keys)]
+            self.store.set(f"{key}/all", json.dumps(everything))
             for item in [*keys, f"gather/{label}/{turn - 1}/all"]:  # who is here has read the last turn's
                 self.store.delete_key(item)
+            return everything
         try:
-            self.store.wait([f"{key}/all"], timedelta(seconds=self.timeout_s + 5))
+            self.store.wait([f"{key}/all"], timedelta(seconds=self.timeout_s))
         except (dist.DistError, RuntimeError) as error:
-            raise PeerError(self._who_is_missing([f"{key}/all"], [0], label)) from error
-        return json.loads(self.store.get(f"{key}/all"))
+            raise PeerError(self._who_is_missing(keys, ranks, label)) from error
+        return list(json.loads(self.store.get(f"{key}/all")))
 
     @contextlib.contextmanager
     def agree(self, label: str) -> Iterator[None]:
@@ -351,9 +354,9 @@ class World:
         if self._closed:
             return
         layout = self.layout
+        if dist.is_initialized() and not self._torch_was_up:
+            dist.destroy_process_group()
         if self.store is not None:
-            if dist.is_initialized():
-                dist.destroy_process_group()
             self._shut_peer_group()
             with contextlib.suppress(dist.DistError, RuntimeError):
                 patience = timedelta(seconds=min(_GOODBYE_S, self.timeout_s))

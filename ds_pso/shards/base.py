@@ -60,8 +60,16 @@ class Shards(ABC):
         """Segments in ascending order of (shard, shard_start)."""
 
     @abstractmethod
+    def _parameters(self) -> list[list[Tensor]]:
+        """All parameters that the optimizer trains, on whatever rank their elements lie."""
+
+    @abstractmethod
     def publish(self) -> None:
         """Make the working weights of every rank of the particle the cast of the masters."""
+
+    def trained_names(self) -> set[str]:
+        """Names of all parameters in the optimizer, equal on all ranks."""
+        return {self.name_of(parameter) for group in self._parameters() for parameter in group}
 
     def name_of(self, parameter: Tensor) -> str:
         try:

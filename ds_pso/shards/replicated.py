@@ -38,8 +38,8 @@ class ReplicatedShards(Shards):
                 flat.append(param.data.view(-1))
         return flat
 
-    def _contents(self) -> list[list[Tensor]]:
-        """The parameters that lie, one after another, in each master."""
+    def _parameters(self) -> list[list[Tensor]]:
+        """Those of each master, in the order in which they lie in it."""
         return [[param] for group in self.optimizer.param_groups for param in group["params"]]
 
     @property
@@ -48,7 +48,7 @@ class ReplicatedShards(Shards):
         return [masters[m].detach()[start:stop] for m, start, stop in self._owned[self._rank]]
 
     def _find_segments(self) -> list[Segment]:
-        segments, contents = [], self._contents()
+        segments, contents = [], self._parameters()
         for shard, (master, start, stop) in enumerate(self._owned[self._rank]):
             offset = 0
             for param in contents[master]:
@@ -75,11 +75,11 @@ class FlatMasterShards(ReplicatedShards):
     def _masters(self, engine: Any) -> list[Tensor]:
         return [t.data for t in engine.optimizer.fp32_groups_flat]
 
-    def _contents(self) -> list[list[Tensor]]:
+    def _parameters(self) -> list[list[Tensor]]:
         return [list(group) for group in self.optimizer.fp16_groups]
 
     def _cast(self, masters: list[Tensor]) -> None:
-        for master, params in zip(masters, self._contents(), strict=True):
+        for master, params in zip(masters, self._parameters(), strict=True):
             offset = 0
             for param in params:
                 param.data.copy_(master[offset : offset + param.numel()].view_as(param))
@@ -92,11 +92,11 @@ class SplitMasterShards(ReplicatedShards):
     def _masters(self, engine: Any) -> list[Tensor]:
         return [t.data.view(-1) for group in engine.optimizer.fp32_groups for t in group]
 
-    def _contents(self) -> list[list[Tensor]]:
+    def _parameters(self) -> list[list[Tensor]]:
         return [[param] for group in self.optimizer.fp16_groups for param in group]
 
     def _cast(self, masters: list[Tensor]) -> None:
-        for master, (param,) in zip(masters, self._contents(), strict=True):
+        for master, (param,) in zip(masters, self._parameters(), strict=True):
             param.data.copy_(master.view_as(param))
 
 

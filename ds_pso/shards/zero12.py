@@ -25,6 +25,9 @@ class Zero12Shards(Shards):
                 segments += intersect(self.name_of(param), offset, param.numel(), window, shard)
         return segments
 
+    def _parameters(self) -> list[list[Tensor]]:
+        return list(self.optimizer.round_robin_bit16_groups)
+
     def publish(self) -> None:
         self.optimizer.update_lp_params()
 
@@ -46,6 +49,9 @@ class BF16Shards(Shards):
                 segments += intersect(self.name_of(param), offset, param.numel(), window, shard)
                 offset += param.numel()
         return segments
+
+    def _parameters(self) -> list[list[Tensor]]:
+        return list(self.optimizer.bf16_groups)
 
     def publish(self) -> None:
         self.optimizer.update_lp_params()

@@ -32,6 +32,9 @@ class Zero3Shards(Shards):
                 offset += block
         return segments
 
+    def _parameters(self) -> list[list[Tensor]]:
+        return list(self.optimizer.fp16_groups)
+
     def publish(self) -> None:
         optimizer = self.optimizer
         optimizer.checkpoint_event_prologue()  # lets go of gathered (persistent) parameters

@@ -21,7 +21,13 @@ class Progress:
         self._start, self._first_step = time.time(), first_step
         self._bar: tqdm | None = None
         if swarm.is_leader and sys.stdout.isatty():
-            self._bar = tqdm(total=num_steps, initial=first_step, file=sys.stdout, dynamic_ncols=True, unit="step")
+            self._bar = tqdm(
+                total=num_steps,
+                initial=first_step,
+                file=sys.stdout,
+                dynamic_ncols=True,
+                bar_format="{n_fmt}/{total_fmt} |{bar:16}| {elapsed}<{remaining}{postfix}",
+            )
 
     def __enter__(self) -> Progress:
         return self
