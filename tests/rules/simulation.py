@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import torch
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -51,6 +51,10 @@ class Simulation:
 
 def make_rule(name: str, seed: int = 0, **options: object) -> Rule:
     return RULES[name](RULES[name].Config(**options), seed=seed)
+
+
+# How thoroughly to look, on machines that may be slow and busy.
+relaxed = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 
 
 # -- strategies -----------------------------------------------------------------------------

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from .simulation import Simulation, diloco_rules, make_rule, meetings
+from .simulation import Simulation, diloco_rules, make_rule, meetings, relaxed
 
 
 class NumpyDiLoCo:
@@ -22,7 +22,7 @@ class NumpyDiLoCo:
         return self.theta
 
 
-@settings(deadline=None)
+@relaxed
 @given(
     diloco_rules,
     st.integers(1, 5).flatmap(lambda p: st.lists(meetings(p), min_size=1, max_size=6)),

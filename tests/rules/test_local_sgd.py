@@ -2,13 +2,13 @@
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from .simulation import Simulation, make_rule, meetings
+from .simulation import Simulation, make_rule, meetings, relaxed
 
 
-@settings(deadline=None)
+@relaxed
 @given(
     st.integers(1, 5).flatmap(lambda p: st.lists(meetings(p), min_size=1, max_size=4)),
     st.integers(0, 20),

@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_pso.rules import SyncPoint
 
-from .simulation import Simulation, make_rule, meetings, pso_rules
+from .simulation import Simulation, make_rule, meetings, pso_rules, relaxed
 
 NAN, INF = math.nan, math.inf
 
@@ -50,7 +50,7 @@ class NumpyPso:
         return source
 
 
-@settings(deadline=None, max_examples=150)
+@relaxed
 @given(
     pso_rules,
     st.integers(1, 5).flatmap(lambda p: st.lists(meetings(p), min_size=1, max_size=6)),
