@@ -38,7 +38,9 @@ class SwarmConfig(StrictModel):
     peer_backend: Literal["auto", "gloo", "nccl"] = Field(
         default="auto", description="Collectives between particles: NCCL on GPUs and gloo on CPU unless named."
     )
-    timeout_s: float = Field(default=600.0, gt=0, description="Longest wait for another rank, in seconds.")
+    timeout_s: float = Field(
+        default=600.0, gt=0, le=10_000_000, description="Longest wait for another rank, in seconds."
+    )
     seed: int = Field(default=0, ge=0, description="Seed of the random factors of the rules.")
 
     _rule_options: dict[str, RuleConfig] = PrivateAttr(default_factory=dict)
