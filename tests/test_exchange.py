@@ -224,7 +224,9 @@ def test_weighted_mean_reduces_every_element_exactly_once(particles, group, shap
 def test_weighted_mean_of_real_numbers_is_right_to_rounding(particles, group, shapes, bucket_bytes, seed):
     num_particles, weights = group
     rng = np.random.default_rng(seed)
-    contents = [[torch.tensor(rng.normal(size=n)).to(dtype) for n, dtype in shapes] for _ in range(num_particles)]
+    contents = [
+        [torch.tensor(rng.normal(size=n).tolist()).to(dtype) for n, dtype in shapes] for _ in range(num_particles)
+    ]
 
     def job(exchange: Exchange) -> list[Tensor]:
         mine = [t.clone() for t in contents[exchange.particle]]

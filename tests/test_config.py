@@ -1,0 +1,282 @@
+"""The swarm section of the JSON config: what is accepted, and what is said of everything else."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ds_pso.config import ALLREDUCE, SwarmConfig, load_config
+from ds_pso.errors import ConfigError
+from ds_pso.rules import RULES
+
+ALL_KEYS = [*SwarmConfig.model_fields, *RULES]
+NOT_A_NUMBER = 'must be a whole number of at least 1, or "node" for one particle per node'
+
+
+def load(section: Any) -> SwarmConfig:
+    return load_config({"swarm": section})[1]
+
+
+def message_of(source: Any) -> str:
+    """The words of the ConfigError; they fill one line."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(source)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert caught.value.agreed, "every rank reads the same file"
+    return message
+
+
+# -- what is accepted -----------------------------------------------------------------------
+
+
+def test_defaults():
+    config = load({})
+    assert config.resolved() == {
+        "particles": "node",
+        "sync_mode": "local_sgd",
+        "sync_interval": 32,
+        "fitness": "train",
+        "bucket_mb": 64.0,
+        "peer_backend": "auto",
+        "timeout_s": 600.0,
+        "seed": 0,
+        "local_sgd": {},
+    }
+
+
+def test_deepspeeds_part_comes_back_untouched_and_so_does_the_input():
+    source = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 2}, "swarm": {"pso": {"social": 0.5}}}
+    before = copy.deepcopy(source)
+    ds_config, _ = load_config(source)
+    assert ds_config == {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 2}}
+    ds_config["zero_optimization"]["stage"] = 3
+    assert source == before
+
+
+@pytest.mark.parametrize("convert", [str, Path], ids=["str", "Path"])
+def test_a_file_reads_like_a_mapping(tmp_path, convert):
+    source = {"steps_per_print": 1, "swarm": {"particles": 4, "sync_mode": "pso", "pso": {"best": "all_time"}}}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(source), encoding="utf-8")
+    (from_file, swarm_from_file), (from_mapping, swarm) = load_config(convert(path)), load_config(source)
+    assert from_file == from_mapping
+    assert swarm_from_file.resolved() == swarm.resolved()
+
+
+@pytest.mark.parametrize("mode", [ALLREDUCE, *RULES])
+def test_sync_mode_alone_chooses_the_rule(mode):
+    config = load({"sync_mode": mode, "seed": 7, "pso": {"social": 0.25}, "diloco": {"outer_lr": 0.1}})
+    rule = config.build_rule()
+    if mode == ALLREDUCE:
+        assert rule is None
+        assert config.rule_options is None
+        return
+    assert type(rule) is RULES[mode]
+    assert rule.seed == 7
+    options = {"pso": {"social": 0.25}, "diloco": {"outer_lr": 0.1}}.get(mode, {})
+    assert rule.options == RULES[mode].Config(**options)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {},
+        {"sync_mode": ALLREDUCE},
+        {"particles": 8, "sync_mode": "diloco", "diloco": {"outer_lr": 1, "outer_momentum": 0}},
+        {"particles": "node", "sync_mode": "pso", "fitness": "probe", "pso": {"best": "all_time"}},
+        {"bucket_mb": 1, "timeout_s": 5, "seed": 3, "peer_backend": "gloo", "sync_interval": 1},
+    ],
+)
+def test_resolved_reads_back_as_the_same_config(section, tmp_path):
+    resolved = load(section).resolved()
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"swarm": resolved}), encoding="utf-8")
+    again = load_config(path)[1]
+    assert again.resolved() == resolved
+    assert again.rule_options == load(section).rule_options
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("particles", 1),
+        ("particles", "node"),
+        ("sync_interval", 1),
+        ("bucket_mb", 1e-6),
+        ("bucket_mb", 4096),
+        ("timeout_s", 0.1),
+        ("seed", 2**70),
+        ("pso", {"inertia": 0, "cognitive": 0, "social": 0}),
+        ("diloco", {"outer_lr": 1e-9, "outer_momentum": 0}),
+    ],
+)
+def test_the_edges_of_what_is_allowed(key, value):
+    load({key: value})
+
+
+# -- a bad value ----------------------------------------------------------------------------
+
+BAD_VALUES = [
+    *[("particles", value, NOT_A_NUMBER) for value in (0, -1, 2.0, True, "4", "nodes", None, [2], math.nan)],
+    *[("sync_mode", value, "must be one of allreduce, local_sgd, diloco, pso") for value in ("PSO", "ddp", "")],
+    *[("sync_mode", value, "must be a valid string") for value in (3, None, True, ["pso"])],
+    *[("sync_interval", value, "must be greater than or equal to 1") for value in (0, -32)],
+    *[("sync_interval", value, "must be a valid integer") for value in (32.0, "32", True, None, math.nan)],
+    *[("fitness", value, "must be 'train' or 'probe'") for value in ("loss", 1, None)],
+    *[("bucket_mb", value, "must be greater than 0") for value in (0, -1, 0.0)],
+    ("bucket_mb", 4097, "must be less than or equal to 4096"),
+    *[("bucket_mb", value, "must be a finite number") for value in (math.nan, math.inf, -math.inf)],
+    *[("bucket_mb", value, "must be a valid number") for value in ("64", True, None)],
+    *[("peer_backend", value, "must be 'auto', 'gloo' or 'nccl'") for value in ("mpi", None, 0)],
+    *[("timeout_s", value, "must be greater than 0") for value in (0, -600)],
+    *[("timeout_s", value, "must be a finite number") for value in (math.nan, math.inf)],
+    *[("timeout_s", value, "must be a valid number") for value in ("600", True, None)],
+    ("timeout_s", 1e300, "must be less than or equal to 10000000"),  # torch counts timeouts in int64 nanoseconds
+    ("seed", -1, "must be greater than or equal to 0"),
+    *[("seed", value, "must be a valid integer") for value in (0.0, "0", True, None)],
+]
+BAD_OPTIONS = [
+    ("diloco", "outer_lr", 0, "must be greater than 0"),
+    ("diloco", "outer_lr", "0.7", "must be a valid number"),
+    ("diloco", "outer_lr", math.nan, "must be a finite number"),
+    ("diloco", "outer_momentum", 1, "must be less than 1"),
+    ("diloco", "outer_momentum", -0.1, "must be greater than or equal to 0"),
+    ("diloco", "outer_momentum", True, "must be a valid number"),
+    ("pso", "inertia", 1.0, "must be less than 1"),
+    ("pso", "inertia", -0.5, "must be greater than or equal to 0"),
+    ("pso", "cognitive", -1, "must be greater than or equal to 0"),
+    ("pso", "social", math.inf, "must be a finite number"),
+    ("pso", "social", None, "must be a valid number"),
+    ("pso", "best", "global", "must be 'window' or 'all_time'"),
+    ("pso", "randomness", False, "must be 'none' or 'per_sync'"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "allowed"), BAD_VALUES)
+def test_a_bad_value_is_named_with_what_is_allowed(key, value, allowed):
+    message = message_of({"swarm": {key: value}})
+    assert message.startswith(f"config: swarm.{key} = {value!r}: {allowed}")
+
+
+@pytest.mark.parametrize(("rule", "key", "value", "allowed"), BAD_OPTIONS)
+def test_a_bad_option_of_a_rule_is_named_even_when_another_rule_is_active(rule, key, value, allowed):
+    message = message_of({"swarm": {"sync_mode": ALLREDUCE, rule: {key: value}}})
+    assert message.startswith(f"config: swarm.{rule}.{key} = {value!r}: {allowed}")
+
+
+def test_bad_values_of_every_field_are_tried():
+    assert {key for key, _, _ in BAD_VALUES} == set(SwarmConfig.model_fields)
+    assert {(rule, key) for rule, key, _, _ in BAD_OPTIONS} == {
+        (name, key) for name, rule in RULES.items() for key in rule.Config.model_fields
+    }
+
+
+def test_all_mistakes_of_a_section_are_told_at_once():
+    message = message_of({"swarm": {"particles": 0, "sync_interval": 0}})
+    assert "swarm.particles = 0" in message
+    assert "swarm.sync_interval = 0" in message
+
+
+# -- a bad key, or no object ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"partcles": 2}, 'swarm.partcles: unknown key; did you mean "particles"?'),
+        ({"SyncMode": "pso", "particles": 2}, "swarm.SyncMode: unknown key;"),
+        ({"dilco": {}}, 'swarm.dilco: unknown key; did you mean "diloco"?'),
+        ({"pso": {"inertai": 0.5}}, 'swarm.pso.inertai: unknown key; did you mean "inertia"?'),
+        ({"local_sgd": {"momentum": 0.9}}, "swarm.local_sgd.momentum: unknown key; known keys:"),
+        ({"xyzzy": 1}, f"swarm.xyzzy: unknown key; known keys: {', '.join(ALL_KEYS)}"),
+        ({"_rule_options": {}}, "swarm._rule_options: unknown key"),
+        ({"pso": 5}, "swarm.pso = 5: must be an object"),
+        ({"pso": None}, "swarm.pso = None: must be an object"),
+        ({"diloco": [1]}, "swarm.diloco = [1]: must be an object"),
+        (5, "swarm = 5: must be an object"),
+        ([], "swarm = []: must be an object"),
+        ("pso", "swarm = 'pso': must be an object"),
+    ],
+)
+def test_a_bad_key_or_shape_is_named(section, said):
+    assert said in message_of({"swarm": section})
+
+
+@pytest.mark.parametrize("source", [{}, {"swarm": None}, {"zero_optimization": {"stage": 3}}])
+def test_a_missing_section_comes_with_an_example(source):
+    assert message_of(source).startswith('config: no "swarm" section; add one, such as "swarm": {"particles": 2')
+
+
+# -- a bad file -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"swarm": {"particles": 2, "particles": 4}}', 'the key "particles" stands twice; remove one'),
+        ('{"swarm": {}, "swarm": {}}', 'the key "swarm" stands twice; remove one'),
+        ('{\n  "swarm": {"particles": }\n}', "line 2, column 26: Expecting value"),
+        ('{\n  "swarm" 1\n}', "line 2, column 11: Expecting ':' delimiter"),
+        ("", "line 1, column 1: Expecting value"),
+        ("[]", "the DeepSpeed config must be a JSON object"),
+        ('"swarm"', "the DeepSpeed config must be a JSON object"),
+        ('{"zero_optimization": {}}', 'no "swarm" section'),
+        ('{"swarm": {"bucket_mb": NaN}}', "swarm.bucket_mb = nan: must be a finite number"),
+        (b'{"swarm": "\xff\xfe"}', "not a UTF-8 text file; the DeepSpeed config must be JSON"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_bad_file_is_named_with_the_place(tmp_path, content, said):
+    path = tmp_path / "config.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    message = message_of(path)
+    assert message.startswith(f"{path}: ")
+    assert said in message
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("missing.json", "cannot read the DeepSpeed config (No such file or directory); check the path"),
+        (".", "cannot read the DeepSpeed config (Is a directory); check the path"),
+    ],
+)
+def test_a_path_that_is_no_file(tmp_path, name, said):
+    assert said in message_of(tmp_path / name)
+
+
+# -- anything at all ------------------------------------------------------------------------
+
+scalars = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.sampled_from(ALL_KEYS)
+)
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+option_keys = sorted({key for rule in RULES.values() for key in rule.Config.model_fields})
+options = st.dictionaries(st.sampled_from(option_keys), st.floats(0, 1) | values, max_size=2)
+sections = st.dictionaries(
+    st.sampled_from(ALL_KEYS) | st.text(max_size=5), values | options | st.integers(1, 9), max_size=3
+)
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@given(sections | values)
+def test_any_json_is_accepted_or_refused_in_one_line(section):
+    try:
+        config = load(section)
+    except ConfigError:
+        assert "swarm" in message_of({"swarm": section})
+    else:
+        assert load(config.resolved()).resolved() == config.resolved()
+        config.build_rule()
