@@ -79,7 +79,7 @@ def read_layout(particles: int | Literal["node"], env: Mapping[str, str]) -> Lay
     if particles == "node":
         # torchrun and accelerate set the first name, the deepspeed launcher the second.
         local = _read_int(env, "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in env else "LOCAL_SIZE", world_size)
-        if world_size % local:
+        if local < 1 or world_size % local:
             raise ConfigError(
                 f'swarm.particles = "node": {world_size} ranks do not split into nodes of {local}; '
                 "start the same number of ranks on every node, or give the number of particles"
