@@ -1,0 +1,211 @@
+"""The arithmetic of the launcher's world: who is in which particle, and what the environment must say."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ds_pso.errors import ConfigError, SwarmError
+from ds_pso.world import Layout, World, read_layout
+
+relaxed = settings(deadline=None)
+
+
+def environment(rank: int, world_size: int, **more: str | None) -> dict[str, str]:
+    """What a launcher sets; a value of None takes the name out."""
+    env = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "localhost", "MASTER_PORT": "29500", **more}
+    return {name: value for name, value in env.items() if value is not None}
+
+
+# -- layout ---------------------------------------------------------------------------------
+
+layouts = st.tuples(st.integers(1, 6), st.integers(1, 6)).flatmap(
+    lambda shape: st.builds(
+        Layout,
+        rank=st.integers(0, shape[0] * shape[1] - 1),
+        world_size=st.just(shape[0] * shape[1]),
+        num_particles=st.just(shape[0]),
+    )
+)
+
+
+def everybody(layout: Layout) -> list[Layout]:
+    return [Layout(rank, layout.world_size, layout.num_particles) for rank in range(layout.world_size)]
+
+
+@relaxed
+@given(layouts)
+def test_rank_is_particle_and_shard_rank(layout):
+    assert layout.rank == layout.particle * layout.particle_size + layout.shard_rank
+    assert 0 <= layout.particle < layout.num_particles
+    assert 0 <= layout.shard_rank < layout.particle_size
+    assert layout.num_particles * layout.particle_size == layout.world_size
+
+
+@relaxed
+@given(layouts)
+def test_peers_and_mates_each_partition_the_ranks(layout):
+    for groups in ({tuple(x.peers) for x in everybody(layout)}, {tuple(x.mates) for x in everybody(layout)}):
+        assert sorted(rank for group in groups for rank in group) == list(range(layout.world_size))
+
+
+@relaxed
+@given(layouts)
+def test_peers_hold_the_same_shard_in_the_order_of_particles(layout):
+    peers = [everybody(layout)[rank] for rank in layout.peers]
+    assert [peer.particle for peer in peers] == list(range(layout.num_particles))
+    assert {peer.shard_rank for peer in peers} == {layout.shard_rank}
+    assert layout.peers[layout.particle] == layout.rank
+
+
+@relaxed
+@given(layouts)
+def test_mates_share_a_particle_in_the_order_of_shards(layout):
+    mates = [everybody(layout)[rank] for rank in layout.mates]
+    assert [mate.shard_rank for mate in mates] == list(range(layout.particle_size))
+    assert {mate.particle for mate in mates} == {layout.particle}
+    assert layout.mates[layout.shard_rank] == layout.rank
+    assert set(layout.peers) & set(layout.mates) == {layout.rank}
+
+
+# -- from the environment -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("particles", "env", "layout"),
+    [
+        (1, {}, Layout(0, 1, 1)),  # plain python
+        ("node", {}, Layout(0, 1, 1)),
+        (2, environment(3, 4), Layout(3, 4, 2)),
+        (4, environment(3, 4), Layout(3, 4, 4)),
+        ("node", environment(5, 8, LOCAL_WORLD_SIZE="4"), Layout(5, 8, 2)),  # torchrun, accelerate
+        ("node", environment(5, 8, LOCAL_SIZE="4"), Layout(5, 8, 2)),  # deepspeed
+        ("node", environment(5, 8, LOCAL_WORLD_SIZE="2", LOCAL_SIZE="8"), Layout(5, 8, 4)),
+        ("node", environment(5, 8, LOCAL_WORLD_SIZE="8"), Layout(5, 8, 1)),
+        ("node", environment(0, 8), Layout(0, 8, 1)),  # nothing says where a node ends: one particle
+        (2, environment(5, 8, LOCAL_WORLD_SIZE="8"), Layout(5, 8, 2)),  # particles need not be nodes
+    ],
+)
+def test_layout_from_the_environment(particles, env, layout):
+    assert read_layout(particles, env) == layout
+
+
+@pytest.mark.parametrize(
+    ("particles", "env", "said"),
+    [
+        (
+            3,
+            environment(0, 4),
+            "swarm.particles = 3: does not divide the 4 ranks that were started; use one of 1, 2, 4",
+        ),
+        (8, environment(0, 12), "use one of 1, 2, 3, 4, 6, 12, or start another number of ranks"),
+        (2, {}, "swarm.particles = 2: does not divide the 1 ranks"),
+        ("node", environment(0, 6, LOCAL_WORLD_SIZE="4"), 'swarm.particles = "node": 6 ranks do not split into nodes'),
+        ("node", environment(0, 4, LOCAL_WORLD_SIZE="8"), "4 ranks do not split into nodes of 8"),
+        ("node", environment(0, 4, LOCAL_WORLD_SIZE="0"), "4 ranks do not split into nodes of 0"),
+        ("node", environment(0, 4, LOCAL_WORLD_SIZE="-2"), "4 ranks do not split into nodes of -2"),
+        ("node", environment(0, 4, LOCAL_SIZE="two"), "LOCAL_SIZE = 'two': must be a whole number"),
+        (2, environment(0, 4, RANK=None), "RANK is not set; start with deepspeed, torchrun or accelerate launch"),
+        (2, environment(0, 4, WORLD_SIZE=None), "WORLD_SIZE is not set; start with"),
+        (2, environment(0, 4, MASTER_ADDR=None), "MASTER_ADDR is not set; start with"),
+        (2, environment(0, 4, MASTER_PORT=None), "MASTER_PORT is not set; start with"),
+        (2, environment(0, 4, RANK="zero"), "RANK = 'zero': must be a whole number; the launcher sets it"),
+        (2, environment(0, 4, WORLD_SIZE=""), "WORLD_SIZE = '': must be a whole number"),
+        (2, environment(0, 4, WORLD_SIZE="4.0"), "WORLD_SIZE = '4.0': must be a whole number"),
+        (2, environment(4, 4), "RANK = 4: must lie between 0 and WORLD_SIZE - 1 = 3"),
+        (2, environment(-1, 4), "RANK = -1: must lie between 0 and WORLD_SIZE - 1 = 3"),
+        (2, environment(0, 0), "RANK = 0: must lie between 0 and WORLD_SIZE - 1 = -1"),
+    ],
+)
+def test_a_bad_environment_is_a_config_error(particles, env, said):
+    with pytest.raises(ConfigError) as caught:
+        read_layout(particles, env)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@relaxed
+@given(st.integers(1, 64), st.integers(1, 64))
+def test_a_layout_or_the_divisors(particles, world_size):
+    env = environment(world_size - 1, world_size)
+    if world_size % particles == 0:
+        layout = read_layout(particles, env)
+        assert (layout.num_particles, layout.particle) == (particles, particles - 1)
+        return
+    with pytest.raises(ConfigError) as caught:
+        read_layout(particles, env)
+    divisors = ", ".join(str(d) for d in range(1, world_size + 1) if world_size % d == 0)
+    assert f"use one of {divisors}, or" in str(caught.value)
+
+
+words = st.text(st.characters(exclude_categories=["Cs"]), max_size=4) | st.integers(-3, 9).map(str)
+
+
+@relaxed
+@given(
+    st.integers(1, 5) | st.just("node"),
+    st.dictionaries(
+        st.sampled_from(["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"]), words
+    ),
+)
+def test_any_environment_gives_a_layout_or_a_config_error(particles, env):
+    try:
+        layout = read_layout(particles, env)
+    except ConfigError:
+        return
+    assert 0 <= layout.rank < layout.world_size
+    assert layout.num_particles * layout.particle_size == layout.world_size
+
+
+# -- a world without peers ------------------------------------------------------------------
+
+
+@pytest.fixture
+def lonely(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return World.carve(1)
+
+
+def test_a_world_of_one_rank_needs_no_store_and_talks_to_itself(lonely):
+    assert lonely.store is None
+    assert lonely.peer_group is None
+    assert lonely.is_leader
+    assert lonely.is_node_leader
+    assert lonely.mates_on_this_node == [0]
+    assert lonely.gather("anything", {"a": [1, None]}) == [{"a": [1, None]}]
+    assert lonely.particle_gather([1.0, 2.0]) == [[1.0, 2.0]]
+    lonely.roll_call("anywhere", [0])
+    lonely.barrier("anywhere")
+    lonely.forget("anywhere")
+    lonely.close()
+    lonely.close()
+
+
+def test_carving_after_torch_is_up_is_refused(monkeypatch):
+    for name, value in environment(0, 2).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    with pytest.raises(ConfigError, match="already initialised"):
+        World.carve(2)
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (ConfigError("bad key"), "bad key"),
+        (PermissionError(13, "Permission denied", "/x/y"), "/x/y: Permission denied"),
+        (OSError("strange"), "strange"),
+    ],
+)
+def test_agree_tells_foreseen_errors_in_one_line(lonely, raised, said):
+    with pytest.raises(SwarmError, match=said) as caught, lonely.agree("reading"):
+        raise raised
+    assert caught.value.agreed
+    assert isinstance(caught.value, ConfigError) == isinstance(raised, ConfigError)
+
+
+def test_agree_lets_bugs_through(lonely):
+    with pytest.raises(ZeroDivisionError), lonely.agree("reading"):
+        raise ZeroDivisionError
