@@ -12,7 +12,7 @@ from ds_pso.errors import ConfigError
 class WarmupHoldDecayLR(lr_schedules.WarmupDecayLR):
     """``{"scheduler": {"type": "WarmupHoldDecayLR", "params": {...}}}``
 
-    With t the number of steps taken, W = warmup_num_steps, T = total_num_steps and
+    With t the last step's number, counted from 0, W = warmup_num_steps, T = total_num_steps and
     D = decay_ratio * T, the rate lies at warmup_min_lr + gamma (warmup_max_lr - warmup_min_lr)::
 
         gamma = t / W          while t < W      (warmup_type "linear")
