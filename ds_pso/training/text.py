@@ -35,6 +35,8 @@ class Blocks(Dataset[Tensor]):
         return len(self._tokens) // self._seq_length
 
     def __getitem__(self, index: int) -> Tensor:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         block = self._tokens[index * self._seq_length : (index + 1) * self._seq_length]
         return torch.from_numpy(block.astype(np.int64))
 
