@@ -178,9 +178,12 @@ def _serve(end: Connection, folder: Path, rank: int, environment: dict[str, str]
     stack = (folder / f"stack_{rank}").open("w")  # stays open as long as the process
     faulthandler.register(signal.SIGUSR1, file=stack)
     os.environ.update(environment)
+    import deepspeed
     import torch
 
     torch.set_num_threads(1)
+    # Its build takes a file lock that a killed rank never gives back; gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if name := os.environ.get("DS_PSO_SABOTAGE"):  # see sabotage.py
         import sabotage
 

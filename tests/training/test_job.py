@@ -1,0 +1,159 @@
+"""The main job on real ranks: every example config, resuming, and what it says when it cannot run."""
+
+import contextlib
+import io
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ds_pso.metrics import read_metrics
+
+REPO = Path(__file__).parents[2]
+EXAMPLES = sorted(path.name for path in (REPO / "ds_config_examples").glob("*.json"))
+
+
+def run_main(argv):
+    """Exit code, standard output and standard error of one rank."""
+    from ds_pso.training.job import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(argv)
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    rng = random.Random(0)
+    words = ["swarm", "particle", "shard", "velocity", "inertia", "fitness", "loss", "peer"]
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text("\n".join(" ".join(rng.choices(words, k=8)) for _ in range(1500)))
+    return path
+
+
+@pytest.fixture
+def tiny(text_file, tmp_path):
+    """Arguments of a job that takes seconds."""
+
+    def arguments(config=None, steps=34, output_dir="run", **others):
+        given = {
+            "deepspeed_config": config,
+            "model": "llama:1x32",
+            "dataset": text_file,
+            "steps": steps,
+            "seq_length": 16,
+            "eval_every": 17,
+            "output_dir": tmp_path / output_dir,
+            **others,
+        }
+        return [str(item) for key, value in given.items() if value is not None for item in (f"--{key}", value)]
+
+    return arguments
+
+
+def check_run(folder, num_particles):
+    """A finished run: all files there, the exported model opens, the loss went down."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for name in ("config.json", "metrics.jsonl", "loss.png", "checkpoints/latest", "model/model.safetensors"):
+        assert (folder / name).exists(), name
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokens = AutoTokenizer.from_pretrained(folder / "model")("swarm particle", return_tensors="pt").input_ids
+    assert torch.isfinite(model(tokens).logits).all()
+    records = read_metrics(folder / "metrics.jsonl")
+    held_out = [record["losses"] for record in records if record["event"] == "held_out"]
+    assert len(held_out[0]) == num_particles
+    assert max(held_out[-1]) < min(held_out[0]) - 0.3
+    return records
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_example_config_trains(pool, tiny, tmp_path, name):
+    config = json.loads((REPO / "ds_config_examples" / name).read_text())
+    results = pool.run(run_main, tiny(REPO / "ds_config_examples" / name), env={"LOCAL_WORLD_SIZE": "2"}, timeout=120)
+    assert [code for code, _, _ in results] == [0, 0, 0, 0], results
+    num_particles = 1 if config["swarm"]["sync_mode"] == "allreduce" else 2
+    records = check_run(tmp_path / "run", num_particles)
+    syncs = [record for record in records if record["event"] == "sync"]
+    assert len(syncs) == (0 if num_particles == 1 else 34 // config["swarm"]["sync_interval"])
+    assert all(all(sync["alive"]) for sync in syncs)
+    output = results[0][1]
+    assert "Held-out loss" in output
+    assert ("Exchanged between particles" in output) == (num_particles == 2)
+    assert all(out == "" for _, out, _ in results[1:]), "only the leader prints"
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_with_nothing_but_defaults_any_number_of_ranks_trains(pool, tiny, tmp_path, world_size):
+    results = pool.run(run_main, tiny(), world_size=world_size, timeout=120)
+    assert [code for code, _, _ in results] == [0] * world_size, results
+    check_run(tmp_path / "run", {1: 1, 2: 2, 3: 3}[world_size])
+
+
+def test_resumed_run_ends_where_the_uninterrupted_one_does(pool, tiny, tmp_path):
+    config = json.loads((REPO / "ds_config_examples/zero2_pso_all_time.json").read_text())
+    config["scheduler"]["params"]["total_num_steps"] = 30
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    pool.run(run_main, tiny(path, 30, "whole"), timeout=120)
+    pool.run(run_main, tiny(path, 19, "parts"), timeout=120)  # stops between two sync points
+    pool.run(run_main, [*tiny(path, 30, "parts"), "--resume"], timeout=120)
+    whole, parts = (load_file(tmp_path / name / "model/model.safetensors") for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, parts[name]), name
+
+    def syncs(name):
+        records = read_metrics(tmp_path / name / "metrics.jsonl")
+        return [(record["step"], record["losses"]) for record in records if record["event"] == "sync"]
+
+    assert syncs("whole") == syncs("parts")
+
+
+def test_a_second_run_moves_the_first_aside(pool, tiny, tmp_path):
+    for _ in range(2):
+        results = pool.run(run_main, tiny(steps=2), world_size=2, timeout=120)
+        assert results[0][0] == 0
+    assert (tmp_path / "run.1" / "metrics.jsonl").exists()
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_own_model_under_zero_3(pool, tiny, tmp_path):
+    pool.run(run_main, tiny(steps=2, output_dir="first"), world_size=2, timeout=120)
+    config = REPO / "ds_config_examples/zero3_local_sgd.json"
+    arguments = tiny(config, 34, "second", model=tmp_path / "first" / "model")
+    results = pool.run(run_main, arguments, timeout=120)
+    assert [code for code, _, _ in results] == [0, 0, 0, 0], results
+    check_run(tmp_path / "second", 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"deepspeed_config": "nowhere.json"}, "nowhere.json"),
+        ({"steps": 0}, "--steps"),
+        ({"model": "llama:1x33"}, "llama:1x33"),
+        ({"model": "/nowhere/model"}, "/nowhere/model"),
+        ({"dataset": "/nowhere/text"}, "/nowhere/text"),
+        ({"seq_length": 10**6}, "--seq_length 1000000"),
+    ],
+)
+def test_bad_input_is_one_line_from_the_leader(pool, tiny, changes, named):
+    arguments = tiny(**({"config": changes["deepspeed_config"]} if "deepspeed_config" in changes else changes))
+    results = pool.run(run_main, arguments, world_size=2, env={"HF_HUB_OFFLINE": "1"}, timeout=120)
+    assert [code for code, _, _ in results] == [1, 1]
+    errors = [line for line in results[0][2].splitlines() if line.startswith("ds_pso: error:")]
+    assert len(errors) == 1
+    assert named in errors[0]
+    assert "ds_pso: error" not in results[1][2]
+
+
+def test_nothing_to_resume(pool, tiny, tmp_path):
+    results = pool.run(run_main, [*tiny(), "--resume"], world_size=2, timeout=60)
+    assert [code for code, _, _ in results] == [1, 1]
+    assert "nothing to resume" in results[0][2]
+    assert not (tmp_path / "run").exists()
