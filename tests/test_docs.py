@@ -1,0 +1,329 @@
+"""The documentation against the code: snippets, commands, links, tables and error messages."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import ds_pso
+from ds_pso.config import ALLREDUCE, SwarmConfig, load_config
+from ds_pso.rules import RULES
+from ds_pso.training.arguments import parse_arguments
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "ds_config_examples" / "README.md"])
+EXAMPLES = sorted(ROOT.glob("ds_config_examples/*.json"))
+TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
+MODES = [ALLREDUCE, *RULES]
+
+
+def short(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def page(name: str) -> str:
+    return TEXT[ROOT / name]
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def prose(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def snippets(language: str) -> list:
+    return [
+        pytest.param(snippet, id=f"{short(path)}-{index}")
+        for path in PAGES
+        for index, snippet in enumerate(blocks(TEXT[path], language))
+    ]
+
+
+def run(command: list[str], folder: Path, seconds: float, **environment: str) -> str:
+    """Output of a command that must succeed."""
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        timeout=seconds,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}"
+    return done.stdout
+
+
+# -- snippets -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("snippet", snippets("json"))
+def test_json_snippets_are_valid_configs(snippet):
+    config = json.loads(snippet)
+    if "swarm" in config:
+        load_config(config)
+
+
+@pytest.mark.parametrize("snippet", snippets("python"))
+def test_python_snippets_compile(snippet):
+    compile(snippet, "snippet", "exec")
+
+
+def test_the_complete_script_of_the_api_page_runs(tmp_path):
+    script = next(s for s in blocks(page("docs/api.md"), "python") if "__main__" in s)
+    (tmp_path / "script.py").write_text(script, encoding="utf-8")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "4", "--master_port", str(port)]
+    output = run([*launcher, "script.py", "24"], tmp_path, 200, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    assert "2 particles x 2 ranks, local_sgd every 4 steps; losses at the last sync point" in output
+    assert (tmp_path / "runs/example/checkpoints/latest").read_text().strip() == "step_00000024"
+    assert (tmp_path / "runs/example/model/model.safetensors").exists()
+    records = [json.loads(line) for line in (tmp_path / "runs/example/metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [4, 8, 12, 16, 20, 24]
+    assert max(records[-1]["losses"]) < 0.2 * min(records[0]["losses"])
+
+
+def test_the_worked_example_of_contributing_works(tmp_path):
+    """Carries out the steps of "Adding a rule" on a copy."""
+    text = page("CONTRIBUTING.md")
+    rule, oracle = blocks(text, "python")
+    import_line, anchor, new_line = blocks(text, "diff")[0].splitlines()
+    ignore = shutil.ignore_patterns("__pycache__")
+    for folder in ("ds_pso", "tests/rules", "docs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "ds_pso/rules/pull.py").write_text(rule, encoding="utf-8")
+    (tmp_path / "tests/rules/test_pull.py").write_text(oracle, encoding="utf-8")
+    registry = tmp_path / "ds_pso/rules/__init__.py"
+    source = registry.read_text(encoding="utf-8")
+    assert f"{anchor[1:]}\n" in source
+    source = source.replace("\nRULES", f"{import_line[1:]}\n\nRULES", 1)
+    registry.write_text(source.replace(anchor[1:], f"{anchor[1:]}\n{new_line[1:]}"), encoding="utf-8")
+
+    here = {"PYTHONPATH": str(tmp_path)}
+    output = run([sys.executable, "-m", "pytest", "-q", "tests/rules/test_pull.py"], tmp_path, 120, **here)
+    assert "2 passed" in output
+    run([sys.executable, "docs/generate_configuration.py"], tmp_path, 120, **here)
+    assert "### `swarm.pull`" in (tmp_path / "docs/configuration.md").read_text(encoding="utf-8")
+    run([sys.executable, "-m", "ruff", "check", "ds_pso/rules/pull.py"], tmp_path, 60)
+    run([sys.executable, "-m", "ruff", "format", "--check", "ds_pso/rules/pull.py"], tmp_path, 60)
+
+
+# -- commands -------------------------------------------------------------------------------
+
+
+def commands() -> list:
+    found = []
+    for path in PAGES:
+        for block in blocks(TEXT[path], "sh"):
+            found += [pytest.param(line, id=f"{short(path)}-{line[:40]}") for line in block.splitlines() if line]
+    return found
+
+
+@pytest.mark.parametrize("line", commands())
+def test_commands_are_understood(line):
+    words = shlex.split(line, comments=True)
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), "no such target"
+        wanted = words[1]
+        words = shlex.split(run(["make", "-n", *words[1:]], ROOT, 60).splitlines()[-1])
+        if wanted != "train":
+            return
+    program = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    check_launcher(words[: program + 1])
+    assert (ROOT / words[program]).exists()
+    arguments = parse_arguments(words[program + 1 :])
+    if arguments.deepspeed_config:
+        load_config(ROOT / arguments.deepspeed_config)
+
+
+def check_launcher(words: list[str]) -> None:
+    if words[0] == "torchrun":
+        from torch.distributed.run import parse_args
+    else:
+        from deepspeed.launcher.runner import parse_args
+
+        assert words[0] == "deepspeed"
+    parse_args(words[1:])
+
+
+def test_training_page_lists_the_arguments_of_train_py(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    accepted = set(re.findall(r"--\w+", capsys.readouterr().out)) - {"--help"}
+    table = dict(re.findall(r"^\| `(--\w+)` \| (.+?) \|", page("docs/training.md"), flags=re.MULTILINE))
+    assert set(table) == accepted
+    for name, default in vars(parse_arguments([])).items():
+        if f"--{name}" in table and default not in (None, False):
+            assert table[f"--{name}"].strip("`") == str(default)
+
+
+# -- links and paths ------------------------------------------------------------------------
+
+
+def anchors(text: str) -> set[str]:
+    """Anchors as GitHub makes them from headings, and explicit ones."""
+    slugs = set(re.findall(r'<a id="([^"]+)">', text))
+    for heading in re.findall(r"^#+ (.+)$", prose(text), flags=re.MULTILINE):
+        plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
+        slugs.add(re.sub(r"[^\w\- ]", "", plain).strip().replace(" ", "-"))
+    return slugs
+
+
+@pytest.mark.parametrize("path", PAGES, ids=short)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(TEXT[path])):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (path.parent / name).resolve() if name else path
+        assert file.exists(), f"{target}: no such file"
+        if anchor:
+            assert anchor in anchors(file.read_text(encoding="utf-8")), f"{target}: no such heading"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=short)
+def test_paths_that_are_named_exist(path):
+    yet_to_be_written = {"ds_pso/rules/pull.py", "tests/rules/test_pull.py"}
+    folders = "ds_pso|docs|tests|recipes|launcher|ds_config_examples"
+    for name in set(re.findall(rf"`((?:{folders})/[\w./-]+)`", TEXT[path])) - yet_to_be_written:
+        assert (ROOT / name).exists(), name
+
+
+def test_readme_leads_to_every_page():
+    linked = set(re.findall(r"\]\((docs/[\w-]+\.md)", page("README.md")))
+    assert linked == {short(path) for path in ROOT.glob("docs/*.md")}
+
+
+# -- tables ---------------------------------------------------------------------------------
+
+
+def test_configuration_page_is_up_to_date():
+    path = ROOT / "docs" / "generate_configuration.py"
+    spec = importlib.util.spec_from_file_location("generate_configuration", path)
+    generator = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generator)
+    assert generator.main(["--check"]) == 0, "run: python docs/generate_configuration.py"
+    for model in [SwarmConfig, *(rule.Config for rule in RULES.values())]:
+        for key, field in model.model_fields.items():
+            assert f"| `{key}` |" in page("docs/configuration.md")
+            assert field.description, f"{model.__name__}.{key} has no description"
+
+
+def test_every_sync_mode_is_documented():
+    table = page("README.md").split("## Sync modes")[1]
+    assert re.findall(r"^\| `(\w+)` \| [^a]", table.split("| --- |", 1)[1], flags=re.MULTILINE) == MODES
+    assert re.findall(r"^## (\w+)$", page("docs/sync-modes.md"), flags=re.MULTILINE)[: len(MODES)] == MODES
+
+
+def test_example_table_agrees_with_the_files():
+    rows = re.findall(
+        r"^\| \[(\w+\.json)\]\(\1\) \| (\d) \| `(\w+)`(?:, (\d+))? \|",
+        page("ds_config_examples/README.md"),
+        flags=re.MULTILINE,
+    )
+    assert sorted(row[0] for row in rows) == [path.name for path in EXAMPLES]
+    for name, stage, mode, interval in rows:
+        config, swarm = load_config(ROOT / "ds_config_examples" / name)
+        assert config["zero_optimization"]["stage"] == int(stage)
+        assert swarm.sync_mode == mode
+        assert interval == ("" if mode == ALLREDUCE else str(swarm.sync_interval))
+        assert config["scheduler"]["params"]["decay_ratio"] == 0.2
+        assert config["optimizer"]["params"]["lr"] == 0.002
+        assert config["train_micro_batch_size_per_gpu"] == 4
+
+
+def test_the_built_in_config_is_the_example_that_make_train_uses():
+    built_in = json.loads((ROOT / "ds_pso/training/default_config.json").read_text())
+    assert built_in == json.loads((ROOT / "ds_config_examples/zero2_pso.json").read_text())
+
+
+# -- the API --------------------------------------------------------------------------------
+
+
+def test_api_page_names_the_calls_as_they_are():
+    text = page("docs/api.md")
+    for owner, name, parameters in re.findall(r"`(ds_pso|swarm)\.(\w+)\(([^`]*?)\)(?: -> [\w\[\]]+)?`", text):
+        function = getattr(ds_pso if owner == "ds_pso" else ds_pso.Swarm, name)
+        if f"### `{owner}.{name}({parameters})" not in text:
+            continue  # a call in a sentence
+        actual = [
+            str(p).split(":")[0] if p.default is p.empty else f"{p.name}={p.default!r}".replace("'", '"')
+            for p in inspect.signature(function).parameters.values()
+            if p.name != "self"
+        ]
+        assert [part for part in parameters.split(", ") if part and part != "*"] == actual, name
+
+
+@pytest.mark.parametrize("path", PAGES, ids=short)
+def test_attributes_of_the_swarm_that_are_named_exist(path):
+    swarm = ds_pso.init({"swarm": {"particles": 1}})
+    try:
+        attributes, keys = set(dir(swarm)), {*SwarmConfig.model_fields, *RULES, "pull", "py", "svg"}
+    finally:
+        swarm.close()
+    text = TEXT[path] if short(path) != "CONTRIBUTING.md" else prose(TEXT[path])  # its tests have another swarm
+    for name in re.findall(r"\bswarm\.([a-z_]+)", text):
+        assert name in attributes | keys or name == "particels", name  # the example of a misspelt key
+
+
+# -- error messages -------------------------------------------------------------------------
+
+GAP = "…"
+
+
+def template(node: ast.AST) -> str | None:
+    """A string in the source, with a gap for each value that is filled in."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(v.value if isinstance(v, ast.Constant) else GAP for v in node.values)
+    return None
+
+
+SOURCES = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("ds_pso/**/*.py"))]
+
+
+def documented_messages() -> list[str]:
+    lines = [line for line in page("docs/troubleshooting.md").splitlines() if line.startswith("**`")]
+    return [message.strip(GAP) for line in lines for message in re.findall(r"\*\*`([^`]+)`\*\*", line)]
+
+
+@pytest.mark.parametrize("message", documented_messages())
+def test_documented_messages_are_in_the_code(message):
+    templates = [template(node) for tree in SOURCES for node in ast.walk(tree)]
+    assert any(message in text for text in templates if text)
+
+
+def test_every_error_is_documented():
+    kinds = {"ArgumentTypeError", "SwarmError", *(kind.__name__ for kind in ds_pso.SwarmError.__subclasses__())}
+    documented = documented_messages()
+    missing = []
+    for tree in SOURCES:
+        for node in ast.walk(tree):
+            if not (isinstance(node, ast.Call) and node.args):
+                continue
+            name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+            text = template(node.args[0]) if name in kinds else None
+            says_something = text and len(text.replace(GAP, "").strip(" :;()=.")) > 3
+            if says_something and not any(message and message in text for message in documented):
+                missing.append(text)
+    assert not missing, "describe in docs/troubleshooting.md:\n" + textwrap.indent("\n".join(missing), "  ")
