@@ -58,10 +58,17 @@ class Swarm:
         self.metrics = MetricsLog(run_dir / "metrics.jsonl" if run_dir and world.is_leader else None)
         self.window = FitnessWindow()
         self.samplers: list[SwarmSampler] = []
-        self.engine: Any = None
+        self._engine: Any = None
         self.synchronizer: Synchronizer | None = None  # None: not attached, or only one particle
 
     # -- who and where ----------------------------------------------------------------------
+
+    @property
+    def engine(self) -> Any:
+        """The DeepSpeed engine; SwarmError before ``attach``."""
+        if self._engine is None:
+            raise SwarmError("the swarm has no engine yet; call swarm.attach(engine) first", agreed=True)
+        return self._engine
 
     @property
     def num_particles(self) -> int:
@@ -123,15 +130,15 @@ class Swarm:
             UnsupportedError: the engine uses a feature that the swarm cannot follow.
             SwarmError: the particles hold different models, or attach was called before.
         """
-        if self.engine is not None:
-            raise SwarmError("swarm.attach was called twice; one swarm trains one engine")
+        if self._engine is not None:
+            raise SwarmError("swarm.attach was called twice; one swarm trains one engine", agreed=True)
         rule = self.config.build_rule()
         if rule is not None and self.num_particles > 1:
             if self.config.fitness == "probe" and probe is None:
                 raise ConfigError('swarm.fitness = "probe": give swarm.attach a probe, or use "train"')
             probe = probe if self.config.fitness == "probe" else None
             self.synchronizer = Synchronizer(self.world, self.exchange, rule, find_shards(engine), probe)
-        self.engine = engine
+        self._engine = engine
         self._follow(engine)
         return engine
 
@@ -175,7 +182,7 @@ class Swarm:
 
     def log(self, event: str, **values: Any) -> None:
         """Append a record to ``metrics.jsonl`` (the leader's; other ranks' are dropped)."""
-        self.metrics.write(event, self.engine.global_steps if self.engine else 0, values)
+        self.metrics.write(event, self._engine.global_steps if self._engine else 0, values)
 
     def save(self, folder: str | Path) -> Path:
         """Write a checkpoint of the whole swarm; call it on all ranks, after ``engine.step``."""

@@ -13,7 +13,6 @@ from typing import Any
 import deepspeed
 import torch
 import transformers
-from deepspeed.accelerator import get_accelerator
 from torch.utils.data import DataLoader
 
 import ds_pso
@@ -34,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         config = read_deepspeed_config(arguments.deepspeed_config, world_size)
-        _share_cores(world_size)
+        if not torch.cuda.is_available():
+            _settle_on_cpu(world_size)
         _quieten()
         with ds_pso.init(config, run_dir=arguments.output_dir) as swarm:
             train(swarm, arguments)
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(swarm: Swarm, arguments: argparse.Namespace) -> None:
     """Data, model, engine, loop, export."""
-    run_dir, device = arguments.output_dir, torch.device(get_accelerator().current_device_name())
+    run_dir: Path = arguments.output_dir
     _prepare_run_dir(swarm, arguments)
     fill_auto(swarm.ds_config, arguments.steps)
     _say(swarm, f"{swarm.describe()}; run folder {run_dir}")
@@ -60,7 +60,7 @@ def train(swarm: Swarm, arguments: argparse.Namespace) -> None:
         model = build_model(arguments.model, corpus.tokenizer, arguments.seq_length, swarm.ds_config)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=swarm.ds_config)
     batch_size = engine.train_micro_batch_size_per_gpu()
-    held_out = HeldOut(swarm, corpus.held_out, batch_size, device)
+    held_out = HeldOut(swarm, corpus.held_out, batch_size, engine.device)
     engine = swarm.attach(engine, probe=held_out.probe(engine))
     sampler = swarm.sampler(corpus.train, batch_size=batch_size, seed=arguments.seed)
     loader = DataLoader(corpus.train, batch_size=batch_size, sampler=sampler)
@@ -78,8 +78,8 @@ def train(swarm: Swarm, arguments: argparse.Namespace) -> None:
     )
     if first_step == 0:
         swarm.log("held_out", losses=held_out.evaluate(engine))
-    _loop(swarm, engine, loader, held_out, arguments, first_step, device)
-    _finish(swarm, engine, corpus, held_out, arguments, num_parameters, device)
+    _loop(swarm, engine, loader, held_out, arguments, first_step)
+    _finish(swarm, engine, corpus, held_out, arguments, num_parameters)
 
 
 def _loop(
@@ -89,13 +89,12 @@ def _loop(
     held_out: HeldOut,
     arguments: argparse.Namespace,
     first_step: int,
-    device: torch.device,
 ) -> None:
     with Progress(swarm, first_step, arguments.steps) as progress:
         step, losses = first_step, []
         while step < arguments.steps:
             for batch in loader:  # one epoch, or what a checkpoint left of it
-                loss = causal_loss(engine, batch.to(device))
+                loss = causal_loss(engine, batch.to(engine.device))
                 engine.backward(loss)
                 engine.step()
                 losses.append(loss.detach())
@@ -125,14 +124,13 @@ def _finish(
     held_out: HeldOut,
     arguments: argparse.Namespace,
     num_parameters: int,
-    device: torch.device,
 ) -> None:
     run_dir: Path = arguments.output_dir
     exported = swarm.export(run_dir / "model", tokenizer=corpus.tokenizer)
     received = swarm.total_bytes()
     if not swarm.is_leader:
         return
-    model = transformers.AutoModelForCausalLM.from_pretrained(exported).to(device).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported).to(engine.device).eval()
     last_loss = held_out.evaluate_whole(model)
     swarm.log("exported", losses=[last_loss])
     plot_losses(run_dir / "metrics.jsonl", run_dir / "loss.png")
@@ -193,11 +191,13 @@ def _move_aside(run_dir: Path) -> None:
     os.replace(run_dir, old)
 
 
-def _share_cores(world_size: int) -> None:
-    """Without a GPU, ranks on one machine share its cores instead of each taking all."""
-    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+def _settle_on_cpu(world_size: int) -> None:
+    """Ranks on one machine share its cores instead of each taking all, and need no compiler."""
+    if "OMP_NUM_THREADS" not in os.environ:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size)))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+    # DeepSpeed would compile a shared-memory all-reduce at start-up; gloo serves as well here.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _quieten() -> None:
