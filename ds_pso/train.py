@@ -1,6 +1,11 @@
 """The main job: ``deepspeed --num_gpus 8 ds_pso/train.py --deepspeed_config config.json``."""
 
-from ds_pso.training.job import main
+import os
+
+# torch's stores print a C++ stack for every lost connection; the error that follows says who was lost.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+from ds_pso.training.job import main  # noqa: E402
 
 if __name__ == "__main__":
     raise SystemExit(main())
