@@ -51,7 +51,7 @@ def _allowed(key: str, field: FieldInfo) -> str:
         return ", ".join(f"`{json.dumps(value)}`" for value in typing.get_args(field.annotation))
     kinds: dict[Any, str] = {int: "whole number", float: "number", str: "string", bool: "`true` or `false`"}
     bounds = [
-        f"{words} {getattr(item, attribute):g}"
+        f"{words} {getattr(item, attribute):,}"
         for item in field.metadata
         for kind, (attribute, words) in _SIGNS.items()
         if isinstance(item, kind)
