@@ -66,7 +66,8 @@ losses = st.one_of(st.floats(-5, 5), st.sampled_from([0.0, 1.0, math.nan, math.i
 def meetings(draw: st.DrawFn, num_particles: int) -> tuple[list[float], list[bool]]:
     """(fitness, alive) of a sync point; at least one particle lives."""
     fitness = draw(st.lists(losses, min_size=num_particles, max_size=num_particles))
-    alive = draw(st.lists(st.booleans(), min_size=num_particles, max_size=num_particles).filter(any))
+    alive = draw(st.lists(st.booleans(), min_size=num_particles, max_size=num_particles))
+    alive[draw(st.integers(0, num_particles - 1))] = True
     return fitness, alive
 
 

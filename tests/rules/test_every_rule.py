@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -43,15 +43,15 @@ def test_a_plan_depends_on_its_arguments_alone(rule, meeting, index):
     assert rule.plan(point, {}) == twin.plan(point, {})
 
 
-@relaxed
+@settings(relaxed, max_examples=200)
 @given(
     any_rule,
     st.integers(2, 4).flatmap(meetings),
-    st.integers(0, 150),
-    st.lists(st.integers(0, 150), max_size=6),
+    st.sampled_from([150, 33, 8, 1, 0]),
+    st.integers(1, 6),
     st.integers(0, 2**32 - 1),
 )
-def test_updating_in_pieces_equals_updating_at_once(rule, meeting, numel, cuts, seed):
+def test_updating_in_pieces_equals_updating_at_once(rule, meeting, numel, num_pieces, seed):
     rng = np.random.default_rng(seed)
 
     def noise():
@@ -59,7 +59,7 @@ def test_updating_in_pieces_equals_updating_at_once(rule, meeting, numel, cuts, 
 
     fitness, alive = meeting
     plan = rule.plan(SyncPoint(3, tuple(fitness), tuple(alive)), {})
-    edges = sorted({0, numel, *(cut for cut in cuts if cut < numel)})
+    edges = [0, *sorted(rng.integers(0, numel + 1, size=num_pieces)), numel]
     for particle, living in enumerate(alive):
         x, received = noise() if living else torch.full((numel,), math.nan), noise()
         state = {name: noise() for name in rule.init_state(x)}
