@@ -322,7 +322,7 @@ def test_documented_messages_are_in_the_code(message):
 
 def test_every_error_is_documented():
     kinds = {"ArgumentTypeError", "SwarmError", *(kind.__name__ for kind in ds_pso.SwarmError.__subclasses__())}
-    documented = documented_messages()
+    documented = [message for message in documented_messages() if len(message.replace(GAP, "")) > 10]
     missing = []
     for tree in SOURCES:
         for node in ast.walk(tree):
@@ -331,6 +331,6 @@ def test_every_error_is_documented():
             name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
             text = template(node.args[0]) if name in kinds else None
             says_something = text and len(text.replace(GAP, "").strip(" :;()=.")) > 3
-            if says_something and not any(message and message in text for message in documented):
+            if says_something and not any(message in text for message in documented):
                 missing.append(text)
     assert not missing, "describe in docs/troubleshooting.md:\n" + textwrap.indent("\n".join(missing), "  ")
