@@ -3,6 +3,7 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 # One process per GPU; four processes on a machine without any.
 NUM_GPUS ?= $(shell nvidia-smi -L 2>/dev/null | grep -c . | sed 's/^0$$/4/')
+MASTER_PORT ?= 29500
 CONFIG ?= ds_config_examples/zero2_pso.json
 ARGS ?=
 # The example has two particles; with an odd number of GPUs the built-in config makes each GPU one.
@@ -17,7 +18,7 @@ help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 train: $(VENV)/.installed ## Train a small Llama with a swarm of ZeRO particles (about three minutes on two cores)
-	deepspeed --num_gpus $(NUM_GPUS) ds_pso/train.py $(WITH_CONFIG) $(ARGS)
+	deepspeed --num_gpus $(NUM_GPUS) --master_port $(MASTER_PORT) ds_pso/train.py $(WITH_CONFIG) $(ARGS)
 
 test: $(VENV)/.installed lint ## Lint, types and the default test suite, with coverage
 	pytest -m "not slow" --cov --cov-report=term $(ARGS)

@@ -7,7 +7,7 @@ Layout of a checkpoint folder::
         particle_0/deepspeed/   DeepSpeed's own checkpoint of particle 0
         particle_1/deepspeed/
         swarm/rank_00000.json          this rank's counters, random state, data position, file hashes
-        swarm/rank_00000.safetensors   its rule state (velocity, anchor, ...), torch's random state
+        swarm/rank_00000.safetensors   its rule state (velocity, anchor, ...), buffers, torch's random state
 
 Everything is written to ``.step_00000064.tmp`` and renamed when all ranks are done; only then
 does ``latest`` move.
@@ -75,11 +75,11 @@ def save(swarm: Swarm, folder: Path) -> Path:
 def _save_rank(swarm: Swarm, folder: Path) -> None:
     layout = swarm.world.layout
     stem = _rank_stem(folder, layout.rank)
-    tensors = {f"rule.{i}.{key}": value for i, state in enumerate(_rule_state(swarm)) for key, value in state.items()}
+    tensors = {key: value.detach().clone() for key, value in _own_tensors(swarm).items()}
     tensors["random.torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
-    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, f"{stem}.safetensors")
+    save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, f"{stem}.safetensors")
     numpy_state: Any = np.random.get_state()
     record: dict[str, Any] = {
         "format": FORMAT,
@@ -105,8 +105,16 @@ def _save_rank(swarm: Swarm, folder: Path) -> None:
     _write_atomically(Path(f"{stem}.json"), json.dumps(record))
 
 
-def _rule_state(swarm: Swarm) -> list[dict[str, Tensor]]:
-    return swarm.synchronizer.state if swarm.synchronizer else []
+def _own_tensors(swarm: Swarm) -> dict[str, Tensor]:
+    """What differs from rank to rank and DeepSpeed does not keep: the rule's state and the buffers, live.
+
+    Batch-norm statistics are a rank's own, and DeepSpeed saves those of one rank of each particle.
+    """
+    states = swarm.synchronizer.state if swarm.synchronizer else []
+    tensors = {f"rule.{i}.{key}": value for i, state in enumerate(states) for key, value in state.items()}
+    persistent = swarm.engine.module.state_dict().keys()
+    tensors |= {f"buffer.{n}": b for n, b in swarm.engine.module.named_buffers() if n in persistent}
+    return tensors
 
 
 def _my_share(folder: Path, swarm: Swarm) -> list[Path]:
@@ -238,21 +246,20 @@ def _read_tensors(source: Path, swarm: Swarm) -> dict[str, Tensor]:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged ({error}); resume from another step_* folder") from error
-    expected = {f"rule.{i}.{key}": value for i, state in enumerate(_rule_state(swarm)) for key, value in state.items()}
-    found = {key: value for key, value in tensors.items() if key.startswith("rule.")}
+    expected = _own_tensors(swarm)
+    found = {key: value for key, value in tensors.items() if not key.startswith("random.")}
     if {key: value.shape for key, value in expected.items()} != {key: value.shape for key, value in found.items()}:
         raise CheckpointError(
-            f"{path}: holds the rule state {sorted(found)}, and swarm.{swarm.config.sync_mode} as configured now "
+            f"{path}: holds the state {sorted(found)}, and swarm.{swarm.config.sync_mode} as configured now "
             f"keeps {sorted(expected)}; resume with the options it was saved with"
         )
     return tensors
 
 
 def _restore(swarm: Swarm, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    for key, value in _own_tensors(swarm).items():
+        value.copy_(tensors[key])
     if swarm.synchronizer is not None:
-        for index, state in enumerate(swarm.synchronizer.state):
-            for key, value in state.items():
-                value.copy_(tensors[f"rule.{index}.{key}"])
         swarm.synchronizer.memory = record["rule_memory"]
         swarm.synchronizer.losses = tuple(record["last_losses"])
         swarm.synchronizer.totals = SyncTotals(**record["totals"])

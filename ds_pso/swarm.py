@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sized
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,12 @@ def init(config: ConfigSource, *, run_dir: str | Path | None = None) -> Swarm:
     lr_schedule.register()
     particles = 1 if swarm_config.sync_mode == ALLREDUCE else swarm_config.particles
     world = World.carve(particles, peer_backend=swarm_config.peer_backend, timeout_s=swarm_config.timeout_s)
+    if particles == "node" and world.layout.num_particles == 1 and world.is_leader:
+        warnings.warn(
+            'swarm.particles = "node" on one node is one particle: plain DeepSpeed, without sync points; '
+            "give a number of particles to split the node",
+            stacklevel=2,
+        )
     return Swarm(ds_config, swarm_config, world, Path(run_dir) if run_dir else None)
 
 
@@ -173,8 +180,10 @@ class Swarm:
         return sampler
 
     def gather(self, value: float) -> list[float]:
-        """One number of each particle, shape (P,), on every rank; call it on all ranks."""
-        return [row[0] for row in self.exchange.all_gather([value])]
+        """Mean of a number over the ranks of each particle, shape (P,), on every rank; call it on all."""
+        rows = self.world.particle_gather([value])
+        mean = sum(row[0] for row in rows) / len(rows)
+        return [row[0] for row in self.exchange.all_gather([mean])]
 
     def total_bytes(self) -> int:
         """Bytes that all ranks together have received at sync points; call it on all ranks."""

@@ -80,7 +80,9 @@ class Synchronizer:
 
         Raises:
             PeerError: somebody did not come within the timeout; names who.
+            SwarmError: the shards were offloaded, or the rule needs a loss and saw none.
         """
+        self.shards.check_present()
         begin, bytes_before = time.perf_counter(), self.exchange.bytes_received
         index = self.totals.count
         self.world.roll_call(f"sync {index}", self.world.layout.peers)

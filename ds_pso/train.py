@@ -5,7 +5,7 @@ import os
 # torch's stores print a C++ stack for every lost connection; the error that follows says who was lost.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from ds_pso.training.job import main  # noqa: E402
+from ds_pso.training.job import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

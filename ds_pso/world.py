@@ -139,6 +139,10 @@ class World:
                 "deepspeed.init_distributed, Accelerator() or TrainingArguments()"
             )
         world = cls(layout, timeout_s)
+        if "RANK" not in os.environ and not dist.is_initialized():
+            # Plain `python script.py`: the environment of a world of one, as a launcher would make it.
+            os.environ.setdefault("LOCAL_RANK", "0")
+            world._describe_particle("127.0.0.1", world._host_particle_store("127.0.0.1"))
         if layout.world_size > 1:
             try:
                 world._join()
@@ -203,20 +207,29 @@ class World:
         assert self.store is not None
         key = f"particle/{layout.particle}"
         if layout.shard_rank == 0:
-            # The store is hosted here and now on a port that the system picks, and handed to torch
-            # as an agent's store: no port is free for a moment and taken by another the next.
             address = _address_towards(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-            self._particle_store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
-            self.store.set(key, f"{address} {self._particle_store.port}")
+            self.store.set(key, f"{address} {self._host_particle_store(address)}")
         self._wait([key], layout.mates[:1], "the address of its particle")
-        particle_address, particle_port = self.store.get(key).decode().split()
+        address, port = self.store.get(key).decode().split()
+        self._describe_particle(address, int(port))
+
+    def _host_particle_store(self, address: str) -> int:
+        """Host the particle's store and return its port.
+
+        It is handed to torch as an agent's store: so the system may pick the port, and no port is
+        free for a moment and taken by another the next.
+        """
+        self._particle_store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
+        return self._particle_store.port
+
+    def _describe_particle(self, address: str, port: int) -> None:
         self._saved_env = {name: os.environ.get(name) for name in _CARVED}
         os.environ.update(
-            RANK=str(layout.shard_rank),
-            WORLD_SIZE=str(layout.particle_size),
+            RANK=str(self.layout.shard_rank),
+            WORLD_SIZE=str(self.layout.particle_size),
             LOCAL_WORLD_SIZE=str(len(self.mates_on_this_node)),
-            MASTER_ADDR=particle_address,
-            MASTER_PORT=particle_port,
+            MASTER_ADDR=address,
+            MASTER_PORT=str(port),
             TORCHELASTIC_USE_AGENT_STORE="True",
         )
 

@@ -80,6 +80,11 @@ class Shards(ABC):
                 "the parameters of the model it trains"
             ) from None
 
+    def check_present(self) -> None:
+        """Raises SwarmError while ``engine.offload_states()`` is in force: the shards are elsewhere."""
+        if getattr(self.optimizer, "offloaded_states", None):
+            raise SwarmError("the optimizer's states are offloaded; call engine.reload_states() before engine.step()")
+
     def zero_padding(self) -> None:
         """Alignment padding may hold anything, NaN included; nobody may see it."""
         tensors = self.tensors

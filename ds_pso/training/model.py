@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ds_pso.errors import ConfigError
@@ -124,10 +123,7 @@ class HeldOut:
 
     def evaluate(self, engine: Any) -> list[float]:
         """Loss of every particle, shape (P,), on every rank."""
-        loss = torch.tensor(self._loss(engine, self._evaluation), dtype=torch.float64, device=self._device)
-        if self._swarm.world.layout.particle_size > 1:
-            dist.all_reduce(loss)
-        return self._swarm.gather(float(loss) / self._swarm.world.layout.particle_size)
+        return self._swarm.gather(self._loss(engine, self._evaluation))
 
     def evaluate_whole(self, model: Any) -> float:
         """Loss of an exported model, on one rank alone, on all the blocks of the evaluation."""
