@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sized
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
@@ -43,7 +44,8 @@ class SwarmSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         order = list(range(self._dataset_size))
         if self._shuffle:
-            generator = torch.Generator().manual_seed(self._seed + self.epoch)
+            seed = int(np.random.SeedSequence([self._seed, self.epoch]).generate_state(1, np.uint64)[0])
+            generator = torch.Generator().manual_seed(seed)
             order = torch.randperm(self._dataset_size, generator=generator).tolist()
         mine = order[self._rank :: self._world_size][: len(self)]
         yield from mine[self._batch * self._batch_size :]
