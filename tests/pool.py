@@ -42,6 +42,8 @@ PRELOAD = [
     "deepspeed",
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
     "transformers.models.llama.modeling_llama",
     "ds_pso",
 ]
@@ -140,9 +142,9 @@ def free_port() -> int:
 
 
 def launcher_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """What torchrun sets."""
-    values = (rank, world_size, rank, world_size, "127.0.0.1", port)
-    return dict(zip(LAUNCHER_NAMES, map(str, values), strict=True))
+    """What torchrun sets, and the number of ranks under a name that ds_pso leaves alone."""
+    values = (rank, world_size, rank, world_size, "127.0.0.1", port, world_size)
+    return dict(zip((*LAUNCHER_NAMES, "LAUNCHED_WORLD_SIZE"), map(str, values), strict=True))
 
 
 def _collect(ends: dict[int, Connection], deadline: float, silent: tuple[int, ...]) -> dict[int, Outcome]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from ds_pso.swarm import Swarm
 
 ROWS = 8  # that a particle sees in one optimizer step, whatever its number of ranks
 Weights = dict[str, np.ndarray]
+Spoil = Callable[[int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,13 @@ def rank_batches(case: Case, particle: int, rank: int, size: int, step: int) -> 
         yield x[begin : begin + rows], y[begin : begin + rows]
 
 
+def place(case: Case) -> tuple[int, int, int]:
+    """(particle, rank in it, its size) as the config's number of particles divides the launcher's world."""
+    rank, world_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LAUNCHED_WORLD_SIZE"])
+    size = world_size // int(case.particles)
+    return rank // size, rank % size, size
+
+
 def config(case: Case, particle_size: int) -> dict[str, Any]:
     optimizer: dict[str, Any] = {"type": case.optimizer, "params": {"lr": case.lr}}
     if case.optimizer == "AdamW":
@@ -130,6 +138,9 @@ def config(case: Case, particle_size: int) -> dict[str, Any]:
 
 def build_engine(case: Case, ds_config: dict[str, Any], model: nn.Module | None = None) -> Any:
     model = model or build_model(case)
+    if case.precision == "fp16":
+        # DeepSpeed asks whether the CPU is fast at it; slow is good enough here.
+        deepspeed.get_accelerator().is_fp16_supported = lambda: True
     if case.fused:
         deepspeed.runtime.engine.FusedAdam = torch.optim.AdamW  # the real one needs a compiler and a GPU
     engine, *_ = deepspeed.initialize(model=model, model_parameters=parameter_groups(case, model), config=ds_config)
@@ -139,21 +150,26 @@ def build_engine(case: Case, ds_config: dict[str, Any], model: nn.Module | None 
 @contextlib.contextmanager
 def swarm_of(case: Case, *, attach: bool = True, **init: Any) -> Iterator[tuple[Swarm, Any]]:
     """A swarm with its engine."""
-    size = int(os.environ["WORLD_SIZE"]) // (1 if case.particles == "node" else int(case.particles))
-    with ds_pso.init(config(case, size), **init) as swarm:
+    with ds_pso.init(config(case, place(case)[2]), **init) as swarm:
         engine = build_engine(case, swarm.ds_config)
         if attach:
             swarm.attach(engine, probe=None)
         yield swarm, engine
 
 
-def train(case: Case, swarm: Swarm, engine: Any, steps: range | None = None) -> list[float]:
-    """Optimizer steps; returns the losses of this rank."""
-    layout = swarm.world.layout
+def train(case: Case, engine: Any, steps: range | None = None, spoil: Spoil | None = None) -> list[float]:
+    """Optimizer steps; returns the losses of this rank.
+
+    Data follows the particles that the config names, also where ``allreduce`` makes them one.
+    ``spoil(step, loss)`` may replace a loss.
+    """
+    particle, rank, size = place(case)
     losses = []
     for step in range(case.steps) if steps is None else steps:
-        for x, y in rank_batches(case, layout.particle, layout.shard_rank, layout.particle_size, step):
+        for x, y in rank_batches(case, particle, rank, size, step):
             loss = nn.functional.mse_loss(engine(x.to(case.dtype)).float(), y)
+            if spoil is not None:
+                loss = spoil(step, loss)
             engine.backward(loss)
             engine.step()
             losses.append(loss.item())

@@ -26,8 +26,8 @@ RULES = {
 
 
 def final_weights(case: Case) -> Weights:
-    with swarm_of(case) as (swarm, engine):
-        train(case, swarm, engine)
+    with swarm_of(case) as (_, engine):
+        train(case, engine)
         return working_weights(engine)
 
 

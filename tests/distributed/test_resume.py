@@ -1,0 +1,146 @@
+"""Save, end, resume in fresh processes: bit for bit what a run without interruption gives."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pool import Pool
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from ds_pso.swarm import Swarm
+
+from .jobs import Case, assert_equal, optimizer_state, swarm_of, working_weights
+
+RULES: dict[str, dict[str, Any]] = {
+    "local_sgd": {},
+    "diloco": {},
+    "pso": {"inertia": 0.3, "cognitive": 0.5, "best": "all_time", "randomness": "per_sync"},
+}
+STEPS = 7
+# Dropout needs the random state, BatchNorm the buffers; 44 samples are 5 steps an epoch.
+BASE = Case(dropout=0.3, batch_norm=True)
+HALF = Case(dropout=0.3)  # on a CPU torch's BatchNorm1d refuses the fp32 buffers that DeepSpeed leaves it
+
+
+def train_from_loader(case: Case, swarm: Swarm, engine: Any, steps: int, folder: Path | None, stop: int | None) -> Any:
+    """Train up to step ``steps``; save at step ``stop``. What is left at the end, to the last bit."""
+    generator = torch.Generator().manual_seed(0)
+    data = TensorDataset(torch.randn(44, 7, generator=generator), torch.randn(44, 3, generator=generator))
+    sampler = swarm.sampler(data)
+    # Its own generator: beginning an epoch would otherwise draw from the random state of the dropout.
+    loader = DataLoader(
+        data,
+        batch_size=engine.train_micro_batch_size_per_gpu(),
+        sampler=sampler,
+        generator=torch.Generator(),
+    )
+    seen = []
+    if folder is not None and stop is None:
+        assert swarm.load(folder) == engine.global_steps
+    while engine.global_steps < steps:
+        for x, y in loader:
+            noise = 1e-3 * (random.random() + float(np.random.rand()))
+            loss = nn.functional.mse_loss(engine(x.to(case.dtype) + noise).float(), y)
+            engine.backward(loss)
+            engine.step()
+            seen.append(loss.item())
+            if engine.global_steps == stop:
+                swarm.save(folder)
+            if engine.global_steps == steps:
+                break
+    synchronizer = swarm.synchronizer
+    return {
+        "weights": working_weights(engine),
+        "moments": optimizer_state(engine),
+        "rule": {f"{i}.{k}": v.numpy().copy() for i, s in enumerate(synchronizer.state) for k, v in s.items()},
+        "numbers": repr(
+            [
+                dict(synchronizer.memory),
+                synchronizer.losses,
+                synchronizer.totals.count,
+                synchronizer.totals.bytes_received,
+                [swarm.window.total, swarm.window.count],
+                sampler.state_dict(),
+                [random.random(), float(np.random.rand()), torch.rand(1).item()],
+                [engine.global_steps, engine.global_samples, engine.get_lr()],
+                seen[-2:],
+            ]
+        ),
+    }
+
+
+def job(case: Case, steps: int, folder: Path | None, stop: int | None) -> Any:
+    with swarm_of(case) as (swarm, engine):
+        random.seed(swarm.world.layout.rank)
+        np.random.seed(swarm.world.layout.rank)
+        return train_from_loader(case, swarm, engine, steps, folder, stop)
+
+
+def assert_same(ranks: list[Any], truth: list[Any]) -> None:
+    for mine, expected in zip(ranks, truth, strict=True):
+        for key in ("weights", "moments", "rule"):
+            assert_equal(mine[key], expected[key])
+        assert mine["numbers"] == expected["numbers"]
+
+
+def assert_resumes(pool: Pool, case: Case, folder: Path, stop: int) -> None:
+    truth = pool.run(job, case, STEPS, folder, stop)
+    # Another seed: everything must come from the checkpoint.
+    assert_same(pool.run(job, replace(case, seed=12345), STEPS, folder, None), truth)
+
+
+@pytest.mark.parametrize("stop", [3, 4], ids=["between two sync points", "at a sync point"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("sync_mode", RULES)
+def test_resume_is_bit_exact(pool: Pool, tmp_path: Path, sync_mode: str, stage: int, stop: int) -> None:
+    case = replace(BASE, stage=stage, sync_mode=sync_mode, options=RULES[sync_mode])
+    assert_resumes(pool, case, tmp_path, stop)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        replace(HALF, stage=0, precision="bf16"),
+        replace(HALF, stage=0, precision="fp16", fused=True),
+        replace(HALF, stage=1, precision="bf16", deepspeed={"data_types": {"grad_accum_dtype": "fp32"}}),
+        replace(HALF, stage=2, precision="fp16", groups=2),
+        replace(HALF, stage=3, precision="bf16"),
+        replace(
+            HALF,
+            stage=3,
+            deepspeed={
+                "zero_optimization": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+            },
+        ),
+    ],
+    ids=lambda case: (
+        f"{case}{'-fused' if case.fused else ''}{'-offload' if 'zero_optimization' in case.deepspeed else ''}"
+    ),
+)
+def test_resume_in_half_precision_and_with_offload(pool: Pool, tmp_path: Path, case: Case) -> None:
+    assert_resumes(pool, replace(case, sync_mode="diloco"), tmp_path, stop=3)
+
+
+def test_saving_changes_nothing(pool: Pool, tmp_path: Path) -> None:
+    case = replace(BASE, stage=2, sync_mode="pso", options=RULES["pso"])
+    assert_same(pool.run(job, case, STEPS, tmp_path, 3), pool.run(job, case, STEPS, None, None))
+
+
+def test_a_schedule_and_a_second_checkpoint(pool: Pool, tmp_path: Path) -> None:
+    """The learning rate goes on where it was, and the newest checkpoint wins."""
+    schedule = {
+        "type": "WarmupHoldDecayLR",
+        "params": {"total_num_steps": STEPS, "warmup_max_lr": 0.02, "warmup_num_steps": 2, "decay_ratio": 0.5},
+    }
+    case = replace(BASE, stage=1, deepspeed={"scheduler": schedule})
+    pool.run(job, case, 2, tmp_path, 2)
+    truth = pool.run(job, case, STEPS, tmp_path, 5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000002", "step_00000005"]
+    assert_same(pool.run(job, case, STEPS, tmp_path, None), truth)
