@@ -23,7 +23,7 @@ import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,10 +32,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ds_pso.errors import CheckpointError, SwarmError
+from ds_pso.files import hash_file, replace_folder, write_atomically
+from ds_pso.state import SwarmState
 from ds_pso.synchronizer import SyncTotals
-
-if TYPE_CHECKING:
-    from ds_pso.swarm import Swarm
 
 FORMAT = 1
 LATEST = "latest"
@@ -45,7 +44,7 @@ _DEEPSPEED_TAG = "deepspeed"
 # -- saving ---------------------------------------------------------------------------------
 
 
-def save(swarm: Swarm, folder: Path) -> Path:
+def save(swarm: SwarmState, folder: Path) -> Path:
     """Write ``folder/step_<n>`` and move ``latest`` to it. Called on all ranks, between steps.
 
     Raises:
@@ -67,12 +66,12 @@ def save(swarm: Swarm, folder: Path) -> Path:
         _save_rank(swarm, temporary)
     with world.agree("completing a checkpoint"), _as_checkpoint_error(final):
         if world.is_node_leader:
-            _replace_folder(temporary, final)
-            _write_atomically(folder / LATEST, name)
+            replace_folder(temporary, final)
+            write_atomically(folder / LATEST, name)
     return final
 
 
-def _save_rank(swarm: Swarm, folder: Path) -> None:
+def _save_rank(swarm: SwarmState, folder: Path) -> None:
     layout = swarm.world.layout
     stem = _rank_stem(folder, layout.rank)
     tensors = {key: value.detach().clone() for key, value in _own_tensors(swarm).items()}
@@ -101,11 +100,11 @@ def _save_rank(swarm: Swarm, folder: Path) -> None:
         "files": {},
     }
     mine = [Path(f"{stem}.safetensors"), *_my_share(folder / f"particle_{swarm.particle}", swarm)]
-    record["files"] = {str(path.relative_to(folder)): [path.stat().st_size, _hash(path)] for path in mine}
-    _write_atomically(Path(f"{stem}.json"), json.dumps(record))
+    record["files"] = {str(path.relative_to(folder)): [path.stat().st_size, hash_file(path)] for path in mine}
+    write_atomically(Path(f"{stem}.json"), json.dumps(record))
 
 
-def _own_tensors(swarm: Swarm) -> dict[str, Tensor]:
+def _own_tensors(swarm: SwarmState) -> dict[str, Tensor]:
     """What differs from rank to rank and DeepSpeed does not keep: the rule's state and the buffers, live.
 
     Batch-norm statistics are a rank's own, and DeepSpeed saves those of one rank of each particle.
@@ -117,14 +116,14 @@ def _own_tensors(swarm: Swarm) -> dict[str, Tensor]:
     return tensors
 
 
-def _my_share(folder: Path, swarm: Swarm) -> list[Path]:
+def _my_share(folder: Path, swarm: SwarmState) -> list[Path]:
     """The files of this particle that this rank hashes, and checks when they are loaded."""
     mates = swarm.world.mates_on_this_node
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return files[mates.index(swarm.world.layout.rank) :: len(mates)]
 
 
-def _model_fingerprint(swarm: Swarm) -> str:
+def _model_fingerprint(swarm: SwarmState) -> str:
     if swarm.synchronizer is not None:
         return swarm.synchronizer.shards.fingerprint()
     shapes = [(n, list(getattr(p, "ds_shape", p.shape))) for n, p in swarm.engine.module.named_parameters()]
@@ -134,7 +133,7 @@ def _model_fingerprint(swarm: Swarm) -> str:
 # -- loading --------------------------------------------------------------------------------
 
 
-def load(swarm: Swarm, folder: Path, tag: str | None = None) -> int:
+def load(swarm: SwarmState, folder: Path, tag: str | None = None) -> int:
     """Check the whole checkpoint on all ranks, then restore it. Returns the step it was saved at.
 
     Raises:
@@ -176,7 +175,7 @@ def find(folder: Path, tag: str | None = None) -> Path:
     return source
 
 
-def _read_record(source: Path, swarm: Swarm) -> dict[str, Any]:
+def _read_record(source: Path, swarm: SwarmState) -> dict[str, Any]:
     path = Path(f"{_rank_stem(source, swarm.world.layout.rank)}.json")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -193,7 +192,7 @@ def _read_record(source: Path, swarm: Swarm) -> dict[str, Any]:
     return record
 
 
-def _check_fits(record: dict[str, Any], swarm: Swarm, source: Path) -> None:
+def _check_fits(record: dict[str, Any], swarm: SwarmState, source: Path) -> None:
     layout = swarm.world.layout
     now = {
         "num_particles": layout.num_particles,
@@ -236,11 +235,11 @@ def _check_files(record: dict[str, Any], source: Path) -> None:
                 f"{path}: {path.stat().st_size} bytes instead of {size}, so it was cut short or overwritten; "
                 "resume from another step_* folder"
             )
-        if _hash(path) != digest:
+        if hash_file(path) != digest:
             raise CheckpointError(f"{path}: damaged (checksum differs); resume from another step_* folder")
 
 
-def _read_tensors(source: Path, swarm: Swarm) -> dict[str, Tensor]:
+def _read_tensors(source: Path, swarm: SwarmState) -> dict[str, Tensor]:
     path = f"{_rank_stem(source, swarm.world.layout.rank)}.safetensors"
     try:
         tensors = load_file(path)
@@ -256,7 +255,7 @@ def _read_tensors(source: Path, swarm: Swarm) -> dict[str, Tensor]:
     return tensors
 
 
-def _restore(swarm: Swarm, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def _restore(swarm: SwarmState, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     for key, value in _own_tensors(swarm).items():
         value.copy_(tensors[key])
     if swarm.synchronizer is not None:
@@ -298,39 +297,8 @@ def _weights_only() -> Iterator[None]:
             os.environ[name] = before
 
 
-# -- files ----------------------------------------------------------------------------------
-
-
 def _rank_stem(folder: Path, rank: int) -> Path:
     return folder / "swarm" / f"rank_{rank:05d}"
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _replace_folder(temporary: Path, final: Path) -> None:
-    """Rename, keeping an older checkpoint of the same step until the new one is in place."""
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        os.replace(final, old)
-    try:
-        os.replace(temporary, final)
-    except FileNotFoundError:
-        if not final.exists():  # on a shared disk another node's leader was faster
-            raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager

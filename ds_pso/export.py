@@ -6,11 +6,10 @@ whole model once, in CPU memory, as ``save_pretrained`` needs it.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -18,16 +17,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ds_pso.errors import ConfigError
+from ds_pso.files import move_files
 from ds_pso.shards import Segment, Shards, find_shards
+from ds_pso.state import SwarmState
 
 Choice = Literal["consensus", "best"]
 
-if TYPE_CHECKING:
-    from ds_pso.swarm import Swarm
 
-
-def export(swarm: Swarm, folder: Path, which: Choice = "consensus", tokenizer: Any = None) -> Path:
+def export(swarm: SwarmState, folder: Path, which: Choice = "consensus", tokenizer: Any = None) -> Path:
     """Write the model to ``folder``; ``from_pretrained(folder)`` opens it. Called on all ranks.
+
+    Files of the same names are replaced; whatever else is in the folder stays.
 
     Args:
         which: ``consensus``, the mean of the particles whose weights are finite, or ``best``, the
@@ -51,12 +51,11 @@ def export(swarm: Swarm, folder: Path, which: Choice = "consensus", tokenizer: A
             _write(swarm.engine.module, state_dict, temporary)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(temporary, folder)
+            move_files(temporary, folder)
     return folder
 
 
-def _state_dict(swarm: Swarm, shards: Shards, tensors: list[Tensor], buffers: list[Tensor]) -> dict[str, Tensor]:
+def _state_dict(swarm: SwarmState, shards: Shards, tensors: list[Tensor], buffers: list[Tensor]) -> dict[str, Tensor]:
     """The whole model in its working dtype on the leader; empty elsewhere."""
     state_dict: dict[str, Tensor] = {}
     for name, tensor in _parameters(swarm, shards, tensors):
@@ -68,7 +67,7 @@ def _state_dict(swarm: Swarm, shards: Shards, tensors: list[Tensor], buffers: li
     return state_dict
 
 
-def _parameters(swarm: Swarm, shards: Shards, tensors: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _parameters(swarm: SwarmState, shards: Shards, tensors: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Full parameters, one at a time, right on rank 0 of each particle."""
     pieces: dict[str, list[Segment]] = {}
     for segment in shards.segments:

@@ -13,8 +13,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -22,88 +21,10 @@ import torch
 import torch.distributed as dist
 
 from ds_pso.errors import ConfigError, PeerError, SwarmError
+from ds_pso.layout import Layout, read_int, read_layout
 
 _CARVED = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
 _GOODBYE_S = 30.0  # how long the host of a store waits for its clients to leave
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Who is who: the part of the world that is plain arithmetic."""
-
-    rank: int  # in the launcher's world
-    world_size: int  # W
-    num_particles: int  # P
-
-    @property
-    def particle_size(self) -> int:
-        """S, the number of ranks in a particle."""
-        return self.world_size // self.num_particles
-
-    @property
-    def particle(self) -> int:
-        return self.rank // self.particle_size
-
-    @property
-    def shard_rank(self) -> int:
-        """Rank inside the particle, which is also the number of the ZeRO shard."""
-        return self.rank % self.particle_size
-
-    @property
-    def peers(self) -> list[int]:
-        """Launcher's ranks of this rank's peer group, in the order of particles."""
-        return [p * self.particle_size + self.shard_rank for p in range(self.num_particles)]
-
-    @property
-    def mates(self) -> list[int]:
-        """Launcher's ranks of this rank's particle."""
-        first = self.particle * self.particle_size
-        return list(range(first, first + self.particle_size))
-
-
-def read_layout(particles: int | Literal["node"], env: Mapping[str, str]) -> Layout:
-    """Layout from the launcher's environment, before anything is built.
-
-    Raises:
-        ConfigError: P does not divide W, or the environment is incomplete.
-    """
-    if "RANK" not in env and "WORLD_SIZE" not in env:
-        rank, world_size = 0, 1  # started as plain `python script.py`
-    else:
-        rank, world_size = _read_int(env, "RANK"), _read_int(env, "WORLD_SIZE")
-        for name in ("MASTER_ADDR", "MASTER_PORT"):
-            if name not in env:
-                raise ConfigError(f"{name} is not set; start with deepspeed, torchrun or accelerate launch")
-        if not 0 <= rank < world_size:
-            raise ConfigError(f"RANK = {rank}: must lie between 0 and WORLD_SIZE - 1 = {world_size - 1}")
-    if particles == "node":
-        # torchrun and accelerate set the first name, the deepspeed launcher the second.
-        local = _read_int(env, "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in env else "LOCAL_SIZE", world_size)
-        if local < 1 or world_size % local:
-            raise ConfigError(
-                f'swarm.particles = "node": {world_size} ranks do not split into nodes of {local}; '
-                "start the same number of ranks on every node, or give the number of particles"
-            )
-        return Layout(rank, world_size, world_size // local)
-    if world_size % particles:
-        divisors = [str(p) for p in range(1, world_size + 1) if world_size % p == 0]
-        raise ConfigError(
-            f"swarm.particles = {particles}: does not divide the {world_size} ranks that were started; "
-            f"use one of {', '.join(divisors)}, or start another number of ranks"
-        )
-    return Layout(rank, world_size, particles)
-
-
-def _read_int(env: Mapping[str, str], name: str, default: int | None = None) -> int:
-    value = env.get(name)
-    if value is None:
-        if default is None:
-            raise ConfigError(f"{name} is not set; start with deepspeed, torchrun or accelerate launch")
-        return default
-    try:
-        return int(value)
-    except ValueError as error:
-        raise ConfigError(f"{name} = {value!r}: must be a whole number; the launcher sets it") from error
 
 
 class World:
@@ -160,7 +81,7 @@ class World:
     def _join(self) -> None:
         """Open the store of the launcher's world; every rank says hello."""
         layout = self.layout
-        address, port = os.environ["MASTER_ADDR"], _read_int(os.environ, "MASTER_PORT")
+        address, port = os.environ["MASTER_ADDR"], read_int(os.environ, "MASTER_PORT")
         agent_hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         hosts_store = layout.rank == 0 and not agent_hosts_store
         try:

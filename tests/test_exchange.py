@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ds_pso.errors import PeerError
 from ds_pso.exchange import Exchange, plan_buckets, wire_dtype
-from ds_pso.world import Layout
+from ds_pso.layout import Layout
 
 relaxed = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 

@@ -24,17 +24,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lr_schedule": {"errors"},
     "sampler": {"errors"},
     "rules": set(),
-    "world": {"errors"},
+    "files": set(),
+    "layout": {"errors"},
+    "world": {"errors", "layout"},
     "exchange": {"errors", "world"},
     "shards": {"errors"},
     "config": {"errors", "rules"},
     "synchronizer": {"errors", "exchange", "fitness", "rules", "shards", "world"},
-    "checkpoint": {"errors", "synchronizer"},
-    "export": {"errors", "shards"},
+    "state": {"config", "errors", "exchange", "fitness", "metrics", "sampler", "synchronizer", "world"},
+    "checkpoint": {"errors", "files", "state", "synchronizer"},
+    "export": {"errors", "files", "shards", "state"},
 }
 MAY_IMPORT["swarm"] = set(MAY_IMPORT) - {"_version"}
 MAY_IMPORT["ds_pso"] = {"_version", "errors", "swarm"}
-MAY_IMPORT["training"] = {"ds_pso", "errors", "metrics", "swarm", "config"}
+MAY_IMPORT["training"] = {"ds_pso", "config", "errors", "files", "metrics", "swarm"}
 MAY_IMPORT["train"] = {"training"}
 
 # What a layer must not know about, of the world outside.
@@ -44,6 +47,7 @@ MUST_NOT_KNOW = [
     *[("world", name) for name in ("deepspeed", "transformers", "accelerate")],
     *[("synchronizer", name) for name in ("torch.distributed", "deepspeed", "transformers", "accelerate")],
     *[("swarm", name) for name in ("torch.distributed", "deepspeed", "transformers", "accelerate")],
+    *[("training", name) for name in ("torch.distributed",)],
     *[("config", name) for name in ("torch", "deepspeed", "transformers", "accelerate")],
 ]
 

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_pso.errors import ConfigError, SwarmError
-from ds_pso.world import Layout, World, read_layout
+from ds_pso.layout import Layout, read_layout
+from ds_pso.world import World
 
 relaxed = settings(deadline=None)
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 import ds_pso
 from ds_pso import metrics
 from ds_pso.errors import CheckpointError, ConfigError, SwarmError
+from ds_pso.files import write_atomically
 from ds_pso.swarm import Swarm
 from ds_pso.training.arguments import fill_auto, parse_arguments, read_deepspeed_config
 from ds_pso.training.model import HeldOut, build_model, causal_loss, load_tokenizer
@@ -180,7 +181,7 @@ def _prepare_run_dir(swarm: Swarm, arguments: argparse.Namespace) -> None:
         if not arguments.resume and (run_dir / "metrics.jsonl").exists():
             _move_aside(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_atomically(run_dir / "config.json", json.dumps(record, indent=2) + "\n")
 
 
 def _move_aside(run_dir: Path) -> None:

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from ds_pso.errors import ConfigError
+from ds_pso.layout import Layout
 from ds_pso.swarm import Swarm
 from ds_pso.training import text
 from ds_pso.training.text import Blocks, load_corpus, read_documents, tokenize, train_tokenizer
-from ds_pso.world import Layout, World
+from ds_pso.world import World
 
 TEXTS = [f"def function_{i}(x):\n    return x + {i}  # naïve ☃\n" for i in range(60)]
 

@@ -1,0 +1,47 @@
+"""Files and folders that are either complete or not there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A reader sees the old text or the new one, also after a power cut."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def replace_folder(temporary: Path, final: Path) -> None:
+    """Rename ``temporary`` to ``final``; an older ``final`` is kept until the new one is in place."""
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.replace(final, old)
+    try:
+        os.replace(temporary, final)
+    except FileNotFoundError:
+        if not final.exists():  # on a shared disk another node's leader was faster
+            raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def move_files(source: Path, target: Path) -> None:
+    """Move complete files into ``target``, over those of the same names, and remove ``source``."""
+    for path in [path for path in source.rglob("*") if path.is_file()]:
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, place)
+    shutil.rmtree(source)

@@ -1,0 +1,79 @@
+"""What a swarm consists of on one rank: the parts that training, checkpoints and export share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ds_pso.config import SwarmConfig
+from ds_pso.errors import SwarmError
+from ds_pso.exchange import Exchange
+from ds_pso.fitness import FitnessWindow
+from ds_pso.metrics import MetricsLog
+from ds_pso.sampler import SwarmSampler
+from ds_pso.synchronizer import Synchronizer, SyncTotals
+from ds_pso.world import World
+
+
+class SwarmState:
+    """The parts, and what can be read off them. ``Swarm`` adds what can be done."""
+
+    def __init__(self, ds_config: dict[str, Any], config: SwarmConfig, world: World, run_dir: Path | None) -> None:
+        self.ds_config = ds_config
+        self.config = config
+        self.world = world
+        self.run_dir = run_dir
+        self.exchange = Exchange(world, config.bucket_mb)
+        self.metrics = MetricsLog(run_dir / "metrics.jsonl" if run_dir and world.is_leader else None)
+        self.window = FitnessWindow()
+        self.samplers: list[SwarmSampler] = []
+        self._engine: Any = None
+        self.synchronizer: Synchronizer | None = None  # None: not attached, or only one particle
+
+    @property
+    def engine(self) -> Any:
+        """The DeepSpeed engine; SwarmError before ``attach``."""
+        if self._engine is None:
+            raise SwarmError("the swarm has no engine yet; call swarm.attach(engine) first", agreed=True)
+        return self._engine
+
+    @property
+    def num_particles(self) -> int:
+        return self.world.layout.num_particles
+
+    @property
+    def particle(self) -> int:
+        return self.world.layout.particle
+
+    @property
+    def is_leader(self) -> bool:
+        """True on one rank of the whole swarm: the one that prints and logs."""
+        return self.world.is_leader
+
+    def describe(self) -> str:
+        """``2 particles x 4 ranks, pso every 8 steps``"""
+        layout = self.world.layout
+        ranks = f"{layout.particle_size} rank{'s' if layout.particle_size > 1 else ''}"
+        if self.num_particles == 1:
+            return f"1 particle x {ranks}: plain DeepSpeed"
+        return (
+            f"{self.num_particles} particles x {ranks}, {self.config.sync_mode} every {self.config.sync_interval} steps"
+        )
+
+    @property
+    def steps_to_sync(self) -> int | None:
+        """Optimizer steps until the next sync point; None if the particles never meet."""
+        if self.synchronizer is None:
+            return None
+        interval = self.config.sync_interval
+        return interval - int(self.engine.global_steps) % interval
+
+    @property
+    def totals(self) -> SyncTotals:
+        """What the sync points have cost this rank so far."""
+        return self.synchronizer.totals if self.synchronizer else SyncTotals()
+
+    @property
+    def last_losses(self) -> tuple[float, ...]:
+        """Loss of each particle at the last sync point, shape (P,); empty with one particle."""
+        return self.synchronizer.losses if self.synchronizer else ()
