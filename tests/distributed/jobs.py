@@ -55,7 +55,7 @@ class Case:
 
 
 class Net(nn.Module):
-    """73 parameters in tensors of odd sizes, one of them smaller than a particle of two ranks."""
+    """69 parameters in tensors of odd sizes, one of them smaller than a particle of two ranks."""
 
     def __init__(self, batch_norm: bool = False, dropout: float = 0.0) -> None:
         super().__init__()

@@ -1,0 +1,207 @@
+"""attach: equal starts, equal models, and a clear refusal of what the swarm cannot follow."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import deepspeed
+import numpy as np
+import pytest
+import torch
+from pool import Pool
+from torch import nn
+
+import ds_pso
+
+from .jobs import Case, Net, assert_equal, build_engine, config, place, swarm_of, working_weights
+
+
+def around_attach(case: Case) -> Any:
+    with swarm_of(case, attach=False) as (swarm, engine):
+        engine.module.norm.running_mean.fill_(float(swarm.world.layout.rank))
+        before = working_weights(engine)
+        assert swarm.attach(engine) is engine
+        return before, working_weights(engine)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_everybody_starts_as_particle_0(pool: Pool, stage: int) -> None:
+    ranks = pool.run(around_attach, Case(stage=stage, batch_norm=True))
+    assert (ranks[0][0]["last.weight"] != ranks[2][0]["last.weight"]).any(), "the seeds were to differ"
+    for number, (_, after) in enumerate(ranks):
+        expected = dict(ranks[0][0])
+        expected["norm.running_mean"] = ranks[number % 2][0]["norm.running_mean"]  # of its peer in particle 0
+        assert_equal(after, expected)
+
+
+def average_buffers(case: Case) -> Any:
+    with swarm_of(case) as (swarm, engine):
+        engine.module.norm.running_mean.fill_(float(swarm.world.layout.rank))
+        swarm.window.add(torch.tensor(float(swarm.particle)))
+        swarm.sync()
+        return float(engine.module.norm.running_mean[0])
+
+
+@pytest.mark.parametrize("sync_mode", ["local_sgd", "diloco", "pso"])
+@pytest.mark.parametrize("stage", [0, 3])
+def test_buffers_become_the_mean_of_the_peers(pool: Pool, stage: int, sync_mode: str) -> None:
+    case = Case(stage=stage, batch_norm=True, sync_mode=sync_mode)
+    assert pool.run(average_buffers, case) == [1.0, 2.0, 1.0, 2.0]  # ranks 0 and 2, ranks 1 and 3
+
+
+def attach_other_model(case: Case, what: str) -> None:
+    with ds_pso.init(config(case, place(case)[2])) as swarm:
+        odd = swarm.particle == 1
+        model: nn.Module = Net()
+        case = replace(case, groups=2) if what == "groups" and odd else case
+        if what == "shape" and odd:
+            model.last = nn.Linear(5, 4)
+        if what == "name" and odd:
+            model.other, model.last = model.last, nn.Identity()
+        if what == "buffer" and odd:
+            model.register_buffer("statistics", torch.zeros(3))
+        swarm.attach(build_engine(case, swarm.ds_config, model))
+
+
+@pytest.mark.parametrize("what", ["shape", "name", "groups", "buffer"])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_different_models_are_an_error_everywhere(pool: Pool, stage: int, what: str) -> None:
+    for outcome in pool.outcomes(attach_other_model, Case(stage=stage), what):
+        assert outcome.kind == "SwarmError"
+        assert "the model of particle 1" in outcome.text
+        assert "is not that of particle 0" in outcome.text
+
+
+def attach_wrongly(case: Case, how: str) -> None:
+    with swarm_of(case, attach=False) as (swarm, engine):
+        if how == "twice":
+            swarm.attach(engine)
+            swarm.attach(engine)
+        if how == "no probe":
+            swarm.attach(engine)
+
+
+@pytest.mark.parametrize(
+    ("how", "swarm", "kind", "text"),
+    [
+        ("twice", {}, "SwarmError", "attach was called twice"),
+        ("no probe", {"fitness": "probe"}, "ConfigError", "give swarm.attach a probe"),
+    ],
+)
+def test_attach_used_wrongly(pool: Pool, how: str, swarm: dict[str, Any], kind: str, text: str) -> None:
+    for outcome in pool.outcomes(attach_wrongly, Case(swarm=swarm), how):
+        assert (outcome.kind, text in outcome.text) == (kind, True), outcome
+
+
+# -- what is refused --------------------------------------------------------------------------
+
+
+def pretend(path: str, value: Any) -> Callable[[Any], None]:
+    """Set an attribute of the engine's ZeRO config: the feature itself does not start on a CPU."""
+
+    def change(engine: Any) -> None:
+        zero = engine._config.zero_config
+        *parents, last = path.split(".")
+        for parent in parents:
+            zero = getattr(zero, parent)
+        object.__setattr__(zero, last, value)
+
+    return change
+
+
+def pretend_engine(name: str, value: Any) -> Callable[[Any], None]:
+    return lambda engine: setattr(engine, name, value)
+
+
+OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+REFUSED: dict[str, tuple[Case, Callable[[Any], None], str]] = {
+    "nvme": (Case(stage=3, deepspeed=OFFLOAD), pretend("offload_optimizer.device", "nvme"), "NVMe"),
+    "super offload": (Case(stage=3, deepspeed=OFFLOAD), pretend("offload_optimizer.super_offload", True), "SuperOffl"),
+    "zenflow": (Case(), pretend_engine("zenflow", True), "ZenFlow"),
+    "quantised weights": (Case(stage=3), pretend("zero_quantized_weights", True), "zero_quantized_weights"),
+    "deepcompile": (Case(stage=3), pretend_engine("is_deepcompile_enabled", lambda: True), "DeepCompile"),
+    "experts": (Case(), pretend_engine("has_moe_layers", True), "mixture-of-experts"),
+    "tensor parallel": (Case(), pretend_engine("dp_world_size", 1), "data-parallel world has 1"),
+    "fp16 masters": (
+        Case(),
+        lambda engine: setattr(engine.optimizer, "master_weights_and_grads_dtype", torch.float16),
+        "master_weights_and_grads",
+    ),
+    "unknown optimizer": (Case(stage=0), pretend_engine("optimizer", object()), "optimizer class object"),
+}
+
+
+def attach_refused(name: str) -> None:
+    case, change, _ = REFUSED[name]
+    with swarm_of(case, attach=False) as (swarm, engine):
+        change(engine)
+        swarm.attach(engine)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_unsupported_features_are_refused(pool: Pool, name: str) -> None:
+    for outcome in pool.outcomes(attach_refused, name):
+        assert outcome.kind == "UnsupportedError", outcome
+        assert REFUSED[name][2] in outcome.text
+
+
+def attach_pipeline(case: Case) -> None:
+    from deepspeed.pipe import PipelineModule
+
+    with ds_pso.init(config(case, place(case)[2])) as swarm:
+        deepspeed.init_distributed("gloo")
+        module = PipelineModule([nn.Linear(7, 5), nn.Linear(5, 3)], num_stages=1, loss_fn=nn.MSELoss())
+        swarm.attach(build_engine(case, swarm.ds_config, module))
+
+
+def attach_channels_last(case: Case) -> None:
+    with ds_pso.init(config(case, place(case)[2])) as swarm:
+        engine = build_engine(case, swarm.ds_config, nn.Sequential(nn.Conv2d(3, 4, 3)))
+        engine.module.to(memory_format=torch.channels_last)
+        swarm.attach(engine)
+
+
+@pytest.mark.parametrize(
+    ("body", "text"), [(attach_pipeline, "pipeline engine"), (attach_channels_last, "not contiguous")]
+)
+def test_real_engines_that_are_refused(pool: Pool, body: Callable[[Case], None], text: str) -> None:
+    for outcome in pool.outcomes(body, Case(stage=0)):
+        assert (outcome.kind, text in outcome.text) == ("UnsupportedError", True), outcome
+
+
+# -- particles = "node" -------------------------------------------------------------------------
+
+
+def who_is_where(case: Case) -> Any:
+    with ds_pso.init(config(case, 1)) as swarm:
+        layout = swarm.world.layout
+        inside = [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+        seen = [row[0] for row in swarm.exchange.all_gather([layout.particle])]
+    return (layout.particle, layout.shard_rank), inside, seen, os.environ["WORLD_SIZE"]
+
+
+@pytest.mark.parametrize("local", [1, 2, 4])
+def test_each_node_is_a_particle(pool: Pool, local: int) -> None:
+    def environment(rank: int) -> dict[str, str]:
+        return {"LOCAL_WORLD_SIZE": str(local), "LOCAL_RANK": str(rank % local)}
+
+    ranks = pool.run(who_is_where, Case(particles="node"), env=environment)
+    for rank, (where, inside, seen, world_size_after) in enumerate(ranks):
+        assert where == (rank // local, rank % local)
+        assert inside == [rank % local, local, rank % local]
+        np.testing.assert_array_equal(seen, range(4 // local))
+        assert world_size_after == "4", "closing gives the launcher's environment back"
+
+
+def both_particles_equal(case: Case) -> Any:
+    with swarm_of(case) as (swarm, _):
+        return swarm.particle
+
+
+def test_particles_must_divide_the_ranks(pool: Pool) -> None:
+    for outcome in pool.outcomes(both_particles_equal, Case(particles=3)):
+        assert outcome.kind == "ConfigError"
+        assert "does not divide the 4 ranks" in outcome.text

@@ -1,0 +1,71 @@
+"""The bytes counted at a sync point are those of the rule's formula."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+from pool import Pool
+
+from .jobs import Case, swarm_of, train
+from .test_agreement import Losses
+
+BUFFER_BYTES = 4 * 10  # running mean and variance of five features
+SCALARS = 2 * 8  # fitness and alive
+
+
+@dataclass(frozen=True)
+class Traffic:
+    at_attach: int
+    per_sync: int
+    shard_bytes: int
+    total: int  # of all ranks, at sync points
+
+
+def traffic(case: Case, losses: tuple[float, ...]) -> Traffic:
+    with swarm_of(case) as (swarm, engine):
+        at_attach = swarm.exchange.bytes_received
+        train(case, engine, range(1), spoil=Losses(losses, int(case.particles)))
+        shard_bytes = sum(4 * t.numel() for t in swarm.synchronizer.shards.tensors)
+        return Traffic(at_attach, swarm.totals.bytes_received, shard_bytes, swarm.total_bytes())
+
+
+@pytest.mark.parametrize(
+    ("case", "size"),
+    [
+        *((Case(stage=stage), 2) for stage in (0, 1, 2, 3)),
+        (Case(stage=2, precision="bf16"), 2),  # what travels is fp32 all the same
+        (Case(stage=2, particles=4), 1),
+        (Case(stage=2, particles=3), 1),
+        (Case(stage=3, swarm={"bucket_mb": 40 / 2**20}), 2),
+    ],
+    ids=lambda value: str(value) if isinstance(value, int) else f"{value}-{value.particles}particles",
+)
+@pytest.mark.parametrize("sync_mode", ["local_sgd", "diloco", "pso"])
+def test_bytes_of_a_sync_point(pool: Pool, case: Case, size: int, sync_mode: str) -> None:
+    case = replace(case, sync_mode=sync_mode, interval=1, batch_norm=case.precision == "fp32")
+    num_particles, best = int(case.particles), 1
+    losses = tuple(1.0 if particle == best else 2.0 for particle in range(num_particles))
+    ranks = pool.run(traffic, case, losses, world_size=num_particles * size)
+    buffers = BUFFER_BYTES if case.batch_norm else 0
+    assert sum(rank.shard_bytes for rank in ranks[:size]) >= 4 * 69
+    for number, rank in enumerate(ranks):
+        particle, n = number // size, rank.shard_bytes
+        all_reduce = 2 * (num_particles - 1) / num_particles
+        moved = all_reduce * n if sync_mode != "pso" else n * (particle != best)
+        expected = moved + all_reduce * buffers + SCALARS * (num_particles - 1)
+        num_buckets = 2 + n * 2**20 // case.swarm["bucket_mb"] / 2**40 if case.swarm else 2
+        assert rank.per_sync == pytest.approx(expected, abs=0 if num_particles != 3 else num_buckets)
+        assert rank.at_attach == (n + buffers) * (particle != 0)
+        assert rank.total == sum(other.per_sync for other in ranks)
+
+
+def ranks_without_peers(case: Case) -> Any:
+    with swarm_of(case) as (swarm, engine):
+        train(case, engine)
+        return swarm.totals.bytes_received, swarm.total_bytes(), swarm.exchange.bytes_received
+
+
+def test_one_particle_sends_nothing(pool: Pool) -> None:
+    assert pool.run(ranks_without_peers, Case(particles=1), world_size=2) == [(0, 0, 0)] * 2
