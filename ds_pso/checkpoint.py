@@ -19,7 +19,9 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,8 +55,9 @@ def save(swarm: SwarmState, folder: Path) -> Path:
     name = f"step_{swarm.engine.global_steps:08d}"
     temporary, final = folder / f".{name}.tmp", folder / name
     world = swarm.world
-    with world.agree("starting a checkpoint"):
-        if world.is_node_leader:
+    leads = world.leads_disk(folder)
+    with world.agree("starting a checkpoint"), _as_checkpoint_error(temporary):
+        if leads:
             shutil.rmtree(temporary, ignore_errors=True)
             (temporary / "swarm").mkdir(parents=True, exist_ok=True)
     with _as_checkpoint_error(temporary):
@@ -65,7 +68,7 @@ def save(swarm: SwarmState, folder: Path) -> Path:
     with world.agree("writing a checkpoint"), _as_checkpoint_error(temporary):
         _save_rank(swarm, temporary)
     with world.agree("completing a checkpoint"), _as_checkpoint_error(final):
-        if world.is_node_leader:
+        if leads:
             replace_folder(temporary, final)
             write_atomically(folder / LATEST, name)
     return final
@@ -150,9 +153,7 @@ def load(swarm: SwarmState, folder: Path, tag: str | None = None) -> int:
         particle = source / f"particle_{swarm.particle}"
         path, _ = swarm.engine.load_checkpoint(str(particle), tag=_DEEPSPEED_TAG)
         if path is None:
-            raise CheckpointError(
-                f"{particle}: DeepSpeed found nothing to load; the folder is incomplete", agreed=False
-            )
+            raise CheckpointError(f"{particle}: DeepSpeed found nothing to load; the folder is incomplete")
     _restore(swarm, record, tensors)
     swarm.metrics.rewind(record["step"])
     return int(record["step"])
@@ -170,7 +171,7 @@ def find(folder: Path, tag: str | None = None) -> Path:
                 "check the path, or start without resuming"
             ) from error
     source = folder / tag
-    if not tag or Path(tag).name != tag or not source.is_dir():
+    if not re.fullmatch(r"step_\d{8,}", tag) or not source.is_dir():
         raise CheckpointError(f"{source}: no such checkpoint; name one of the step_* folders in {folder}")
     return source
 
@@ -265,6 +266,12 @@ def _restore(swarm: SwarmState, record: dict[str, Any], tensors: dict[str, Tenso
     swarm.window.restore(*record["window"])
     for sampler, state in zip(swarm.samplers, record["samplers"], strict=True):
         sampler.load_state_dict(state)
+    _restore_random(record, tensors)
+    for sampler in swarm.samplers:
+        sampler.on_resume = lambda: _restore_random(record, tensors)
+
+
+def _restore_random(record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     version, internal, gauss = record["random"]["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(tuple(record["random"]["numpy"]))
@@ -280,21 +287,22 @@ def _weights_only() -> Iterator[None]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
+    allowed = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+    # Numbers: a learning rate computed with NumPy is a NumPy scalar.
+    allowed += [np.float64(0).__reduce__()[0], np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType]
+    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ[names[0]] = "1"
     try:
-        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+        with torch.serialization.safe_globals(allowed):
             yield
-    except (OSError, RuntimeError, EOFError) as error:
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         if isinstance(error, SwarmError):
             raise
-        raise CheckpointError(f"DeepSpeed could not load its checkpoint: {error}", agreed=False) from error
+        raise CheckpointError(f"DeepSpeed could not load its checkpoint: {str(error).splitlines()[0]}") from error
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        del os.environ[names[0]]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def _rank_stem(folder: Path, rank: int) -> Path:
@@ -312,5 +320,4 @@ def _as_checkpoint_error(path: Path) -> Iterator[None]:
             f"{getattr(error, 'filename', None) or path}: cannot write the checkpoint "
             f"({getattr(error, 'strerror', None) or error}); free some space or choose another folder; "
             "the last complete checkpoint is untouched",
-            agreed=False,
         ) from error

@@ -4,7 +4,7 @@
 class SwarmError(RuntimeError):
     """Base class. ``agreed`` is true when every rank raises the same error, so one may speak for all."""
 
-    agreed = False
+    agreed = False  # only what is decided from values that all ranks share may say otherwise
 
     def __init__(self, message: str, *, agreed: bool | None = None) -> None:
         super().__init__(" ".join(message.split()))
@@ -21,8 +21,6 @@ class ConfigError(SwarmError, ValueError):
 class UnsupportedError(SwarmError):
     """A DeepSpeed feature whose shards the swarm cannot read or publish."""
 
-    agreed = True
-
 
 class PeerError(SwarmError):
     """A rank did not arrive in time, or was lost in the middle of an exchange."""
@@ -30,5 +28,3 @@ class PeerError(SwarmError):
 
 class CheckpointError(SwarmError):
     """A checkpoint that is missing, damaged, or belongs to another model or another swarm."""
-
-    agreed = True

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -153,9 +154,14 @@ class Exchange:
             return
         begin = time.perf_counter()
         try:
-            start(group).wait()
+            work = start(group)
             if self.device.type == "cuda":
+                work.wait(timedelta(seconds=self.world.timeout_s))  # blocks, unlike NCCL's wait without a timeout
                 torch.cuda.current_stream().synchronize()
+            else:
+                work.wait()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             layout = self.world.layout
             peers = "; ".join(self.world.describe(rank) for rank in layout.peers if rank != layout.rank)

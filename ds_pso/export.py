@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
@@ -51,6 +52,8 @@ def export(swarm: SwarmState, folder: Path, which: Choice = "consensus", tokeniz
             _write(swarm.engine.module, state_dict, temporary)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
+            for old in folder.glob("model*.safetensors*"):
+                old.unlink()  # left of an export with another number of files
             move_files(temporary, folder)
     return folder
 
@@ -64,6 +67,10 @@ def _state_dict(swarm: SwarmState, shards: Shards, tensors: list[Tensor], buffer
     for (name, buffer), values in zip(shards.buffers(), buffers, strict=True):
         if swarm.is_leader:
             state_dict[name] = values.view(buffer.shape).cpu()
+    if swarm.is_leader:
+        names = shards.module.state_dict().keys()
+        counters = {name: b for name, b in shards.module.named_buffers() if not b.is_floating_point() and name in names}
+        state_dict.update({name: buffer.cpu() for name, buffer in counters.items()})
     return state_dict
 
 
@@ -90,9 +97,7 @@ def _parameters(swarm: SwarmState, shards: Shards, tensors: list[Tensor]) -> Ite
 def _frozen(parameter: Tensor) -> Tensor:
     """A parameter that is not trained, gathered if ZeRO 3 has partitioned it."""
     if hasattr(parameter, "ds_id"):
-        from deepspeed.zero import GatheredParameters
-
-        with GatheredParameters([parameter]):
+        with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
     return parameter.detach()
 
@@ -101,4 +106,8 @@ def _write(module: Any, state_dict: dict[str, Tensor], folder: Path) -> None:
     if hasattr(module, "save_pretrained"):
         module.save_pretrained(folder, state_dict=state_dict)
     else:
+        first_name = {id(parameter): name for name, parameter in module.named_parameters()}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            if name not in state_dict:  # tied to another
+                state_dict[name] = state_dict[first_name[id(parameter)]].clone()
         save_file({key: value.contiguous() for key, value in state_dict.items()}, folder / "model.safetensors")

@@ -30,11 +30,7 @@ def replace_folder(temporary: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         os.replace(final, old)
-    try:
-        os.replace(temporary, final)
-    except FileNotFoundError:
-        if not final.exists():  # on a shared disk another node's leader was faster
-            raise
+    os.replace(temporary, final)
     shutil.rmtree(old, ignore_errors=True)
 
 

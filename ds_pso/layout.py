@@ -50,6 +50,12 @@ def read_layout(particles: int | Literal["node"], env: Mapping[str, str]) -> Lay
         ConfigError: P does not divide W, or the environment is incomplete.
     """
     if "RANK" not in env and "WORLD_SIZE" not in env:
+        for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
+            if read_int(env, name, 1) > 1:
+                raise ConfigError(
+                    f"{name} = {env[name]}, but RANK and WORLD_SIZE are not set; start with deepspeed, torchrun or "
+                    "accelerate launch, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in each task"
+                )
         rank, world_size = 0, 1  # started as plain `python script.py`
     else:
         rank, world_size = read_int(env, "RANK"), read_int(env, "WORLD_SIZE")
@@ -60,7 +66,8 @@ def read_layout(particles: int | Literal["node"], env: Mapping[str, str]) -> Lay
             raise ConfigError(f"RANK = {rank}: must lie between 0 and WORLD_SIZE - 1 = {world_size - 1}")
     if particles == "node":
         # torchrun and accelerate set the first name, the deepspeed launcher the second.
-        local = read_int(env, "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in env else "LOCAL_SIZE", world_size)
+        name = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in env or "LOCAL_SIZE" not in env else "LOCAL_SIZE"
+        local = read_int(env, name, 1 if world_size == 1 else None)
         if local < 1 or world_size % local:
             raise ConfigError(
                 f'swarm.particles = "node": {world_size} ranks do not split into nodes of {local}; '

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ class SwarmSampler(Sampler[int]):
                 f"{batch_size} need at least {world_size * batch_size}; use more data, fewer ranks or a smaller batch"
             )
         self.epoch = 0
+        # Called when an epoch goes on in the middle: a new DataLoader iterator has just drawn a random
+        # number that the uninterrupted run did not draw.
+        self.on_resume: Callable[[], None] | None = None
         self._batch = 0  # batches trained on in this epoch
 
     def __len__(self) -> int:
@@ -42,6 +45,9 @@ class SwarmSampler(Sampler[int]):
         return self._num_batches * self._batch_size
 
     def __iter__(self) -> Iterator[int]:
+        on_resume, self.on_resume = self.on_resume, None
+        if on_resume is not None and self._batch > 0:
+            on_resume()
         order = list(range(self._dataset_size))
         if self._shuffle:
             seed = int(np.random.SeedSequence([self._seed, self.epoch]).generate_state(1, np.uint64)[0])

@@ -28,6 +28,7 @@ class SwarmState:
         self.window = FitnessWindow()
         self.samplers: list[SwarmSampler] = []
         self._engine: Any = None
+        self._backwards = 0  # since the last optimizer step
         self.synchronizer: Synchronizer | None = None  # None: not attached, or only one particle
 
     @property

@@ -80,7 +80,9 @@ class Swarm(SwarmState):
             if self.config.fitness == "probe" and probe is None:
                 raise ConfigError('swarm.fitness = "probe": give swarm.attach a probe, or use "train"')
             probe = probe if self.config.fitness == "probe" else None
-            self.synchronizer = Synchronizer(self.world, self.exchange, rule, find_shards(engine), probe)
+            with self.world.agree("attaching the engine"):
+                shards = find_shards(engine)
+            self.synchronizer = Synchronizer(self.world, self.exchange, rule, shards, probe)
         self._engine = engine
         self._follow(engine)
         return engine
@@ -161,8 +163,11 @@ class Swarm(SwarmState):
         backward, step = engine.backward, engine.step
 
         def backward_and_record(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.window.add(loss)
             result = backward(loss, *args, **kwargs)
+            # The HF Trainer divides by the accumulation steps itself, and says so.
+            divided = kwargs.get("scale_wrt_gas") is False
+            self.window.add(loss * engine.gradient_accumulation_steps() if divided else loss)
+            self._backwards += 1
             for sampler in self.samplers:
                 sampler.advance()
             return result
@@ -170,7 +175,15 @@ class Swarm(SwarmState):
         def step_and_meet(*args: Any, **kwargs: Any) -> Any:
             before = engine.global_steps
             result = step(*args, **kwargs)
-            if engine.global_steps != before and engine.global_steps % self.config.sync_interval == 0:
+            if engine.global_steps == before:
+                return result  # gradients are still being accumulated
+            if self.samplers and self._backwards == 0:
+                raise SwarmError(
+                    "swarm.sampler counts what was trained on, and saw nothing; "
+                    "call engine.backward(loss), not loss.backward()"
+                )
+            self._backwards = 0
+            if engine.global_steps % self.config.sync_interval == 0:
                 self.sync()
             return result
 

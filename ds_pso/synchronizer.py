@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -66,9 +67,12 @@ class Synchronizer:
     def _start_alike(self) -> None:
         """Give every particle the weights of particle 0, whatever its random seed was."""
         self.shards.zero_padding()
-        for tensors in (self.shards.tensors, self._flat_buffers()):
+        for tensors in (self.shards.tensors, self.shards.frozen()):
             for piece, received in self.exchange.from_one(tensors, source=0):
                 piece.of(tensors[piece.tensor]).copy_(received)
+        with self._flat_buffers() as buffers:
+            for piece, received in self.exchange.from_one(buffers, source=0):
+                piece.of(buffers[piece.tensor]).copy_(received)
         self.shards.publish()
         self.state = [self.rule.init_state(x) for x in self.shards.tensors]
 
@@ -85,7 +89,8 @@ class Synchronizer:
         self.shards.check_present()
         begin, bytes_before = time.perf_counter(), self.exchange.bytes_received
         index = self.totals.count
-        self.world.roll_call(f"sync {index}", self.world.layout.peers)
+        layout = self.world.layout  # mates too: a frozen one would be waited for without a word inside the particle
+        self.world.roll_call(f"sync {index}", sorted({*layout.peers, *layout.mates}))
         waited = time.perf_counter() - begin
         if index:
             self.world.forget(f"sync {index - 1}")
@@ -114,13 +119,16 @@ class Synchronizer:
         if self.probe is not None:
             with torch.no_grad():
                 total, count = float(self.probe()), 1.0
-        if count == 0 and self.rule.uses_fitness:
+        nothing_new = count == 0 and index > 0  # a sync point right after another
+        if count == 0 and self.rule.uses_fitness and not nothing_new:
             raise SwarmError(
                 "this sync_mode ranks particles by their loss, and none was seen; "
                 "call engine.backward(loss), not loss.backward()"
             )
         row = [total, count, float(self.shards.all_finite())]
         fitness, alive = combine(self.world.particle_gather(row))
+        if nothing_new:
+            fitness = self.losses[self.exchange.particle]
         table = self.exchange.all_gather([fitness, float(alive)])
         return SyncPoint(index, tuple(row[0] for row in table), tuple(row[1] == 1.0 for row in table))
 
@@ -140,17 +148,24 @@ class Synchronizer:
         self.memory = plan.memory
         self._average_buffers(point)
         if not point.alive[me]:
-            self.shards.heal_optimizer_state()
+            self.shards.reset_optimizer_state()
         return plan
 
     def _average_buffers(self, point: SyncPoint) -> None:
         """Statistics are no parameters: whatever the rule, they become the mean of the living."""
-        buffers = self._flat_buffers()
-        for piece, received in self.exchange.weighted_mean(buffers, point.mean_weights()):
-            piece.of(buffers[piece.tensor]).copy_(received)
+        with self._flat_buffers() as buffers:
+            for piece, received in self.exchange.weighted_mean(buffers, point.mean_weights()):
+                piece.of(buffers[piece.tensor]).copy_(received)
 
-    def _flat_buffers(self) -> list[Tensor]:
-        return [buffer.view(-1) for _, buffer in self.shards.buffers()]
+    @contextlib.contextmanager
+    def _flat_buffers(self) -> Iterator[list[Tensor]]:
+        """The buffers, flat; what is written to them counts, also where flattening had to copy."""
+        buffers = [buffer for _, buffer in self.shards.buffers()]
+        flat = [buffer.reshape(-1) for buffer in buffers]
+        yield flat
+        for buffer, values in zip(buffers, flat, strict=True):
+            if values.data_ptr() != buffer.data_ptr():
+                buffer.copy_(values.view(buffer.shape))
 
     # -- for export and checkpoints ---------------------------------------------------------
 
@@ -168,7 +183,7 @@ class Synchronizer:
         point = SyncPoint(self.totals.count, self.losses, alive)
         weights = point.best_weights() if which == "best" else point.mean_weights()
         copies = []
-        for tensors in (self.shards.tensors, self._flat_buffers()):
+        for tensors in (self.shards.tensors, [buffer.reshape(-1) for _, buffer in self.shards.buffers()]):
             copy = [torch.empty_like(t) for t in tensors]
             for piece, received in self.exchange.weighted_mean(tensors, weights):
                 piece.of(copy[piece.tensor]).copy_(received)

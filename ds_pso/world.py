@@ -11,11 +11,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import socket
+import threading
 import time
-from collections.abc import Iterable, Iterator
+import uuid
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,10 +29,15 @@ from ds_pso.layout import Layout, read_int, read_layout
 
 _CARVED = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
 _GOODBYE_S = 30.0  # how long the host of a store waits for its clients to leave
+_LINGER_S = 5.0  # how much later than the timeout another rank may still give up
+
+Answer = TypeVar("Answer")
 
 
 class World:
     """A rank's place in the swarm, and the means to talk about it: a store and the peer group."""
+
+    _joined = 0  # how many swarms this process has been in; equal on all ranks
 
     def __init__(self, layout: Layout, timeout_s: float) -> None:
         self.layout = layout
@@ -42,6 +51,7 @@ class World:
         self._hosts = [""] * layout.world_size  # by launcher's rank, once known
         self._torch_was_up = dist.is_initialized()
         self._closed = False
+        self._frozen = False  # the host of the store does not answer
 
     @classmethod
     def carve(cls, particles: int | Literal["node"], *, peer_backend: str = "auto", timeout_s: float = 600.0) -> World:
@@ -69,7 +79,14 @@ class World:
                 world._join()
                 if layout.num_particles > 1:
                     world.backend = _resolve_backend(peer_backend)
-                    world.peer_group = world._build_peer_group()
+                    try:
+                        world.peer_group = world._build_peer_group()
+                    except RuntimeError as error:
+                        raise PeerError(
+                            f"{world.describe(layout.rank)}: its peers do not connect ({str(error).splitlines()[0]}); "
+                            "check that the nodes reach each other on all ports, and GLOO_SOCKET_IFNAME or "
+                            "NCCL_SOCKET_IFNAME where a node has several networks"
+                        ) from error
                     world._enter_particle()
             except BaseException:
                 world.abandon()
@@ -101,9 +118,10 @@ class World:
                 "check that every node was started and that MASTER_ADDR and MASTER_PORT are right"
             )
             raise PeerError(f"{what} ({str(error).splitlines()[0]})") from error
-        # A restarted torchrun job meets the keys of its last attempt in the agent's store.
+        # The agent's store of torchrun keeps the keys of earlier attempts, and of earlier swarms of this job.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.store = dist.PrefixStore(f"ds_pso/{attempt}", store)
+        self.store = dist.PrefixStore(f"ds_pso/{attempt}/{World._joined}", store)
+        World._joined += 1
         self.store.set(f"host/{layout.rank}", socket.gethostname())
         self.roll_call("start", range(layout.world_size))
         hosts = self.store.multi_get([f"host/{rank}" for rank in range(layout.world_size)])
@@ -118,7 +136,8 @@ class World:
         if self.backend == "nccl":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timeout
+            # Longer than Exchange waits, so that an error is raised before the watchdog ends the process.
+            options._timeout = 2 * timeout
             return dist.ProcessGroupNCCL(store, layout.particle, layout.num_particles, options)
         return dist.ProcessGroupGloo(store, layout.particle, layout.num_particles, timeout)
 
@@ -129,6 +148,8 @@ class World:
         key = f"particle/{layout.particle}"
         if layout.shard_rank == 0:
             address = _address_towards(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+            if address.startswith(("127.", "::1")) and len(self.mates_on_this_node) < layout.particle_size:
+                address = os.environ["MASTER_ADDR"]  # this host's own name leads to loopback; others know better
             self.store.set(key, f"{address} {self._host_particle_store(address)}")
         self._wait([key], layout.mates[:1], "the address of its particle")
         address, port = self.store.get(key).decode().split()
@@ -174,6 +195,25 @@ class World:
         """True on the lowest rank of each machine: the one that makes and renames folders."""
         return self._on_this_node(range(self.layout.rank + 1))[0] == self.layout.rank
 
+    def leads_disk(self, folder: Path) -> bool:
+        """True on one rank for each disk that ``folder`` lies on; made if missing. Called on all ranks.
+
+        Nodes may share the disk or have one each: the lowest rank whose mark is seen there leads.
+        """
+        mark = f".leader-{self.gather('the name of a mark', uuid.uuid4().hex)[0]}-"
+        with self.agree("finding who shares a disk"):
+            if self.is_node_leader:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / f"{mark}{self.layout.rank:06d}").touch()
+        leads = False
+        with self.agree("finding who shares a disk"):
+            if self.is_node_leader:
+                leads = min(folder.glob(f"{mark}*")).name == f"{mark}{self.layout.rank:06d}"
+        with self.agree("finding who shares a disk"):
+            if self.is_node_leader:
+                (folder / f"{mark}{self.layout.rank:06d}").unlink()
+        return leads
+
     def describe(self, rank: int) -> str:
         """``particle 1, rank 0 (rank 2 on host gpu-07)``"""
         layout = Layout(rank, self.layout.world_size, self.layout.num_particles)
@@ -198,22 +238,54 @@ class World:
             self.store.delete_key(f"at/{label}/{self.layout.rank}")
 
     def _wait(self, keys: list[str], ranks: list[int], label: str) -> None:
-        assert self.store is not None
+        store = self.store
+        assert store is not None
         try:
-            self.store.wait(keys, timedelta(seconds=self.timeout_s))
-        except (dist.DistError, RuntimeError) as error:
-            raise PeerError(f"{self._who_is_missing(keys, ranks, label)} ({type(error).__name__})") from error
+            self._ask(lambda: store.wait(keys, timedelta(seconds=self.timeout_s)))
+        except (dist.DistError, RuntimeError, TimeoutError) as error:
+            text = f"{self._who_is_missing(keys, ranks, label)} ({type(error).__name__})"
+            if self.is_leader:
+                time.sleep(min(_LINGER_S, self.timeout_s))  # those who give up a little later ask this rank's store
+            raise PeerError(text) from error
+
+    def _ask(self, question: Callable[[], Answer]) -> Answer:
+        """The store's answer. TCPStore's own timeouts wait for its host to confirm them, frozen or not.
+
+        Raises:
+            TimeoutError: the host is frozen; the store must not be used again.
+        """
+        answers: queue.SimpleQueue[tuple[Answer | None, Exception | None]] = queue.SimpleQueue()
+
+        def ask() -> None:
+            try:
+                answers.put((question(), None))
+            except Exception as error:
+                answers.put((None, error))
+
+        if self._frozen:
+            raise TimeoutError
+        threading.Thread(target=ask, daemon=True).start()
+        try:
+            answer, error = answers.get(timeout=self.timeout_s + _LINGER_S)
+        except queue.Empty:
+            self._frozen = True
+            raise TimeoutError from None
+        if error is not None:
+            raise error
+        return answer  # type: ignore[return-value]
 
     def _who_is_missing(self, keys: list[str], ranks: list[int], label: str) -> str:
         me = self.describe(self.layout.rank)
+        store = self.store
+        assert store is not None
         try:
-            assert self.store is not None
-            missing = [rank for key, rank in zip(keys, ranks, strict=True) if not self.store.check([key])]
-        except (dist.DistError, RuntimeError):
+            there = self._ask(lambda: [store.check([key]) for key in keys])
+        except (dist.DistError, RuntimeError, TimeoutError):
             return (
-                f"{me}: the store of rank 0 no longer answers, waiting for {label}; rank 0 was lost: "
+                f"{me}: the store of rank 0 no longer answers, waiting for {label}; rank 0 was lost or hangs: "
                 "look for its error above, then restart from the last checkpoint"
             )
+        missing = [rank for rank, is_there in zip(ranks, there, strict=True) if not is_there]
         return (
             f"{me}: waited {self.timeout_s:g} s for {label}, and these did not arrive: "
             f"{'; '.join(self.describe(rank) for rank in missing) or 'nobody is missing any more'}. "
@@ -240,9 +312,10 @@ class World:
             for item in [*keys, f"gather/{label}/{turn - 1}/all"]:  # who is here has read the last turn's
                 self.store.delete_key(item)
             return everything
+        store = self.store
         try:
-            self.store.wait([f"{key}/all"], timedelta(seconds=self.timeout_s))
-        except (dist.DistError, RuntimeError) as error:
+            self._ask(lambda: store.wait([f"{key}/all"], timedelta(seconds=self.timeout_s)))
+        except (dist.DistError, RuntimeError, TimeoutError) as error:
             raise PeerError(self._who_is_missing(keys, ranks, label)) from error
         return list(json.loads(self.store.get(f"{key}/all")))
 
@@ -259,6 +332,9 @@ class World:
             failure = error
         except OSError as error:
             failure = SwarmError(f"{error.filename or label}: {error.strerror or error}")
+        except Exception as error:  # whatever it is, the others must not wait for this rank
+            failure = SwarmError(f"{label}: {type(error).__name__}: {error}")
+            failure.__cause__ = error
         messages = self.gather(label, None if failure is None else [type(failure).__name__, str(failure)])
         first = next((item for item in messages if item), None)
         if first is not None:
@@ -334,7 +410,7 @@ def _resolve_backend(name: str) -> str:
 
 def _address_towards(address: str, port: int) -> str:
     """This machine's address on the way to ``address``: the one its mates can reach, too."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:  # connecting a UDP socket sends nothing
-        probe.connect((address, port))
+    family, kind, _, _, target = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:  # connecting a UDP socket sends nothing
+        probe.connect(target)
         return str(probe.getsockname()[0])

@@ -6,7 +6,7 @@ venv=${1:-.venv}
 python=${PYTHON:-python3}
 
 torch=$(sed -n 's/^ *"\(torch>=[^"]*\)",$/\1/p' pyproject.toml)
-[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+"$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$venv"
 pip="$venv/bin/python -m pip --disable-pip-version-check -q"
 
 if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then

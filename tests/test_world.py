@@ -84,7 +84,6 @@ def test_mates_share_a_particle_in_the_order_of_shards(layout):
         ("node", environment(5, 8, LOCAL_SIZE="4"), Layout(5, 8, 2)),  # deepspeed
         ("node", environment(5, 8, LOCAL_WORLD_SIZE="2", LOCAL_SIZE="8"), Layout(5, 8, 4)),
         ("node", environment(5, 8, LOCAL_WORLD_SIZE="8"), Layout(5, 8, 1)),
-        ("node", environment(0, 8), Layout(0, 8, 1)),  # nothing says where a node ends: one particle
         (2, environment(5, 8, LOCAL_WORLD_SIZE="8"), Layout(5, 8, 2)),  # particles need not be nodes
     ],
 )
@@ -107,6 +106,9 @@ def test_layout_from_the_environment(particles, env, layout):
         ("node", environment(0, 4, LOCAL_WORLD_SIZE="0"), "4 ranks do not split into nodes of 0"),
         ("node", environment(0, 4, LOCAL_WORLD_SIZE="-2"), "4 ranks do not split into nodes of -2"),
         ("node", environment(0, 4, LOCAL_SIZE="two"), "LOCAL_SIZE = 'two': must be a whole number"),
+        ("node", environment(0, 4), "LOCAL_WORLD_SIZE is not set"),  # nothing says where a node ends
+        (2, {"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE = 4, but RANK and WORLD_SIZE are not set"),
+        (2, {"SLURM_STEP_NUM_TASKS": "4"}, "SLURM_STEP_NUM_TASKS = 4, but RANK and WORLD_SIZE are not set"),
         (2, environment(0, 4, RANK=None), "RANK is not set; start with deepspeed, torchrun or accelerate launch"),
         (2, environment(0, 4, WORLD_SIZE=None), "WORLD_SIZE is not set; start with"),
         (2, environment(0, 4, MASTER_ADDR=None), "MASTER_ADDR is not set; start with"),
@@ -207,6 +209,7 @@ def test_agree_tells_foreseen_errors_in_one_line(lonely, raised, said):
     assert isinstance(caught.value, ConfigError) == isinstance(raised, ConfigError)
 
 
-def test_agree_lets_bugs_through(lonely):
-    with pytest.raises(ZeroDivisionError), lonely.agree("reading"):
-        raise ZeroDivisionError
+def test_agree_tells_the_others_of_a_bug_too(lonely):
+    with pytest.raises(SwarmError, match="reading: ZeroDivisionError: by nothing") as caught, lonely.agree("reading"):
+        raise ZeroDivisionError("by nothing")
+    assert isinstance(caught.value.__cause__.__cause__, ZeroDivisionError), "the traceback must lead to it"

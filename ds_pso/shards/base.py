@@ -92,16 +92,20 @@ class Shards(ABC):
             tensors[shard][start:stop].zero_()
 
     def all_finite(self) -> bool:
-        """Whether no weight of these shards is NaN or infinite. Padding must be zero."""
-        norms = [torch.linalg.vector_norm(t, ord=float("inf")) for t in self.tensors if t.numel()]
+        """Whether no weight or buffer of this rank is NaN or infinite. Padding must be zero."""
+        tensors = [*self.tensors, *(buffer for _, buffer in self.buffers())]
+        norms = [torch.linalg.vector_norm(t, ord=float("inf")) for t in tensors if t.numel()]
         return all(bool(torch.isfinite(norm)) for norm in norms)
 
-    def heal_optimizer_state(self) -> None:
-        """Zero the moments of a particle that went mad, where they are not finite."""
+    def reset_optimizer_state(self) -> None:
+        """Zero the moments of a particle that went mad: its weights were replaced, its past is no guide.
+
+        Clearing only what is not finite would leave a huge first moment over a zeroed second one.
+        """
         for state in self.optimizer.state.values():
-            for value in state.values():
-                if isinstance(value, Tensor) and value.is_floating_point():
-                    value.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.is_floating_point() and name != "step":
+                    value.zero_()
 
     def buffers(self) -> list[tuple[str, Tensor]]:
         """Persistent floating-point buffers (batch-norm statistics and the like), by name."""
@@ -111,6 +115,13 @@ class Shards(ABC):
                 if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
                     found.append((f"{prefix}.{name}" if prefix else name, buffer))
         return found
+
+    def frozen(self) -> list[Tensor]:
+        """What this rank holds of the floating-point parameters that are not trained, flat and live."""
+        trained = self.trained_names()
+        frozen = [p for name, p in self.module.named_parameters() if name not in trained]
+        tensors = [getattr(p, "ds_tensor", p) for p in frozen]  # ZeRO 3: this rank's block
+        return [t.detach().view(-1) for t in tensors if t.is_floating_point()]
 
     def fingerprint(self) -> str:
         """Equal on two ranks exactly when their shards hold the same slices of the same model."""

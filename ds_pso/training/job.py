@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import warnings
@@ -29,7 +30,7 @@ from ds_pso.training.text import Corpus, load_corpus
 
 def main(argv: list[str] | None = None) -> int:
     """Run the job; errors that ds_pso foresaw become one line and exit code 1."""
-    is_first = os.environ.get("RANK", "0") == "0"
+    is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"  # of each node: a file may be missing on one only
     try:
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         with ds_pso.init(config, run_dir=arguments.output_dir) as swarm:
             train(swarm, arguments)
     except SwarmError as error:
-        if is_first or not error.agreed:
+        if is_first_here or not error.agreed:
             print(f"ds_pso: error: {error}", file=sys.stderr, flush=True)
         return 1
     return 0
@@ -163,7 +164,8 @@ def _finish(
 def _first_held_out(path: Path) -> float:
     records = metrics.read_metrics(path)
     first = next(r for r in records if r["event"] == "held_out")
-    return sum(first["losses"]) / len(first["losses"])
+    losses = [math.nan if loss is None else loss for loss in first["losses"]]
+    return sum(losses) / len(losses)
 
 
 def _prepare_run_dir(swarm: Swarm, arguments: argparse.Namespace) -> None:

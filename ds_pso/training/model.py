@@ -94,8 +94,8 @@ class HeldOut:
     def __init__(self, swarm: Swarm, blocks: Blocks, batch_size: int, device: torch.device, num_batches: int = 4):
         layout = swarm.world.layout
         wanted = batch_size * num_batches * layout.particle_size
-        probe = range(min(batch_size * layout.particle_size, len(blocks) // 4))
-        evaluation = range(len(probe), min(len(probe) + wanted, len(blocks)))
+        probe = range(min(batch_size * layout.particle_size, max(1, len(blocks) // 4)))
+        evaluation = range(len(probe), min(len(probe) + wanted, len(blocks))) or probe  # a single block serves both
         self._swarm, self._blocks, self._batch_size, self._device = swarm, blocks, batch_size, device
         self._everything = list(evaluation)
         # Ranks go in step under ZeRO 3, so each must run as many batches; a short set is used whole by all.

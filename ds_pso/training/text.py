@@ -49,7 +49,7 @@ class Corpus:
 
 
 def load_corpus(swarm: Swarm, dataset: str, folder: Path, seq_length: int, tokenizer: Any = None) -> Corpus:
-    """Tokenise ``dataset`` into ``folder``, once per machine, and map it into memory on every rank.
+    """Tokenise ``dataset`` into ``folder``, once per disk, and map it into memory on every rank.
 
     Args:
         tokenizer: the model's own; if None, a byte-level BPE is trained on the training documents.
@@ -59,8 +59,9 @@ def load_corpus(swarm: Swarm, dataset: str, folder: Path, seq_length: int, token
     """
     from transformers import AutoTokenizer
 
+    leads = swarm.world.leads_disk(folder)
     with swarm.world.agree("preparing the data"):
-        if swarm.world.is_node_leader:
+        if leads:
             _prepare_once(dataset, folder, tokenizer)
     splits = []
     with swarm.world.agree("reading the data"):
@@ -177,9 +178,10 @@ def train_tokenizer(texts: list[str]) -> Any:
 
 
 def tokenize(tokenizer: Any, texts: list[str]) -> np.ndarray:
-    """All documents in one row of token ids, each followed by the end-of-text token."""
+    """All documents in one row of token ids, each followed by the end-of-text token, if there is one."""
     ids: list[int] = []
     for encoded in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
         ids.extend(encoded)
-        ids.append(tokenizer.eos_token_id)
+        if tokenizer.eos_token_id is not None:
+            ids.append(tokenizer.eos_token_id)
     return np.asarray(ids, dtype=np.uint16 if len(tokenizer) <= 2**16 else np.uint32)

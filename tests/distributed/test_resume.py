@@ -34,13 +34,8 @@ def train_from_loader(case: Case, swarm: Swarm, engine: Any, steps: int, folder:
     generator = torch.Generator().manual_seed(0)
     data = TensorDataset(torch.randn(44, 7, generator=generator), torch.randn(44, 3, generator=generator))
     sampler = swarm.sampler(data)
-    # Its own generator: beginning an epoch would otherwise draw from the random state of the dropout.
-    loader = DataLoader(
-        data,
-        batch_size=engine.train_micro_batch_size_per_gpu(),
-        sampler=sampler,
-        generator=torch.Generator(),
-    )
+    # Beginning an epoch draws from the random state of the dropout; the resumed run begins one epoch more.
+    loader = DataLoader(data, batch_size=engine.train_micro_batch_size_per_gpu(), sampler=sampler)
     seen = []
     if folder is not None and stop is None:
         assert swarm.load(folder) == engine.global_steps
@@ -96,6 +91,7 @@ def assert_resumes(pool: Pool, case: Case, folder: Path, stop: int) -> None:
     assert_same(pool.run(job, replace(case, seed=12345), STEPS, folder, None), truth)
 
 
+# An epoch has two steps: at 3 both the window and the epoch are half full.
 @pytest.mark.parametrize("stop", [3, 4], ids=["between two sync points", "at a sync point"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("sync_mode", RULES)
