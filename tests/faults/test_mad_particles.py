@@ -1,0 +1,140 @@
+"""A particle whose loss, gradients or weights are not finite arrives all the same, and is healed.
+
+Its NaN reaches nobody; the others go on as if it had not been there.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from distributed.jobs import Case, assert_close, assert_equal, optimizer_state, place, swarm_of, train, working_weights
+from pool import Pool
+from torch import Tensor
+
+RULES: dict[str, dict[str, Any]] = {
+    "local_sgd": {},
+    "diloco": {},
+    "pso": {"inertia": 0.3, "cognitive": 0.5, "best": "all_time"},
+}
+
+
+@dataclass(frozen=True)
+class Spoil:
+    """Multiplies the loss of one particle, on one of its ranks or all, at one step."""
+
+    by: float
+    particle: int
+    step: int = 2
+    rank: int | None = None  # None: all ranks of the particle
+
+    def __call__(self, step: int, loss: Tensor) -> Tensor:
+        particle, rank, _ = place(Case())
+        hit = (particle, step) == (self.particle, self.step) and self.rank in (None, rank)
+        return loss * self.by if hit else loss
+
+
+def job(case: Case, spoil: Spoil) -> Any:
+    """Six steps, three sync points; the particle goes mad before the second."""
+    records: list[dict[str, Any]] = []
+    with swarm_of(case) as (swarm, engine):
+        swarm.log = lambda event, **values: records.append(values)
+        applied = []
+        for step in range(6):
+            train(case, engine, range(step, step + 1), spoil=spoil)
+            applied.append(engine.was_step_applied())
+            if step == 3:
+                at_sync = working_weights(engine)
+        state = {k: v.numpy().copy() for s in swarm.synchronizer.state for k, v in s.items()}
+        return records, at_sync, working_weights(engine), optimizer_state(engine), state, applied
+
+
+def assert_sane(ranks: list[Any]) -> None:
+    for records, *tensors, _ in ranks:
+        assert len(records) == 3
+        for group in tensors:
+            for name, value in group.items():
+                assert np.isfinite(value).all(), name
+
+
+@pytest.mark.parametrize("sync_mode", RULES)
+@pytest.mark.parametrize("mad", [0, 1], ids=["particle 0 mad", "particle 1 mad"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_nan_loss(pool: Pool, stage: int, mad: int, sync_mode: str) -> None:
+    """In pure fp32 at stage 0 the NaN reaches the weights, at the other stages the step is skipped."""
+    case = Case(stage=stage, sync_mode=sync_mode, options=RULES[sync_mode])
+    ranks = pool.run(job, case, Spoil(math.nan, mad))
+    assert_sane(ranks)
+    for records, *_ in ranks:
+        assert [list(record["alive"]) for record in records] == [[True, True], [mad != 0, mad != 1], [True, True]]
+    if sync_mode != "pso":
+        for rank in ranks:  # one common state, made by the healthy particle alone
+            assert_equal(rank[1], ranks[0][1])
+    else:
+        assert ranks[0][0][1]["best"] != mad
+
+
+def test_nan_on_one_rank_is_the_whole_particle(pool: Pool) -> None:
+    ranks = pool.run(job, Case(stage=2), Spoil(math.nan, particle=1, rank=1))
+    assert_sane(ranks)
+    assert [list(rank[0][1]["alive"]) for rank in ranks] == [[True, False]] * 4
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("sync_mode", ["local_sgd", "pso"])
+def test_an_fp16_overflow(pool: Pool, stage: int, sync_mode: str) -> None:
+    """The step is skipped, the loss is finite: the particle counts, with the weights it had."""
+    case = Case(stage=stage, precision="fp16", sync_mode=sync_mode)
+    ranks = pool.run(job, case, Spoil(1e7, particle=1))
+    assert_sane(ranks)
+    for number, (records, *_, applied) in enumerate(ranks):
+        assert list(records[1]["alive"]) == [True, True]
+        assert applied == [True, True, number < 2, True, True, True]
+
+
+def mad_weights(case: Case, mad: int, what: float) -> Any:
+    """The weights of one rank's shard go bad just before the sync, though its loss looks well."""
+    with swarm_of(case) as (swarm, engine):
+        train(case, engine, range(1))
+        particle, rank, _ = place(case)
+        before = working_weights(engine)
+        if (particle, rank) == (mad, 1):
+            segment = swarm.synchronizer.shards.segments[-1]  # a real element, not padding
+            swarm.synchronizer.shards.tensors[segment.shard][segment.shard_start] = what
+        swarm.sync()
+        after = working_weights(engine)
+        train(case, engine, range(1, 2))
+        return before, after, optimizer_state(engine), working_weights(engine)
+
+
+@pytest.mark.parametrize("what", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("sync_mode", ["local_sgd", "pso"])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_bad_weights(pool: Pool, stage: int, sync_mode: str, what: float) -> None:
+    case = Case(stage=stage, interval=100, sync_mode=sync_mode)
+    ranks = pool.run(mad_weights, case, 0, what)
+    healthy = ranks[2][0]
+    for before, after, moments, later in ranks:
+        assert_close(after, healthy)  # the only one alive is the mean, and the best
+        assert all(np.isfinite(value).all() for part in (before, moments, later) for value in part.values())
+
+
+def everybody_mad(case: Case) -> Any:
+    with swarm_of(case) as (swarm, engine):
+        train(case, engine, range(2), spoil=lambda step, loss: loss * math.nan)
+        torch.manual_seed(0)
+        return swarm.totals.count, working_weights(engine)
+
+
+@pytest.mark.parametrize("sync_mode", RULES)
+def test_a_swarm_gone_mad_hangs_nobody(pool: Pool, sync_mode: str) -> None:
+    """With no particle alive a sync point changes nothing; at stage 2 the steps were skipped."""
+    ranks = pool.run(everybody_mad, Case(sync_mode=sync_mode, options=RULES[sync_mode]))
+    for count, weights in ranks:
+        assert count == 1
+        assert_equal(weights, ranks[0][1])
+        assert all(np.isfinite(value).all() for value in weights.values())
