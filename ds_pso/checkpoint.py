@@ -55,7 +55,8 @@ def save(swarm: SwarmState, folder: Path) -> Path:
     name = f"step_{swarm.engine.global_steps:08d}"
     temporary, final = folder / f".{name}.tmp", folder / name
     world = swarm.world
-    leads = world.leads_disk(folder)
+    with _as_checkpoint_error(folder):
+        leads = world.leads_disk(folder)
     with world.agree("starting a checkpoint"), _as_checkpoint_error(temporary):
         if leads:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -104,7 +105,12 @@ def _save_rank(swarm: SwarmState, folder: Path) -> None:
     }
     mine = [Path(f"{stem}.safetensors"), *_my_share(folder / f"particle_{swarm.particle}", swarm)]
     record["files"] = {str(path.relative_to(folder)): [path.stat().st_size, hash_file(path)] for path in mine}
+    record["checksum"] = _checksum(record)
     write_atomically(Path(f"{stem}.json"), json.dumps(record))
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()[:16]
 
 
 def _own_tensors(swarm: SwarmState) -> dict[str, Tensor]:
@@ -188,8 +194,12 @@ def _read_record(source: Path, swarm: SwarmState) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise CheckpointError(f"{path}: damaged ({error}); resume from another step_* folder") from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{path}: damaged (not an object); resume from another step_* folder")
     if record.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format {record.get('format')!r} is not {FORMAT}; use the ds_pso that wrote it")
+    if record.pop("checksum", None) != _checksum(record):
+        raise CheckpointError(f"{path}: damaged (checksum differs); resume from another step_* folder")
     return record
 
 
@@ -314,8 +324,8 @@ def _as_checkpoint_error(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
-        if isinstance(error, SwarmError):
-            raise
+        if isinstance(error, SwarmError) and type(error) is not SwarmError:
+            raise  # it has said already what is wrong
         raise CheckpointError(
             f"{getattr(error, 'filename', None) or path}: cannot write the checkpoint "
             f"({getattr(error, 'strerror', None) or error}); free some space or choose another folder; "
