@@ -1,0 +1,363 @@
+"""Breaks ds_pso on purpose, to see that the tests notice.
+
+    python tests/sabotage.py              all of them, one line each
+    python tests/sabotage.py skip_publish one
+
+A sabotage is a function here that patches ds_pso inside the ranks of the pool (which call
+``apply`` when DS_PSO_SABOTAGE names one); the tests themselves run unchanged. The result for each
+stands in docs/testing.md.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SABOTAGES: dict[str, tuple[Callable[[], None], str]] = {}  # name -> (patch, test file that should notice)
+
+
+def sabotage(noticed_by: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    def register(patch: Callable[[], None]) -> Callable[[], None]:
+        SABOTAGES[patch.__name__] = (patch, noticed_by)
+        return patch
+
+    return register
+
+
+def apply(name: str) -> None:
+    SABOTAGES[name][0]()
+
+
+def rank() -> int:
+    return int(os.environ["LOCAL_RANK"])
+
+
+def do_nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
+# -- shards -------------------------------------------------------------------------------------
+
+
+@sabotage("distributed/test_publish.py")
+def skip_publish() -> None:
+    """ZeRO 1 and 2 keep working with the weights from before the sync."""
+    from ds_pso.shards.zero12 import Zero12Shards
+
+    Zero12Shards.publish = do_nothing
+
+
+@sabotage("distributed/test_publish.py")
+def publish_without_prologue() -> None:
+    """ZeRO 3 without its first step: persistent parameters stay stale."""
+    from ds_pso.shards.zero3 import Zero3Shards
+
+    real = Zero3Shards.publish
+
+    def publish(self: Any) -> None:
+        self.optimizer.checkpoint_event_prologue = do_nothing
+        real(self)
+
+    Zero3Shards.publish = publish
+
+
+@sabotage("distributed/test_padding.py")
+def forget_padding() -> None:
+    from ds_pso.shards.base import Shards
+
+    Shards.zero_padding = do_nothing
+
+
+@sabotage("distributed/test_truth.py")
+def shift_a_segment() -> None:
+    """One parameter is believed to lie an element further on."""
+    from dataclasses import replace
+
+    from ds_pso.shards.zero12 import Zero12Shards
+
+    real = Zero12Shards._find_segments
+
+    def shifted(self: Any) -> Any:
+        *first, last = real(self)
+        return [*first, replace(last, shard_start=last.shard_start + 1)]
+
+    Zero12Shards._find_segments = shifted
+
+
+# -- exchange -----------------------------------------------------------------------------------
+
+
+@sabotage("distributed/test_truth.py")
+def swap_two_elements() -> None:
+    """Particle 1 sends its buckets reversed."""
+    from ds_pso.exchange import Exchange
+
+    real = Exchange._fill
+
+    def fill(bucket: Any, pieces: Any, tensors: Any) -> None:
+        real(bucket, pieces, tensors)
+        if rank() >= 2:
+            bucket.copy_(bucket.flip(0))
+
+    Exchange._fill = staticmethod(fill)
+
+
+@sabotage("distributed/test_truth.py")
+def drop_a_bucket() -> None:
+    from ds_pso import exchange
+
+    real = exchange.plan_buckets
+    exchange.plan_buckets = lambda *arguments: real(*arguments)[:1]
+
+
+@sabotage("distributed/test_bytes.py")
+def count_bytes_wrong() -> None:
+    from ds_pso.exchange import Exchange
+
+    real = Exchange._run
+    Exchange._run = lambda self, what, start, received: real(self, what, start, received / 2)
+
+
+@sabotage("faults/test_mad_particles.py")
+def mix_in_the_dead() -> None:
+    """A particle of weight zero is multiplied by zero, not left out: zero times NaN is NaN."""
+    import torch
+
+    from ds_pso.exchange import Exchange
+
+    real = Exchange.weighted_mean
+
+    def weighted_mean(self: Any, tensors: Any, weights: Any) -> Any:
+        if weights[self.particle] == 0:
+            weights = [torch.finfo(torch.float64).tiny if w == 0 else w for w in weights]
+        return real(self, tensors, weights)
+
+    Exchange.weighted_mean = weighted_mean
+
+
+# -- decisions ----------------------------------------------------------------------------------
+
+
+@sabotage("distributed/test_agreement.py")
+def two_bests() -> None:
+    """Particle 1 always takes itself for the best."""
+    from ds_pso.rules import pso
+
+    real = pso.best_of
+    pso.best_of = lambda losses, alive: 1 if rank() >= 2 else real(losses, alive)
+
+
+@sabotage("distributed/test_agreement.py")
+def ties_to_the_higher_index() -> None:
+    from ds_pso.rules import pso
+
+    pso.best_of = lambda losses, alive: min(range(len(losses)), key=lambda i: (not alive[i], losses[i], -i))
+
+
+@sabotage("distributed/test_truth.py")
+def random_factors_of_each_rank() -> None:
+    from ds_pso.rules.pso import Pso
+
+    real = Pso._draw
+    Pso._draw = lambda self, index, particle: real(self, index, particle + 10 * (rank() % 2))
+
+
+@sabotage("distributed/test_agreement.py")
+def fitness_of_one_rank() -> None:
+    """A particle's loss is that of its first rank alone."""
+    from ds_pso import synchronizer
+
+    real = synchronizer.combine
+    synchronizer.combine = lambda rows: real(rows[:1])
+
+
+@sabotage("distributed/test_attach.py")
+def start_apart() -> None:
+    from ds_pso.exchange import Exchange
+
+    Exchange.from_one = lambda *_, **__: iter(())
+
+
+@sabotage("distributed/test_attach.py")
+def leave_buffers_alone() -> None:
+    from ds_pso.synchronizer import Synchronizer
+
+    Synchronizer._average_buffers = do_nothing
+
+
+@sabotage("distributed/test_attach.py")
+def compare_no_models() -> None:
+    from ds_pso.synchronizer import Synchronizer
+
+    Synchronizer._check_same_model = do_nothing
+
+
+@sabotage("distributed/test_plain_deepspeed.py")
+def allreduce_in_particles() -> None:
+    """``allreduce`` trains the particles that the JSON names, and never joins them."""
+    from ds_pso import swarm
+
+    swarm.ALLREDUCE = "something else"
+
+
+@sabotage("distributed/test_plain_deepspeed.py")
+def draw_a_random_number() -> None:
+    """Attaching takes one number from torch's random state."""
+    import torch
+
+    from ds_pso.swarm import Swarm
+
+    real = Swarm.attach
+
+    def attach(self: Any, *arguments: Any, **options: Any) -> Any:
+        torch.rand(1)
+        return real(self, *arguments, **options)
+
+    Swarm.attach = attach
+
+
+# -- peers --------------------------------------------------------------------------------------
+
+
+@sabotage("distributed/test_truth.py")
+def miss_a_roll_call() -> None:
+    """Rank 3 does not say that it is there."""
+    from ds_pso.world import World
+
+    real = World.roll_call
+    World.roll_call = lambda self, label, ranks: None if rank() == 3 else real(self, label, ranks)
+
+
+@sabotage("faults/test_lost_peers.py")
+def trust_the_store() -> None:
+    """Wait for the store without a limit of our own."""
+    from ds_pso.world import World
+
+    World._ask = lambda self, question: question()
+
+
+# -- checkpoints and export ---------------------------------------------------------------------
+
+
+@sabotage("distributed/test_resume.py")
+def restore_one_tensor_less() -> None:
+    from ds_pso import checkpoint
+
+    real = checkpoint._restore
+
+    def restore(swarm: Any, record: Any, tensors: Any) -> None:
+        last = list(checkpoint._own_tensors(swarm))[-2]
+        tensors[last] = checkpoint._own_tensors(swarm)[last].clone()
+        real(swarm, record, tensors)
+
+    checkpoint._restore = restore
+
+
+@sabotage("distributed/test_resume.py")
+def forget_the_window() -> None:
+    from ds_pso import checkpoint
+
+    real = checkpoint._restore
+    checkpoint._restore = lambda swarm, record, tensors: real(swarm, record | {"window": [0.0, 0]}, tensors)
+
+
+@sabotage("distributed/test_resume.py")
+def forget_the_data_position() -> None:
+    from ds_pso.sampler import SwarmSampler
+
+    SwarmSampler.load_state_dict = do_nothing
+
+
+@sabotage("distributed/test_resume.py")
+def forget_the_random_state() -> None:
+    from ds_pso import checkpoint
+
+    checkpoint._restore_random = do_nothing
+
+
+@sabotage("faults/test_bad_checkpoints.py")
+def believe_every_file() -> None:
+    from ds_pso import checkpoint
+
+    checkpoint._check_files = do_nothing
+
+
+@sabotage("faults/test_bad_checkpoints.py")
+def load_before_checking() -> None:
+    """Rank 0 begins to restore while the others still check."""
+    from ds_pso import checkpoint
+
+    real = checkpoint._check_files
+
+    def check(record: Any, source: Path) -> None:
+        import random
+
+        random.seed(0)
+        real(record, source)
+
+    checkpoint._check_files = check
+
+
+@sabotage("faults/test_bad_checkpoints.py")
+def save_in_place() -> None:
+    """``latest`` moves before the checkpoint is complete."""
+    from ds_pso import checkpoint
+
+    real = checkpoint._save_rank
+
+    def save_rank(swarm: Any, folder: Path) -> None:
+        (folder.parent / "latest").write_text(folder.name)
+        real(swarm, folder)
+
+    checkpoint._save_rank = save_rank
+
+
+@sabotage("distributed/test_export.py")
+def export_the_mean_as_the_best() -> None:
+    from ds_pso.rules import SyncPoint
+
+    SyncPoint.best_weights = SyncPoint.mean_weights
+
+
+# -- running them -------------------------------------------------------------------------------
+
+
+def noticed(name: str) -> str | None:
+    """The first test that fails under the sabotage; None if all of the file pass."""
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "--tb=short",
+            "-p",
+            "no:cacheprovider",
+            tests / SABOTAGES[name][1],
+        ],
+        env=os.environ | {"DS_PSO_SABOTAGE": name},
+        cwd=tests.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if re.search(rf"TypeError: {name}|sabotage\.py\", line \d+, in apply", done.stdout):
+        raise RuntimeError(f"the sabotage {name} no longer fits the code it patches\n{done.stdout}")
+    found = re.search(r"^(?:FAILED|ERROR) (\S+::.+?)(?: - .*)?$", done.stdout, re.M)
+    return found.group(1) if found else None
+
+
+def main() -> None:
+    for name in sys.argv[1:] or SABOTAGES:
+        print(f"{name:32} {noticed(name) or 'NOT NOTICED'}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
