@@ -151,9 +151,14 @@ def test_commands_are_understood(line):
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), "no such target"
         wanted = words[1]
-        words = shlex.split(run(["make", "-n", *words[1:]], ROOT, 60).splitlines()[-1])
+        words = shlex.split(run(["make", "-n", "--no-print-directory", *words[1:]], ROOT, 60).splitlines()[-1])
         if wanted != "train":
             return
+    if words[0] in ("pytest", "python"):
+        named = [word for word in words[1:] if word.endswith(".py")]
+        assert all((ROOT / name).exists() for name in named)
+        assert named or "-m" in words
+        return
     program = next(i for i, word in enumerate(words) if word.endswith(".py"))
     check_launcher(words[: program + 1])
     assert (ROOT / words[program]).exists()
