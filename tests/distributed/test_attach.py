@@ -66,8 +66,9 @@ def attach_other_model(case: Case, what: str) -> None:
         swarm.attach(build_engine(case, swarm.ds_config, model))
 
 
-@pytest.mark.parametrize("what", ["shape", "name", "groups", "buffer"])
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "what"), [(0, "name"), (1, "groups"), (2, "shape"), (2, "name"), (2, "buffer"), (3, "shape")]
+)
 def test_different_models_are_an_error_everywhere(pool: Pool, stage: int, what: str) -> None:
     for outcome in pool.outcomes(attach_other_model, Case(stage=stage), what):
         assert outcome.kind == "SwarmError"

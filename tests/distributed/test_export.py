@@ -17,6 +17,7 @@ import ds_pso
 
 from .jobs import (
     Case,
+    Net,
     Weights,
     assemble,
     assert_close,
@@ -87,8 +88,6 @@ def test_one_particle(pool: Pool, tmp_path: Path, stage: int, sync_mode: str) ->
 
 def train_frozen(case: Case, folder: Path) -> Weights:
     with ds_pso.init(config(case, place(case)[2])) as swarm:
-        from .jobs import Net
-
         torch.manual_seed(0)
         model = Net()
         model.norm.bias.requires_grad_(False)
