@@ -24,7 +24,7 @@ RULES: dict[str, dict[str, Any]] = {
     "pso": {"inertia": 0.3, "cognitive": 0.5, "best": "all_time", "randomness": "per_sync"},
 }
 STEPS = 7
-# Dropout needs the random state, BatchNorm the buffers; 44 samples are 5 steps an epoch.
+# Dropout needs the random state, BatchNorm the buffers; 44 samples are 2 steps an epoch.
 BASE = Case(dropout=0.3, batch_norm=True)
 HALF = Case(dropout=0.3)  # on a CPU torch's BatchNorm1d refuses the fp32 buffers that DeepSpeed leaves it
 
