@@ -2,6 +2,7 @@
 
 from ds_pso._version import __version__
 from ds_pso.errors import CheckpointError, ConfigError, PeerError, SwarmError, UnsupportedError
+from ds_pso.simulate import simulate
 from ds_pso.swarm import Swarm, init
 
 __all__ = [
@@ -13,4 +14,5 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "init",
+    "simulate",
 ]

@@ -36,9 +36,8 @@ from torch import Tensor
 from ds_pso.errors import CheckpointError, SwarmError
 from ds_pso.files import hash_file, replace_folder, write_atomically
 from ds_pso.state import SwarmState
-from ds_pso.synchronizer import SyncTotals
 
-FORMAT = 1
+FORMAT = 2
 LATEST = "latest"
 _DEEPSPEED_TAG = "deepspeed"
 
@@ -92,10 +91,8 @@ def _save_rank(swarm: SwarmState, folder: Path) -> None:
         "sync_mode": swarm.config.sync_mode,
         "zero_stage": swarm.engine.zero_optimization_stage(),
         "model": _model_fingerprint(swarm),
-        "rule_memory": dict(swarm.synchronizer.memory) if swarm.synchronizer else {},
         "window": [swarm.window.total, swarm.window.count],
-        "totals": vars(swarm.totals),
-        "last_losses": list(swarm.last_losses),
+        "synchronizer": swarm.synchronizer.state_dict() if swarm.synchronizer else None,
         "samplers": [sampler.state_dict() for sampler in swarm.samplers],
         "random": {
             "python": random.getstate(),
@@ -270,9 +267,7 @@ def _restore(swarm: SwarmState, record: dict[str, Any], tensors: dict[str, Tenso
     for key, value in _own_tensors(swarm).items():
         value.copy_(tensors[key])
     if swarm.synchronizer is not None:
-        swarm.synchronizer.memory = record["rule_memory"]
-        swarm.synchronizer.losses = tuple(record["last_losses"])
-        swarm.synchronizer.totals = SyncTotals(**record["totals"])
+        swarm.synchronizer.load_state_dict(record["synchronizer"])
     swarm.window.restore(*record["window"])
     for sampler, state in zip(swarm.samplers, record["samplers"], strict=True):
         sampler.load_state_dict(state)

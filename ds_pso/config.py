@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator
 
 from ds_pso.errors import ConfigError
-from ds_pso.rules import RULES, Rule
+from ds_pso.rules import RULES, Rule, find_rule
 from ds_pso.rules.base import RuleConfig, StrictModel
 
 ALLREDUCE = "allreduce"
@@ -27,12 +27,24 @@ class SwarmConfig(StrictModel):
     particles: int | Literal["node"] = Field(default="node", description="Number of particles P, or one per node.")
     sync_mode: str = Field(
         default="local_sgd",
-        description="`allreduce` (plain DeepSpeed over all ranks) or the name of a rule.",
+        description="`allreduce` (plain DeepSpeed over all ranks), the name of a rule, or your own rule as "
+        "`my_module:MyRule`.",
     )
     sync_interval: int = Field(default=32, ge=1, description="Optimizer steps between two sync points.")
     fitness: Literal["train", "probe"] = Field(
         default="train",
         description="Loss that ranks the particles: mean training loss since the last sync, or a probe batch.",
+    )
+    optimizer_state: Literal["keep", "average", "reset"] = Field(
+        default="keep",
+        description="The optimizer's moments at a sync point: each particle keeps its own, all take their mean "
+        "(three times the bytes with Adam), or they become zero.",
+    )
+    total_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Optimizer steps of the whole training, for rules that change over it; unless given, "
+        "`scheduler.params.total_num_steps`.",
     )
     bucket_mb: float = Field(default=64.0, gt=0, le=4096, description="Exchange buffer, in MiB.")
     peer_backend: Literal["auto", "gloo", "nccl"] = Field(
@@ -55,8 +67,8 @@ class SwarmConfig(StrictModel):
     @field_validator("sync_mode")
     @classmethod
     def _sync_mode(cls, value: str) -> str:
-        if value not in (ALLREDUCE, *RULES):
-            raise ValueError(f"must be one of {', '.join([ALLREDUCE, *RULES])}")
+        if value != ALLREDUCE:
+            find_rule(value)
         return value
 
     @property
@@ -64,12 +76,19 @@ class SwarmConfig(StrictModel):
         """Validated options of the active rule; None for ``allreduce``."""
         if self.sync_mode == ALLREDUCE:
             return None
-        return self._rule_options.get(self.sync_mode) or RULES[self.sync_mode].Config()
+        return self._rule_options.get(self.sync_mode) or find_rule(self.sync_mode).Config()
 
     def build_rule(self) -> Rule | None:
         """The rule that ``sync_mode`` names; None for ``allreduce``."""
         options = self.rule_options
-        return None if options is None else RULES[self.sync_mode](options, seed=self.seed)
+        return None if options is None else find_rule(self.sync_mode)(options, seed=self.seed)
+
+    def total_syncs(self, ds_config: Mapping[str, Any]) -> int | None:
+        """Sync points of the whole training; None if neither section says how long it is."""
+        steps = self.total_steps
+        if steps is None:
+            steps = ds_config.get("scheduler", {}).get("params", {}).get("total_num_steps")
+        return steps // self.sync_interval if isinstance(steps, int) else None
 
     def resolved(self) -> dict[str, Any]:
         """The section with every default filled in, as JSON types."""
@@ -102,12 +121,49 @@ def load_config(source: ConfigSource) -> tuple[dict[str, Any], SwarmConfig]:
         )
     if not isinstance(section, dict):
         raise ConfigError(f'{where}: swarm = {section!r}: must be an object such as {{"particles": 2}}')
-    options = {name: section.pop(name) for name in RULES if name in section}
+    modes = [*RULES, str(section.get("sync_mode"))] if ":" in str(section.get("sync_mode")) else [*RULES]
+    options = {name: section.pop(name) for name in modes if name in section}
     swarm = _validate(SwarmConfig, section, f"{where}: swarm", known=[*SwarmConfig.model_fields, *RULES])
     swarm._rule_options = {
-        name: _validate(RULES[name].Config, value, f"{where}: swarm.{name}") for name, value in options.items()
+        name: _validate(find_rule(name).Config, value, f"{where}: swarm.{name}") for name, value in options.items()
     }
+    _check_consistent(config, swarm, where)
     return config, swarm
+
+
+def _check_consistent(ds_config: dict[str, Any], swarm: SwarmConfig, where: str) -> None:
+    """Refuse what each key allows, and the rule does not."""
+    rule, mode = swarm.build_rule(), swarm.sync_mode
+    if rule is None:
+        return
+    if rule.uses_progress and swarm.total_steps is None:
+        steps = (ds_config.get("scheduler") or {}).get("params", {}).get("total_num_steps")
+        if steps is None:
+            raise ConfigError(
+                f"{where}: swarm.{mode} changes over training, and its length is not known; "
+                "set swarm.total_steps, or scheduler.params.total_num_steps"
+            )
+        if isinstance(steps, int) and steps < swarm.sync_interval:
+            raise ConfigError(
+                f"{where}: scheduler.params.total_num_steps = {steps}: no sync point falls in so short a training; "
+                "lower swarm.sync_interval"
+            )
+    if swarm.total_steps is not None and swarm.total_steps < swarm.sync_interval:
+        raise ConfigError(
+            f"{where}: swarm.total_steps = {swarm.total_steps}: no sync point falls in so short a training; "
+            "lower swarm.sync_interval"
+        )
+    if rule.max_staleness is not None:
+        if swarm.optimizer_state == "average":
+            raise ConfigError(
+                f'{where}: swarm.optimizer_state = "average": particles that wait for nobody have no common mean; '
+                f'use "keep", or set swarm.{mode}.asynchronous to false'
+            )
+        if swarm.fitness == "probe":
+            raise ConfigError(
+                f'{where}: swarm.fitness = "probe": particles that wait for nobody are not ranked; '
+                f'use "train", or set swarm.{mode}.asynchronous to false'
+            )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

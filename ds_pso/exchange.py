@@ -66,16 +66,14 @@ class Exchange:
 
     ``bytes_received`` counts what this rank receives under the bandwidth-optimal algorithm for
     each collective, N bytes in a group of P: 2 N (P - 1) / P for an all-reduce, N for a
-    broadcast (0 at the source), N (P - 1) for an all-gather. Summed over the group it is the
+    broadcast (0 at the source) or a part in an all-to-all, N (P - 1) for an all-gather. Summed over the group it is the
     whole traffic.
     """
 
     def __init__(self, world: World, bucket_mb: float) -> None:
         self.world = world
         self.bucket_bytes = int(bucket_mb * 2**20)
-        self.device = (
-            torch.device("cuda", torch.cuda.current_device()) if world.backend == "nccl" else torch.device("cpu")
-        )
+        self.device = world.peer_device
         self.bytes_received = 0
         self.seconds = 0.0  # inside collectives, waiting included
 
@@ -114,6 +112,26 @@ class Exchange:
             received = 0 if self.particle == source else _nbytes(bucket)
             self._run("broadcast", lambda group, b=bucket, o=options: group.broadcast([b], o), received)
             yield from self._unpack(bucket, pieces, tensors)
+
+    def from_each(self, tensors: Sequence[Tensor], sources: Sequence[int]) -> Iterator[tuple[Piece, Tensor]]:
+        """Yield, piece by piece, the tensors of particle ``sources[i]`` to particle i."""
+        if len(set(sources)) == 1:
+            yield from self.from_one(tensors, sources[0])
+            return
+        me, source = self.particle, sources[self.particle]
+        takers = [i != me and sources[i] == me for i in range(self.num_particles)]
+        for bucket, pieces in self._buckets(tensors):
+            self._fill(bucket, pieces, tensors)
+            copies = bucket.repeat(sum(takers))
+            send = [bucket.numel() * taker for taker in takers]
+            receive = [bucket.numel() * (i == source != me) for i in range(self.num_particles)]
+            arrived = bucket.new_empty(sum(receive))
+            self._run(
+                "all-to-all",
+                lambda group, a=arrived, c=copies, r=receive, s=send: group.alltoall_base(a, c, r, s),
+                _nbytes(arrived),
+            )
+            yield from self._unpack(bucket if source == me else arrived, pieces, tensors)
 
     def all_gather(self, values: Sequence[float]) -> list[list[float]]:
         """A few float64 of every particle, exactly, in the order of particles."""

@@ -34,7 +34,7 @@ class Roster:
         self.layout = layout
         self.timeout_s = timeout_s
         self.store: dist.Store | None = None  # None: a world of one rank
-        self._turns: dict[str, int] = {}  # of each label of gather
+        self._turns: dict[str, int] = {}  # of each label
         self._hosts = [""] * layout.world_size  # by launcher's rank, once known
         self._frozen = False  # the host of the store does not answer
 
@@ -100,6 +100,11 @@ class Roster:
         self.store.set(f"at/{label}/{self.layout.rank}", "1")
         expected = list(ranks)
         self._wait([f"at/{label}/{rank}" for rank in expected], expected, label)
+
+    def turn(self, label: str) -> int:
+        """How often this was asked before with this label; so that keys of the store are used once."""
+        self._turns[label] = self._turns.get(label, -1) + 1
+        return self._turns[label]
 
     def forget(self, label: str) -> None:
         """Drop this rank's mark at ``label``, once everybody is known to have passed it."""
@@ -169,7 +174,7 @@ class Roster:
         """One small JSON value of every rank, in the order of ranks, on every rank."""
         if self.store is None:
             return [json.loads(json.dumps(value))]
-        turn = self._turns[label] = self._turns.get(label, -1) + 1
+        turn = self.turn(label)
         key = f"gather/{label}/{turn}"
         ranks = list(range(self.layout.world_size))
         keys = [f"{key}/{rank}" for rank in ranks]

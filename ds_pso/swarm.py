@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Sized
+from collections.abc import Iterator, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -14,17 +15,20 @@ from ds_pso.config import ALLREDUCE, ConfigSource, load_config
 from ds_pso.errors import ConfigError, SwarmError
 from ds_pso.sampler import SwarmSampler
 from ds_pso.shards import find_shards
+from ds_pso.simulated_world import Crew
 from ds_pso.state import SwarmState
 from ds_pso.synchronizer import Probe, Synchronizer
 from ds_pso.world import World
 
 
-def init(config: ConfigSource, *, run_dir: str | Path | None = None) -> Swarm:
+def init(config: ConfigSource, *, run_dir: str | Path | None = None, world: World | None = None) -> Swarm:
     """Join the swarm. Call it first, before anything initialises torch.distributed.
 
     Args:
         config: DeepSpeed's JSON config with a ``swarm`` section, as a path or a mapping.
         run_dir: folder for ``metrics.jsonl``; without it nothing is logged to disk.
+        world: of an earlier swarm of this process that was not closed (``swarm.world``), to run many
+            short experiments in one launch; the number of particles must be the same.
 
     Returns:
         The swarm. Its ``ds_config`` goes to ``deepspeed.initialize``; from now on the
@@ -37,7 +41,15 @@ def init(config: ConfigSource, *, run_dir: str | Path | None = None) -> Swarm:
     ds_config, swarm_config = load_config(config)
     lr_schedule.register()
     particles = 1 if swarm_config.sync_mode == ALLREDUCE else swarm_config.particles
-    world = World.carve(particles, peer_backend=swarm_config.peer_backend, timeout_s=swarm_config.timeout_s)
+    if world is None:
+        world = Crew.world(particles, swarm_config.timeout_s) or World.carve(
+            particles, peer_backend=swarm_config.peer_backend, timeout_s=swarm_config.timeout_s
+        )
+    elif particles != world.layout.num_particles:
+        raise ConfigError(
+            f"swarm.particles = {particles}: the world that was given has {world.layout.num_particles}; "
+            "use that number, or start another launch"
+        )
     if particles == "node" and world.layout.num_particles == 1 and world.is_leader:
         warnings.warn(
             'swarm.particles = "node" on one node is one particle: plain DeepSpeed, without sync points; '
@@ -63,8 +75,10 @@ class Swarm(SwarmState):
 
         Args:
             engine: what ``deepspeed.initialize`` returned, with an optimizer.
-            probe: for ``"fitness": "probe"``: loss of the engine on a batch that is the same for
-                every particle. Called on all ranks; the mean over a particle's ranks counts.
+            probe: for ``"fitness": "probe"`` and for rules that score what they try: a function of the
+                number of the sync point, for choosing a batch, that returns the engine's loss on it.
+                The batch must be the same for every particle. Called on all ranks, without gradients;
+                the mean over a particle's ranks counts.
 
         Returns:
             The same engine.
@@ -79,10 +93,30 @@ class Swarm(SwarmState):
         if rule is not None and self.num_particles > 1:
             if self.config.fitness == "probe" and probe is None:
                 raise ConfigError('swarm.fitness = "probe": give swarm.attach a probe, or use "train"')
-            probe = probe if self.config.fitness == "probe" else None
+            if rule.uses_probe and probe is None:
+                raise ConfigError(
+                    f'swarm.sync_mode = "{self.config.sync_mode}": it scores weights on a probe batch; '
+                    "give swarm.attach a probe, or choose another mode or options"
+                )
+            total = self.config.total_syncs(self.ds_config)
+            if rule.uses_progress and not total:
+                raise ConfigError(
+                    f"swarm.{self.config.sync_mode} changes over training, and scheduler.params.total_num_steps = "
+                    f"{self.ds_config['scheduler']['params']['total_num_steps']!r} gives no sync point; give a number "
+                    "of at least swarm.sync_interval there or in swarm.total_steps"
+                )
             with self.world.agree("attaching the engine"):
                 shards = find_shards(engine)
-            self.synchronizer = Synchronizer(self.world, self.exchange, rule, shards, probe)
+            self.synchronizer = Synchronizer(
+                self.world,
+                self.exchange,
+                rule,
+                shards,
+                probe=probe,
+                rank_by=self.config.fitness,
+                total=total,
+                optimizer_state=self.config.optimizer_state,
+            )
         self._engine = engine
         self._follow(engine)
         return engine
@@ -116,6 +150,16 @@ class Swarm(SwarmState):
         )
         self.samplers.append(sampler)
         return sampler
+
+    @contextlib.contextmanager
+    def consensus(self, which: Literal["consensus", "best"] = "consensus") -> Iterator[None]:
+        """Inside the block the engine holds the model that ``export`` would write; call it on all ranks.
+
+        For evaluation: with rules that leave the particles apart, none of them is the model. Take no
+        step inside. It costs an exchange, and a copy of the shard in memory.
+        """
+        with self.synchronizer.holding(which) if self.synchronizer else contextlib.nullcontext():
+            yield
 
     def gather(self, value: float) -> list[float]:
         """Mean of a number over the ranks of each particle, shape (P,), on every rank; call it on all."""

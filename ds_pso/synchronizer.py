@@ -6,20 +6,21 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ds_pso.errors import ConfigError, SwarmError
-from ds_pso.exchange import Exchange
+from ds_pso.exchange import Exchange, Piece
 from ds_pso.fitness import FitnessWindow, combine
-from ds_pso.rules import Plan, Rule, SyncPoint
+from ds_pso.mailbox import Mailbox
+from ds_pso.rules import Place, Plan, Rule, SyncPoint
 from ds_pso.shards import Shards
 from ds_pso.world import World
 
-Probe = Callable[[], Tensor | float]
+Probe = Callable[[int], Tensor | float]
 
 
 @dataclass
@@ -36,22 +37,39 @@ class Synchronizer:
     """Knows the order of things at a sync point; leaves each of them to its own layer.
 
     Args:
-        probe: loss on a batch that is the same for every particle, or None to rank the particles
-            by their training loss.
+        probe: loss on a batch that is the same for every particle; its argument counts the sync points.
+        rank_by: whether that loss is the fitness, or the training loss since the last sync point.
+        total: sync points of the whole training, if known.
+        optimizer_state: what becomes of the optimizer's moments at a sync point.
     """
 
-    def __init__(self, world: World, exchange: Exchange, rule: Rule, shards: Shards, probe: Probe | None) -> None:
+    def __init__(
+        self,
+        world: World,
+        exchange: Exchange,
+        rule: Rule,
+        shards: Shards,
+        *,
+        probe: Probe | None = None,
+        rank_by: Literal["train", "probe"] = "train",
+        total: int | None = None,
+        optimizer_state: Literal["keep", "average", "reset"] = "keep",
+    ) -> None:
         self.world = world
         self.exchange = exchange
         self.rule = rule
         self.shards = shards
         self.probe = probe
+        self.rank_by = rank_by
+        self.total = total
+        self.optimizer_state = optimizer_state
         self.totals = SyncTotals()
         self.losses: tuple[float, ...] = (math.nan,) * exchange.num_particles  # at the last sync point
         self.state: list[dict[str, Tensor]] = []  # of the rule, one dict per shard
         self.memory: Mapping[str, Any] = {}  # of the rule
         self._check_same_model()
         self._start_alike()
+        self._mailbox = world.open_mailbox() if rule.max_staleness is not None else None
 
     def _check_same_model(self) -> None:
         prints = self.world.gather("the model of every particle", self.shards.fingerprint())
@@ -88,16 +106,14 @@ class Synchronizer:
         """
         self.shards.check_present()
         begin, bytes_before = time.perf_counter(), self.exchange.bytes_received
-        index = self.totals.count
-        layout = self.world.layout  # mates too: a frozen one would be waited for without a word inside the particle
-        self.world.roll_call(f"sync {index}", sorted({*layout.peers, *layout.mates}))
-        waited = time.perf_counter() - begin
-        if index:
-            self.world.forget(f"sync {index - 1}")
-
+        waited = self._wait_for_peers() if self._mailbox is None else 0.0
         self.shards.zero_padding()
-        point = self._agree_on_fitness(index, window)
-        plan = self._exchange(point) if any(point.alive) else None
+        point = self._agree_on_fitness(window)
+        note: dict[str, Any] = {}
+        if self._mailbox is not None:
+            note = self._take_letter(self._mailbox, point)
+        elif any(point.alive):
+            note = self._follow_rule(point)
         self.shards.publish()
         window.clear()
 
@@ -108,17 +124,24 @@ class Synchronizer:
         self.totals.seconds += seconds
         self.totals.waited_s += waited
         self.totals.bytes_received += received
-        record: dict[str, Any] = {"sync": index, "losses": point.fitness, "alive": point.alive}
-        if plan is not None:
-            record |= {"best": plan.source} if plan.receive == "one" else {"weights": plan.weights}
-        return record | {"seconds": seconds, "waited_s": waited, "bytes_received": received}
+        record: dict[str, Any] = {"sync": point.index, "losses": point.fitness, "alive": point.alive}
+        return record | note | {"seconds": seconds, "waited_s": waited, "bytes_received": received}
 
-    def _agree_on_fitness(self, index: int, window: FitnessWindow) -> SyncPoint:
-        """One loss per particle, the same bits on every rank."""
+    def _wait_for_peers(self) -> float:
+        """Roll call; returns its seconds."""
+        begin, turn = time.perf_counter(), self.world.turn("sync")
+        layout = self.world.layout  # mates too: a frozen one would be waited for without a word inside the particle
+        self.world.roll_call(f"sync {turn}", sorted({*layout.peers, *layout.mates}))
+        if turn:
+            self.world.forget(f"sync {turn - 1}")
+        return time.perf_counter() - begin
+
+    def _agree_on_fitness(self, window: FitnessWindow) -> SyncPoint:
+        """One loss per particle, the same bits on every rank; of other particles NaN if nobody waits for them."""
+        index = self.totals.count
         total, count = window.total, float(window.count)
-        if self.probe is not None:
-            with torch.no_grad():
-                total, count = float(self.probe()), 1.0
+        if self.rank_by == "probe":
+            total, count = self._probe_loss(), 1.0
         nothing_new = count == 0 and index > 0  # a sync point right after another
         if count == 0 and self.rule.uses_fitness and not nothing_new:
             raise SwarmError(
@@ -127,29 +150,115 @@ class Synchronizer:
             )
         row = [total, count, float(self.shards.all_finite())]
         fitness, alive = combine(self.world.particle_gather(row))
+        me = self.exchange.particle
         if nothing_new:
-            fitness = self.losses[self.exchange.particle]
-        table = self.exchange.all_gather([fitness, float(alive)])
-        return SyncPoint(index, tuple(row[0] for row in table), tuple(row[1] == 1.0 for row in table))
+            fitness = self.losses[me]
+        table = [[math.nan, 1.0] for _ in range(self.exchange.num_particles)]
+        table[me] = [fitness, float(alive)]
+        if self._mailbox is None:
+            table = self.exchange.all_gather(table[me])
+        return SyncPoint(index, tuple(row[0] for row in table), tuple(row[1] == 1.0 for row in table), self.total)
 
-    def _exchange(self, point: SyncPoint) -> Plan:
-        plan = self.rule.plan(point, self.memory)
-        shards, me = self.shards.tensors, self.exchange.particle
-        for x, state in zip(shards, self.state, strict=True):
-            self.rule.before_exchange(x, state, plan, me)
-        outgoing = shards if plan.send == "x" else [state[plan.send] for state in self.state]
-        if plan.receive == "mean":
-            arriving = self.exchange.weighted_mean(outgoing, plan.weights)
-        else:
-            arriving = self.exchange.from_one(outgoing, plan.source)
-        for piece, received in arriving:
-            state = {name: piece.of(value) for name, value in self.state[piece.tensor].items()}
-            self.rule.update(piece.of(shards[piece.tensor]), received, state, plan, me)
-        self.memory = plan.memory
+    def _probe_loss(self) -> float:
+        assert self.probe is not None
+        with torch.no_grad():
+            return float(self.probe(self.totals.count))
+
+    def _score(self) -> tuple[float, ...]:
+        """Loss of every particle's present weights on the probe batch, shape (P,); inf if not finite."""
+        rows = self.world.particle_gather([self._probe_loss()])
+        table = self.exchange.all_gather([sum(row[0] for row in rows) / len(rows)])
+        return tuple(row[0] if math.isfinite(row[0]) else math.inf for row in table)
+
+    def _follow_rule(self, point: SyncPoint) -> dict[str, Any]:
+        """Carry out the rule's plans, one after the other; returns what to log of them."""
         self._average_buffers(point)
-        if not point.alive[me]:
+        plan = self.rule.plan(point, self.memory)
+        note = self._carry_out(plan)
+        while plan.score:
+            self.shards.publish()
+            plan = self.rule.proceed(plan, self._score())
+            note |= self._carry_out(plan)
+        self.memory = plan.memory
+        if plan.lr_factors:
+            self.shards.lr_factor = plan.lr_factors[self.exchange.particle]
+            note["lr_factors"] = plan.lr_factors
+        self._treat_optimizer_state(point)
+        return note
+
+    def _carry_out(self, plan: Plan) -> dict[str, Any]:
+        """Move what the plan asks for, and update the shards with it."""
+        shards, place = self.shards.tensors, Place(self.exchange.particle)
+        for x, state in zip(shards, self.state, strict=True):
+            self.rule.before_exchange(x, state, plan, place)
+        outgoing = shards if plan.send == "x" else [state[plan.send] for state in self.state]
+        note = dict(plan.note)
+        if plan.receive == "mean":
+            note["weights"] = plan.weights
+            arriving = self.exchange.weighted_mean(outgoing, plan.weights)
+        elif plan.receive == "one":
+            note["sources"] = plan.sources
+            arriving = self.exchange.from_each(outgoing, plan.sources)
+        else:
+            arriving = iter([(Piece(i, 0, x.numel(), 0), x) for i, x in enumerate(shards)])
+        for piece, received in arriving:
+            self._update(piece, received, plan)
+        return note
+
+    def _update(self, piece: Piece, received: Tensor, plan: Plan) -> None:
+        """Let the rule update a piece, one parameter at a time if it asks for that."""
+        x, me = self.shards.tensors[piece.tensor], self.exchange.particle
+        parts = [(piece.start, piece.stop, "")]
+        if self.rule.per_parameter:
+            segments = (s for s in self.shards.segments if s.shard == piece.tensor)
+            parts = [
+                (max(piece.start, s.shard_start), min(piece.stop, s.shard_start + s.numel), s.name) for s in segments
+            ]
+        for start, stop, name in parts:
+            if start < stop:
+                state = {key: value[start:stop] for key, value in self.state[piece.tensor].items()}
+                arrived = received[start - piece.start : stop - piece.start]
+                self.rule.update(x[start:stop], arrived, state, plan, Place(me, name))
+
+    def _take_letter(self, mailbox: Mailbox, point: SyncPoint) -> dict[str, Any]:
+        """Send the particle's state to a peer, and use what came meanwhile. Waits for nobody."""
+        me, shards = self.exchange.particle, self.shards.tensors
+        with self._flat_buffers() as buffers:
+            if point.alive[me]:
+                mailbox.send([*shards, *buffers], point.index)
+            letter = mailbox.take([t.numel() for t in (*shards, *buffers)])
+            assert self.rule.max_staleness is not None
+            usable = letter is not None and point.index - letter.index <= self.rule.max_staleness
+            if not all(row[0] for row in self.world.particle_gather([float(usable)])):
+                return {"from": None}  # on all ranks of the particle alike
+            assert letter is not None
+            self.exchange.bytes_received += letter.nbytes
+            plan = self.rule.plan(point, self.memory)
+            for i, (x, received) in enumerate(zip(shards, letter.tensors, strict=False)):
+                self._update(Piece(i, 0, x.numel(), 0), received.to(x.device), plan)
+            self.memory = plan.memory
+            if not point.alive[me]:
+                for buffer, received in zip(buffers, letter.tensors[len(shards) :], strict=True):
+                    buffer.copy_(received)
+                self.shards.reset_optimizer_state()
+        return {"from": letter.sender, "age": point.index - letter.index, **plan.note}
+
+    def _treat_optimizer_state(self, point: SyncPoint) -> None:
+        if self.optimizer_state == "average":
+            self._average_moments(point)
+        elif self.optimizer_state == "reset" or not point.alive[self.exchange.particle]:
             self.shards.reset_optimizer_state()
-        return plan
+
+    def _average_moments(self, point: SyncPoint) -> None:
+        """The moments of every particle, the dead included, become the mean of those of the living."""
+        moments = self.shards.moments()
+        count = float(len(moments))
+        ranks = [row[0] for row in self.world.particle_gather([count])]
+        if len({value for row in self.exchange.all_gather([min(ranks), max(ranks)]) for value in row}) > 1:
+            return  # a particle whose every step was skipped has none yet
+        for piece, received in self.exchange.weighted_mean(moments, point.mean_weights()):
+            piece.of(moments[piece.tensor]).copy_(received)
+        self.shards.publish_moments()
 
     def _average_buffers(self, point: SyncPoint) -> None:
         """Statistics are no parameters: whatever the rule, they become the mean of the living."""
@@ -167,10 +276,49 @@ class Synchronizer:
             if values.data_ptr() != buffer.data_ptr():
                 buffer.copy_(values.view(buffer.shape))
 
-    # -- for export and checkpoints ---------------------------------------------------------
+    # -- for evaluation, export and checkpoints ---------------------------------------------
+
+    @contextlib.contextmanager
+    def holding(self, which: Literal["consensus", "best"]) -> Iterator[None]:
+        """Inside the block the working weights are those that ``collect`` returns. Called on all ranks."""
+        shards = self.shards.tensors
+        with self._flat_buffers() as buffers:
+            targets = [*shards, *buffers]
+            own = [t.clone() for t in targets]
+            tensors, flat = self.collect(which)
+            self._replace(targets, [*tensors, *flat])
+        try:
+            self.shards.publish()
+            yield
+        finally:
+            with self._flat_buffers() as buffers:
+                self._replace([*shards, *buffers], own)
+            self.shards.publish()
+
+    @staticmethod
+    def _replace(targets: list[Tensor], values: list[Tensor]) -> None:
+        for target, value in zip(targets, values, strict=True):
+            target.copy_(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is equal on all ranks of a particle, or small; JSON values."""
+        return {
+            "rule_memory": self.memory,
+            "lr_factor": self.shards.lr_factor,
+            "last_losses": self.losses,
+            "totals": asdict(self.totals),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.memory = state["rule_memory"]
+        self.shards.lr_factor = state["lr_factor"]
+        self.losses = tuple(state["last_losses"])
+        self.totals = SyncTotals(**state["totals"])
 
     def collect(self, which: Literal["consensus", "best"]) -> tuple[list[Tensor], list[Tensor]]:
-        """Copies of the shards and flat buffers of the mean of the finite particles, or of the best.
+        """Copies of the shards and flat buffers of the model, or of the best particle.
+
+        The model is the mean of the finite particles, or what the rule keeps for it (``Rule.model_in``).
 
         Raises:
             ConfigError: no particle has finite weights.
@@ -182,8 +330,11 @@ class Synchronizer:
             raise ConfigError("no particle has finite weights, so there is no model; resume an older checkpoint")
         point = SyncPoint(self.totals.count, self.losses, alive)
         weights = point.best_weights() if which == "best" else point.mean_weights()
+        models = self.shards.tensors
+        if which == "consensus" and self.rule.model_in != "x":
+            models = [state[self.rule.model_in] for state in self.state]
         copies = []
-        for tensors in (self.shards.tensors, [buffer.reshape(-1) for _, buffer in self.shards.buffers()]):
+        for tensors in (models, [buffer.reshape(-1) for _, buffer in self.shards.buffers()]):
             copy = [torch.empty_like(t) for t in tensors]
             for piece, received in self.exchange.weighted_mean(tensors, weights):
                 piece.of(copy[piece.tensor]).copy_(received)

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from ds_pso.errors import ConfigError, PeerError
 from ds_pso.layout import Layout, read_int, read_layout
+from ds_pso.mailbox import GlooMailbox, Mailbox
 from ds_pso.roster import Roster
 
 _CARVED = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
@@ -39,6 +40,7 @@ class World(Roster):
         self.peer_group: Any = None  # None: one particle
         self.backend = "none"
         self._particle_store: dist.TCPStore | None = None
+        self._mailbox: GlooMailbox | None = None
         self._saved_env: dict[str, str | None] = {}
         self._torch_was_up = dist.is_initialized()
         self._closed = False
@@ -167,6 +169,24 @@ class World(Roster):
             TORCHELASTIC_USE_AGENT_STORE="True",
         )
 
+    # -- talking to the peers ---------------------------------------------------------------
+
+    @property
+    def peer_device(self) -> torch.device:
+        """Where the tensors lie that the peer group moves."""
+        return torch.device("cuda", torch.cuda.current_device()) if self.backend == "nccl" else torch.device("cpu")
+
+    def open_mailbox(self) -> Mailbox:
+        """Letters to and from the peers, on connections of their own."""
+        layout = self.layout
+        assert self.store is not None
+        turn = self.turn("mailbox")
+        self.roll_call(f"mailbox {turn}", layout.peers)
+        store = dist.PrefixStore(f"letters/{layout.shard_rank}/{turn}", self.store)
+        group = dist.ProcessGroupGloo(store, layout.particle, layout.num_particles, timedelta(days=3650))
+        self._mailbox = GlooMailbox(group, layout.particle, layout.num_particles)
+        return self._mailbox
+
     # -- talking inside the particle --------------------------------------------------------
 
     @property
@@ -195,6 +215,8 @@ class World(Roster):
         if dist.is_initialized() and not self._torch_was_up:
             dist.destroy_process_group()
         if self.store is not None:
+            if self._mailbox is not None:
+                self._mailbox.close()
             self._shut_peer_group()
             with contextlib.suppress(dist.DistError, RuntimeError):
                 patience = timedelta(seconds=min(_GOODBYE_S, self.timeout_s))

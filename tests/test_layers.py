@@ -27,17 +27,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "files": set(),
     "layout": {"errors"},
     "roster": {"errors", "layout"},
-    "world": {"errors", "layout", "roster"},
+    "mailbox": set(),
+    "world": {"errors", "layout", "mailbox", "roster"},
+    "simulated_world": {"errors", "layout", "mailbox", "world"},
     "exchange": {"errors", "world"},
     "shards": {"errors"},
     "config": {"errors", "rules"},
-    "synchronizer": {"errors", "exchange", "fitness", "rules", "shards", "world"},
+    "synchronizer": {"errors", "exchange", "fitness", "mailbox", "rules", "shards", "world"},
     "state": {"config", "errors", "exchange", "fitness", "metrics", "sampler", "synchronizer", "world"},
     "checkpoint": {"errors", "files", "state", "synchronizer"},
     "export": {"errors", "files", "shards", "state"},
 }
 MAY_IMPORT["swarm"] = set(MAY_IMPORT) - {"_version"}
-MAY_IMPORT["ds_pso"] = {"_version", "errors", "swarm"}
+MAY_IMPORT["simulate"] = {"config", "errors", "simulated_world", "swarm"}
+MAY_IMPORT["cli"] = {"errors", "simulate"}
+MAY_IMPORT["ds_pso"] = {"_version", "errors", "simulate", "swarm"}
 MAY_IMPORT["training"] = {"ds_pso", "config", "errors", "files", "metrics", "swarm"}
 MAY_IMPORT["train"] = {"training"}
 

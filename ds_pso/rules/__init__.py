@@ -1,14 +1,50 @@
 """The registry of sync rules, from JSON name to class. Adding a rule is adding a file and a line."""
 
-from ds_pso.rules.base import Plan, Rule, SyncPoint
+from __future__ import annotations
+
+import importlib
+
+from ds_pso.rules.base import Place, Plan, Rule, RuleConfig, SyncPoint
 from ds_pso.rules.diloco import DiLoCo
+from ds_pso.rules.easgd import Easgd
+from ds_pso.rules.line_search import LineSearch
 from ds_pso.rules.local_sgd import LocalSGD
+from ds_pso.rules.nosync import NoSync
 from ds_pso.rules.pso import Pso
+from ds_pso.rules.swarm import SwarmRule
 
 RULES: dict[str, type[Rule]] = {
     "local_sgd": LocalSGD,
     "diloco": DiLoCo,
+    "easgd": Easgd,
+    "nosync": NoSync,
     "pso": Pso,
+    "swarm": SwarmRule,
+    "line_search": LineSearch,
 }
 
-__all__ = ["RULES", "Plan", "Rule", "SyncPoint"]
+
+def find_rule(name: str) -> type[Rule]:
+    """The class behind a ``sync_mode``: registered, or named as ``my_package.my_module:MyRule``.
+
+    Raises:
+        ValueError: there is none; says what is wrong.
+    """
+    if name in RULES:
+        return RULES[name]
+    module_name, colon, class_name = name.partition(":")
+    if not colon:
+        raise ValueError(f"must be one of allreduce, {', '.join(RULES)}, or your own as my_module:MyRule")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name, None)
+    except Exception as error:  # whatever the user's module does when it is imported
+        raise ValueError(
+            f"must name a module that can be imported ({type(error).__name__}: {error}); "
+            "is it installed, or its folder in PYTHONPATH?"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Rule)):
+        raise ValueError(f"must name a subclass of ds_pso.rules.Rule, and {module_name} has none called {class_name}")
+    return found
+
+
+__all__ = ["RULES", "Place", "Plan", "Rule", "RuleConfig", "SyncPoint", "find_rule"]

@@ -2,7 +2,7 @@
 
 A rule never communicates. It says what it needs from its peers (``Plan.receive``) and the
 exchange moves just that. All methods are pure: what must survive from one sync point to the
-next lies in ``state`` (one tensor per shard) and in ``memory`` (JSON values, equal on all ranks),
+next lies in ``state`` (tensors like the shard) and in ``memory`` (JSON values, equal on all ranks),
 so the same rule runs under ZeRO, in a simulation of many particles, and in a unit test.
 """
 
@@ -37,10 +37,22 @@ class SyncPoint:
     index: int  # how many sync points came before
     fitness: tuple[float, ...]  # loss of each particle, shape (P,); lower is better
     alive: tuple[bool, ...]  # shape (P,); false: loss or weights are not finite
+    total: int | None = None  # sync points of the whole training; None: nobody said
 
     @property
     def num_particles(self) -> int:
         return len(self.fitness)
+
+    @property
+    def progress(self) -> float:
+        """From 0 before the first sync point to 1 at the last one. Needs ``total``: see Rule.uses_progress."""
+        assert self.total is not None
+        return min(1.0, (self.index + 1) / self.total)
+
+    @property
+    def is_last(self) -> bool:
+        """False also when nobody said how long training will be."""
+        return self.total is not None and self.index + 1 >= self.total
 
     def mean_weights(self) -> tuple[float, ...]:
         """Equal weights of the living particles, shape (P,); they sum to one."""
@@ -68,26 +80,68 @@ def best_of(losses: Sequence[float], alive: Sequence[bool]) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to move at this sync point, and the numbers the update needs. Equal on all ranks."""
+    """What to move, and the numbers the update needs. Equal on all ranks."""
 
-    receive: Literal["mean", "one"]  # weighted mean over the particles, or one particle's tensor
+    # A weighted mean over the particles; one particle's tensor each; the newest that a peer has sent; or nothing.
+    receive: Literal["mean", "one", "newest", "nothing"]
     weights: tuple[float, ...] = ()  # for "mean": shape (P,), sum one
-    source: int = 0  # for "one": the particle that sends
+    sources: tuple[int, ...] = ()  # for "one": whose tensor each particle receives, shape (P,)
     send: str = "x"  # the shard itself, or the name of a state tensor
     alive: tuple[bool, ...] = ()  # shape (P,)
     factors: tuple[tuple[float, ...], ...] = ()  # shape (P, k): numbers of each particle's update
-    memory: Mapping[str, Any] = field(default_factory=dict)  # for the next sync point
+    lr_factors: tuple[float, ...] = ()  # shape (P,): each particle's learning rate is multiplied; empty: as before
+    score: bool = False  # then score the new weights on the probe batch, and ask Rule.proceed
+    carry: Any = None  # for Rule.proceed
+    note: Mapping[str, Any] = field(default_factory=dict)  # for metrics.jsonl
+    memory: Mapping[str, Any] = field(default_factory=dict)  # for the next sync point; the last plan's counts
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an update happens."""
+
+    particle: int
+    parameter: str = ""  # name of the parameter that the elements belong to, if the rule is ``per_parameter``
 
 
 class Rule(ABC):
     """One algorithm. Subclasses are registered in ``ds_pso.rules`` under their JSON name."""
 
     Config: ClassVar[type[RuleConfig]] = RuleConfig
-    uses_fitness: ClassVar[bool] = False
+    model_in: ClassVar[str] = "x"  # what is exported: the mean of the shards, or of the state tensor of this name
 
     def __init__(self, options: Any, seed: int = 0) -> None:
         self.options = options
         self.seed = seed
+
+    @property
+    def uses_fitness(self) -> bool:
+        """Whether a sync point without any loss seen is an error."""
+        return False
+
+    @property
+    def uses_progress(self) -> bool:
+        """Whether ``SyncPoint.total`` must be known."""
+        return False
+
+    @property
+    def uses_probe(self) -> bool:
+        """Whether plans ask for a score, so that the script must give a probe."""
+        return False
+
+    @property
+    def per_parameter(self) -> bool:
+        """Whether ``update`` needs ``Place.parameter``, and so one call for each parameter."""
+        return False
+
+    @property
+    def max_staleness(self) -> int | None:
+        """If not None, particles do not wait for each other: see ``Plan.receive`` = "newest".
+
+        Nothing is taken that a peer sent when it had had this many sync points fewer, or still fewer. ``plan`` then
+        knows the fitness and health of its own particle alone.
+        """
+        return None
 
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         """State for a shard ``x`` on which all particles agree; empty when the rule keeps none."""
@@ -97,12 +151,21 @@ class Rule(ABC):
     def plan(self, sync: SyncPoint, memory: Mapping[str, Any]) -> Plan:
         """Decide what to move. Called on every rank with equal arguments; at least one particle lives."""
 
-    def before_exchange(self, x: Tensor, state: State, plan: Plan, particle: int) -> None:  # noqa: B027
+    def proceed(self, plan: Plan, scores: tuple[float, ...]) -> Plan:
+        """The next plan of the same sync point, after one that asked for a score.
+
+        Args:
+            scores: loss of each particle's new weights on the probe batch, shape (P,); inf if not finite.
+        """
+        raise NotImplementedError
+
+    def before_exchange(self, x: Tensor, state: State, plan: Plan, place: Place) -> None:  # noqa: B027
         """Bring ``state`` up to date before anything is sent. Elementwise, in place."""
 
     @abstractmethod
-    def update(self, x: Tensor, received: Tensor, state: State, plan: Plan, particle: int) -> None:
+    def update(self, x: Tensor, received: Tensor, state: State, plan: Plan, place: Place) -> None:
         """Move ``x`` (any shape, fp32) with what came from the peers. Elementwise, in place.
 
-        A particle that is not alive must come out with finite ``x`` and ``state``.
+        ``received`` is ``x`` itself where the plan receives nothing. A particle that is not alive
+        must come out with finite ``x`` and ``state``.
         """

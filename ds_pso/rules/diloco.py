@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ds_pso.rules.base import Plan, Rule, RuleConfig, State, SyncPoint
+from ds_pso.rules.base import Place, Plan, Rule, RuleConfig, State, SyncPoint
 
 
 class DiLoCoConfig(RuleConfig):
@@ -44,7 +44,7 @@ class DiLoCo(Rule):
     def plan(self, sync: SyncPoint, memory: Mapping[str, Any]) -> Plan:
         return Plan(receive="mean", weights=sync.mean_weights(), alive=sync.alive)
 
-    def update(self, x: Tensor, received: Tensor, state: State, plan: Plan, particle: int) -> None:
+    def update(self, x: Tensor, received: Tensor, state: State, plan: Plan, place: Place) -> None:
         eta, mu = self.options.outer_lr, self.options.outer_momentum
         anchor = state["anchor"]
         gradient = anchor - received

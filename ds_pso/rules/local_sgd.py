@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_pso.rules.base import Plan, Rule, State, SyncPoint
+from ds_pso.rules.base import Place, Plan, Rule, State, SyncPoint
 
 
 class LocalSGD(Rule):
@@ -20,5 +20,5 @@ class LocalSGD(Rule):
     def plan(self, sync: SyncPoint, memory: Mapping[str, Any]) -> Plan:
         return Plan(receive="mean", weights=sync.mean_weights(), alive=sync.alive)
 
-    def update(self, x: Tensor, received: Tensor, state: State, plan: Plan, particle: int) -> None:
+    def update(self, x: Tensor, received: Tensor, state: State, plan: Plan, place: Place) -> None:
         x.copy_(received)

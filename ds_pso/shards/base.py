@@ -49,11 +49,17 @@ class Shards(ABC):
         self._names = {id(p): name for name, p in self.module.named_parameters()}
         self.segments = self._find_segments()
         self.padding = _gaps(self.segments, [t.numel() for t in self.tensors])
+        self._lr_factor = 1.0
+        self._lr_hooked = False
+
+    @abstractmethod
+    def _masters(self, engine: Any) -> list[Tensor]:
+        """The optimizer's own fp32 masters, by which it also keeps its state."""
 
     @property
-    @abstractmethod
     def tensors(self) -> list[Tensor]:
         """Flat fp32 tensors, detached, in the optimizer's memory."""
+        return [t.detach() for t in self._masters(self.engine)]
 
     @abstractmethod
     def _find_segments(self) -> list[Segment]:
@@ -97,15 +103,58 @@ class Shards(ABC):
         norms = [torch.linalg.vector_norm(t, ord=float("inf")) for t in tensors if t.numel()]
         return all(bool(torch.isfinite(norm)) for norm in norms)
 
+    def moments(self) -> list[Tensor]:
+        """The optimizer's moments for ``tensors``, flat and live, in an order that is equal on all peers.
+
+        Empty before the first step.
+        """
+        return [moment for master in self._masters(self.engine) for moment in self._moments_of(master)]
+
+    def _moments_of(self, master: Tensor) -> list[Tensor]:
+        state = self.optimizer.state.get(master, {})
+        values = [state[name] for name in sorted(state) if isinstance(state[name], Tensor)]
+        return [value.view(-1) for value in values if value.is_floating_point() and value.shape == master.shape]
+
+    def publish_moments(self) -> None:  # noqa: B027
+        """After writing to ``moments``: bring the optimizers of the whole particle in line."""
+
     def reset_optimizer_state(self) -> None:
-        """Zero the moments of a particle that went mad: its weights were replaced, its past is no guide.
+        """Zero the moments of a particle, and its optimizer's count of steps, which corrects their bias.
 
         Clearing only what is not finite would leave a huge first moment over a zeroed second one.
         """
         for state in self.optimizer.state.values():
             for name, value in state.items():
-                if isinstance(value, Tensor) and value.is_floating_point() and name != "step":
+                if isinstance(value, Tensor) and value.is_floating_point():
                     value.zero_()
+                elif name == "step":
+                    state[name] = 0
+        for group in self.optimizer.param_groups:  # where FusedAdam counts
+            if "step" in group:
+                group["step"] = 0
+
+    @property
+    def lr_factor(self) -> float:
+        """The optimizer's learning rates are multiplied by it while it takes a step."""
+        return self._lr_factor
+
+    @lr_factor.setter
+    def lr_factor(self, factor: float) -> None:
+        # Not in param_groups: there a schedule writes, or reads what it wrote before.
+        if factor != 1.0 and not self._lr_hooked:
+            self.engine.basic_optimizer.register_step_pre_hook(lambda optimizer, *_: self._scale_lr(optimizer))
+            self.engine.basic_optimizer.register_step_post_hook(lambda optimizer, *_: self._restore_lr(optimizer))
+            self._lr_hooked = True
+        self._lr_factor = factor
+
+    def _scale_lr(self, optimizer: torch.optim.Optimizer) -> None:
+        self._scheduled_lr = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * self._lr_factor
+
+    def _restore_lr(self, optimizer: torch.optim.Optimizer) -> None:
+        for group, lr in zip(optimizer.param_groups, self._scheduled_lr, strict=True):
+            group["lr"] = lr
 
     def buffers(self) -> list[tuple[str, Tensor]]:
         """Persistent floating-point buffers (batch-norm statistics and the like), by name."""

@@ -26,17 +26,18 @@ class ReplicatedShards(Shards):
         super().__init__(engine)
 
     def _masters(self, engine: Any) -> list[Tensor]:
-        """Flat fp32 masters of the whole model; here, the parameters themselves (pure fp32)."""
-        flat = []
-        for group in engine.optimizer.param_groups:
-            for param in group["params"]:
-                if not param.data.is_contiguous():
-                    raise UnsupportedError(
-                        f"a parameter of shape {tuple(param.shape)} is not contiguous in memory (channels_last?); "
-                        "use ZeRO stage 1, which flattens parameters, or the contiguous memory format"
-                    )
-                flat.append(param.data.view(-1))
-        return flat
+        """Of the whole model; here, the parameters themselves (pure fp32)."""
+        return [param for group in engine.optimizer.param_groups for param in group["params"]]
+
+    def _flat_masters(self) -> list[Tensor]:
+        masters = self._masters(self.engine)
+        for master in masters:
+            if not master.data.is_contiguous():
+                raise UnsupportedError(
+                    f"a parameter of shape {tuple(master.shape)} is not contiguous in memory (channels_last?); "
+                    "use ZeRO stage 1, which flattens parameters, or the contiguous memory format"
+                )
+        return [master.data.view(-1) for master in masters]
 
     def _parameters(self) -> list[list[Tensor]]:
         """Those of each master, in the order in which they lie in it."""
@@ -44,8 +45,8 @@ class ReplicatedShards(Shards):
 
     @property
     def tensors(self) -> list[Tensor]:
-        masters = self._masters(self.engine)
-        return [masters[m].detach()[start:stop] for m, start, stop in self._owned[self._rank]]
+        masters = self._flat_masters()
+        return [masters[m][start:stop] for m, start, stop in self._owned[self._rank]]
 
     def _find_segments(self) -> list[Segment]:
         segments, contents = [], self._parameters()
@@ -57,13 +58,28 @@ class ReplicatedShards(Shards):
         return segments
 
     def publish(self) -> None:
-        masters = self._masters(self.engine)
-        if self._size > 1:
-            for rank, parts in enumerate(self._owned):
-                source = dist.get_global_rank(self._group, rank)
-                for master, start, stop in parts:
-                    dist.broadcast(masters[master].detach()[start:stop], source, group=self._group)
+        masters = self._flat_masters()
+        self._tell_mates([[master] for master in masters])
         self._cast(masters)
+
+    def moments(self) -> list[Tensor]:
+        masters = self._masters(self.engine)
+        return [
+            moment[start:stop] for m, start, stop in self._owned[self._rank] for moment in self._moments_of(masters[m])
+        ]
+
+    def publish_moments(self) -> None:
+        self._tell_mates([self._moments_of(master) for master in self._masters(self.engine)])
+
+    def _tell_mates(self, flat: list[list[Tensor]]) -> None:
+        """Each rank of the particle sends its own part of each master's tensors to the others."""
+        if self._size == 1:
+            return
+        for rank, parts in enumerate(self._owned):
+            source = dist.get_global_rank(self._group, rank)
+            for master, start, stop in parts:
+                for tensor in flat[master]:
+                    dist.broadcast(tensor[start:stop], source, group=self._group)
 
     def _cast(self, masters: list[Tensor]) -> None:
         """Bring the working weights in line with the masters; in pure fp32 they are the same."""
@@ -73,7 +89,7 @@ class FlatMasterShards(ReplicatedShards):
     """bf16 or fp16 with FP16_Optimizer: one flat fp32 master per parameter group."""
 
     def _masters(self, engine: Any) -> list[Tensor]:
-        return [t.data for t in engine.optimizer.fp32_groups_flat]
+        return list(engine.optimizer.fp32_groups_flat)
 
     def _parameters(self) -> list[list[Tensor]]:
         return [list(group) for group in self.optimizer.fp16_groups]
@@ -90,7 +106,7 @@ class SplitMasterShards(ReplicatedShards):
     """bf16 or fp16 with FP16_UnfusedOptimizer: one fp32 master per parameter."""
 
     def _masters(self, engine: Any) -> list[Tensor]:
-        return [t.data.view(-1) for group in engine.optimizer.fp32_groups for t in group]
+        return [master for group in engine.optimizer.fp32_groups for master in group]
 
     def _parameters(self) -> list[list[Tensor]]:
         return [[param] for group in self.optimizer.fp16_groups for param in group]

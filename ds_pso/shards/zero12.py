@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ds_pso.shards.base import Segment, Shards, intersect
@@ -10,9 +12,8 @@ from ds_pso.shards.base import Segment, Shards, intersect
 class Zero12Shards(Shards):
     """One flat partition per parameter group; parameters lie at known offsets, zeros between them."""
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [t.detach() for t in self.optimizer.single_partition_of_fp32_groups]
+    def _masters(self, engine: Any) -> list[Tensor]:
+        return list(engine.optimizer.single_partition_of_fp32_groups)
 
     def _find_segments(self) -> list[Segment]:
         segments = []
@@ -35,9 +36,8 @@ class Zero12Shards(Shards):
 class BF16Shards(Shards):
     """BF16_Optimizer: the same layout without padding between parameters."""
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [t.detach() for t in self.optimizer.fp32_groups_flat_partition]
+    def _masters(self, engine: Any) -> list[Tensor]:
+        return list(engine.optimizer.fp32_groups_flat_partition)
 
     def _find_segments(self) -> list[Segment]:
         segments = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ds_pso.shards.base import Segment, Shards
@@ -14,9 +16,8 @@ class Zero3Shards(Shards):
     that DeepSpeed leaves uninitialised.
     """
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [t.detach() for t in self.optimizer.fp32_partitioned_groups_flat]
+    def _masters(self, engine: Any) -> list[Tensor]:
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
 
     def _find_segments(self) -> list[Segment]:
         segments = []

@@ -87,20 +87,22 @@ def causal_loss(engine: Any, batch: Tensor) -> Tensor:
 class HeldOut:
     """Held-out loss of a particle, each rank scoring its share of the same blocks.
 
-    The first blocks make the probe batch (``"fitness": "probe"``), the others the evaluation, so
-    that choosing particles by the probe does not look at what is reported.
+    The first blocks make the probe batches, the others the evaluation, so that choosing particles or
+    steps by the probe does not look at what is reported.
     """
 
     def __init__(self, swarm: Swarm, blocks: Blocks, batch_size: int, device: torch.device, num_batches: int = 4):
         layout = swarm.world.layout
-        wanted = batch_size * num_batches * layout.particle_size
-        probe = range(min(batch_size * layout.particle_size, max(1, len(blocks) // 4)))
+        one = batch_size * layout.particle_size
+        probe = range(min(one * num_batches, max(1, len(blocks) // 4)))
+        wanted = one * num_batches
         evaluation = range(len(probe), min(len(probe) + wanted, len(blocks))) or probe  # a single block serves both
         self._swarm, self._blocks, self._batch_size, self._device = swarm, blocks, batch_size, device
         self._everything = list(evaluation)
         # Ranks go in step under ZeRO 3, so each must run as many batches; a short set is used whole by all.
         self._evaluation = self._share(evaluation)
-        self._probe = self._share(probe)
+        whole = range(0, max(len(probe) - one, 0) + 1, one)
+        self._probes = [self._share(probe[start : start + one]) for start in whole]
 
     def _share(self, indices: range) -> list[int]:
         layout = self._swarm.world.layout
@@ -117,9 +119,9 @@ class HeldOut:
         engine.train()
         return total / len(indices)
 
-    def probe(self, engine: Any) -> Callable[[], float]:
-        """For ``swarm.attach``: this rank's loss on the probe batch."""
-        return lambda: self._loss(engine, self._probe)
+    def probe(self, engine: Any) -> Callable[[int], float]:
+        """For ``swarm.attach``: this rank's loss on a probe batch, another at each sync point."""
+        return lambda index: self._loss(engine, self._probes[index % len(self._probes)])
 
     def evaluate(self, engine: Any) -> list[float]:
         """Loss of every particle, shape (P,), on every rank."""

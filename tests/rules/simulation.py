@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ds_pso.rules import RULES, Plan, Rule, SyncPoint
+from ds_pso.rules import RULES, Place, Plan, Rule, SyncPoint
 
 
 class Simulation:
@@ -30,14 +30,14 @@ class Simulation:
         assert all(other == plan for other in others), "ranks disagree"
         particles = list(enumerate(zip(self.x, self.state, strict=True)))
         for i, (x, state) in particles:
-            self.rule.before_exchange(x, state, plan, i)
+            self.rule.before_exchange(x, state, plan, Place(i))
         outgoing = self.x if plan.send == "x" else [state[plan.send] for state in self.state]
         if plan.receive == "mean":
             received = sum(w * x for w, x in zip(plan.weights, outgoing, strict=True) if w != 0)
         else:
             received = outgoing[plan.source].clone()
         for i, (x, state) in particles:
-            self.rule.update(x, received.clone(), state, plan, i)
+            self.rule.update(x, received.clone(), state, plan, Place(i))
         # Memory goes through a checkpoint after every sync.
         self.memory = json.loads(json.dumps(plan.memory))
         assert self.memory == plan.memory

@@ -1,0 +1,173 @@
+"""The swarm rule: averaging with inertia, guarded by fitness, and a swarm over the learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ds_pso.rules.base import Place, Plan, Rule, RuleConfig, State, SyncPoint
+
+_FEW_ROUNDS = 10  # inertia built up over so few sync points has no time to pay
+
+
+class SwarmRuleConfig(RuleConfig):
+    """``swarm.swarm``"""
+
+    inertia: float = Field(default=0.3, ge=0, lt=1, description="Heavy-ball momentum of the consensus (beta).")
+    guard: bool = Field(
+        default=True,
+        description="When losses are unequal, let the loss-weighted mean compete with the mean on the probe batch.",
+    )
+    temperature: float = Field(
+        default=0.3, gt=0, description="Of the loss-weighted mean (tau): weights are softmax(-loss / tau)."
+    )
+    unequal_above: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="Losses count as unequal when the loss-weighted mean would lose more than this share of the "
+        "particles: 1 - 1 / (P sum of squared weights).",
+    )
+    lr_spread: float = Field(
+        default=2.0,
+        ge=1,
+        description="Learning rates of the particles lie between 1 / this and this times a common one; 1: all equal.",
+    )
+    lr_step: float = Field(
+        default=1.0, ge=0, description="How far the common learning rate follows the better particles (eta)."
+    )
+
+
+class SwarmRule(Rule):
+    """Mean of the living particles with heavy-ball inertia, a fitness guard and particle learning rates.
+
+    With a the last consensus, f_i the losses, sums over the living particles::
+
+        m   = mean of x_i
+        m_w = sum w_i x_i,  w = softmax(-f / tau)
+        m <- m_w  if w is clearly not uniform and m_w has the lower loss on the probe batch
+        u <- beta u + (a - m);  a <- a - u;  x_i <- a
+
+    beta is 0 at the last sync point, and throughout a training of 10 sync points or fewer, if the
+    length of training is known. Each particle's learning rate is multiplied by exp(mu + sigma z_i), z
+    evenly spaced in [-1, 1] and shuffled at each sync point, sigma = ln(lr_spread), and with u_i
+    the utilities of the ranks of f (sum |u_i| = 1)::
+
+        mu <- mu + eta sigma sum u_i z_i
+
+    Source: our own. The parts: B. Polyak, 1964 (heavy ball); rank utilities as in D. Wierstra et
+    al., "Natural Evolution Strategies", 2014. Moves one all-reduce of the shard, two when the guard
+    acts; keeps a, u and, with the guard, one more. A particle that is not alive restarts at a.
+    """
+
+    Config = SwarmRuleConfig
+    options: SwarmRuleConfig
+
+    @property
+    def uses_fitness(self) -> bool:
+        return self.options.guard or self.options.lr_spread > 1
+
+    @property
+    def uses_probe(self) -> bool:
+        return self.options.guard
+
+    def init_state(self, x: Tensor) -> dict[str, Tensor]:
+        state = {"anchor": x.detach().clone()}
+        if self.options.inertia > 0:
+            state["momentum"] = torch.zeros_like(x)
+        if self.options.guard:
+            state["trial"] = torch.zeros_like(x)
+        return state
+
+    def plan(self, sync: SyncPoint, memory: Mapping[str, Any]) -> Plan:
+        weights = _softmax(sync.losses(), self.options.temperature)
+        living = sum(sync.alive)
+        unequal = self.options.guard and 1 - 1 / (living * sum(w * w for w in weights)) > self.options.unequal_above
+        lr = self._learning_rates(sync, memory)
+        beta = 0.0 if sync.is_last or (sync.total is not None and sync.total <= _FEW_ROUNDS) else self.options.inertia
+        return Plan(
+            receive="mean",
+            weights=sync.mean_weights(),
+            alive=sync.alive,
+            factors=((beta,),) * sync.num_particles,
+            lr_factors=lr.pop("factors"),
+            score=unequal,
+            carry=("mean", weights) if unequal else ("settle", "received"),
+            memory=lr,
+        )
+
+    def proceed(self, plan: Plan, scores: tuple[float, ...]) -> Plan:
+        score = sum(scores) / len(scores)
+        stage, before = plan.carry
+        common: dict[str, Any] = {
+            "alive": plan.alive,
+            "factors": plan.factors,
+            "memory": plan.memory,
+            "lr_factors": plan.lr_factors,
+        }
+        if stage == "mean":
+            return Plan(receive="mean", weights=before, send="trial", score=True, carry=("weighted", score), **common)
+        winner = "weighted" if score < before else "mean"
+        return Plan(
+            receive="nothing",
+            carry=("settle", winner),
+            note={"guard": winner, "guard_scores": {"mean": before, "weighted": score}},
+            **common,
+        )
+
+    def update(self, x: Tensor, received: Tensor, state: State, plan: Plan, place: Place) -> None:
+        stage, which = plan.carry
+        if stage != "settle":
+            state["trial"].copy_(x)  # "mean": what this particle brought; "weighted": the mean
+            x.copy_(received)
+            return
+        mean = state["trial"] if which == "mean" else received
+        anchor, beta = state["anchor"], plan.factors[place.particle][0]
+        if "momentum" in state:
+            momentum = state["momentum"]
+            momentum.mul_(beta).add_(anchor).sub_(mean)
+            if beta == 0:
+                anchor.copy_(mean)  # exactly, where a - (a - m) would round
+            else:
+                anchor.sub_(momentum)
+        else:
+            anchor.copy_(mean)
+        x.copy_(anchor)
+        if "trial" in state:
+            state["trial"].zero_()
+
+    def _learning_rates(self, sync: SyncPoint, memory: Mapping[str, Any]) -> dict[str, Any]:
+        """mu and z for the coming steps, and the factor of each particle."""
+        sigma = math.log(self.options.lr_spread)
+        if sigma == 0:
+            return {"factors": ()}
+        mu = memory.get("mu", 0.0)
+        if "z" in memory:
+            utilities = _rank_utilities(sync.losses(), sync.alive)
+            mu += self.options.lr_step * sigma * sum(u * z for u, z in zip(utilities, memory["z"], strict=True))
+        z = np.linspace(-1, 1, sync.num_particles) if sync.num_particles > 1 else np.zeros(1)
+        z = np.random.default_rng([self.seed, sync.index]).permutation(z)
+        return {"mu": mu, "z": z.tolist(), "factors": tuple(math.exp(mu + sigma * value) for value in z.tolist())}
+
+
+def _softmax(losses: Sequence[float], temperature: float) -> tuple[float, ...]:
+    """softmax(-loss / temperature), shape (P,); an infinite loss gets 0, and if all are, all that are get the same."""
+    lowest = min(losses)
+    if math.isinf(lowest):
+        return tuple(1 / len(losses) for _ in losses)
+    powers = [math.exp((lowest - loss) / temperature) for loss in losses]
+    return tuple(power / sum(powers) for power in powers)
+
+
+def _rank_utilities(losses: Sequence[float], alive: Sequence[bool]) -> list[float]:
+    """From the best living particle's, highest, to the worst's; their absolute values sum to one; the dead have 0."""
+    order = sorted((i for i in range(len(losses)) if alive[i]), key=lambda i: (losses[i], i))
+    raw = {i: (len(order) - 1) / 2 - rank for rank, i in enumerate(order)}
+    scale = sum(abs(value) for value in raw.values()) or 1.0
+    return [raw.get(i, 0.0) / scale for i in range(len(losses))]

@@ -1,0 +1,274 @@
+"""P particles as threads of one process, of which one runs at a time: worlds without a network.
+
+Everything above sees an ordinary ``World`` of P particles of one rank. The threads take turns at the
+sync points, in the order of particles, each with its own random state; so a run is reproducible, and no
+faster or slower particle changes what comes out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ds_pso.errors import ConfigError, PeerError
+from ds_pso.layout import Layout
+from ds_pso.mailbox import Letter, Mailbox
+from ds_pso.world import World
+
+
+class Room:
+    """Where P threads meet. One has the turn and runs; the others wait for theirs."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.letters: dict[int, Letter] = {}  # by addressee
+        self._turn = threading.Condition()
+        self._running = 0
+        self._waiting: dict[int, Any] = {}  # what those brought who wait for the meeting to be complete
+        self._gone: set[int] = set()
+        self._meetings = 0  # that were completed
+        self._result: Any = None
+
+    def meet(self, me: int, value: Any, combine: Callable[[list[Any]], Any] = list) -> Any:
+        """``combine`` of the values of all, in the order of particles; made once and shared.
+
+        Raises:
+            PeerError: another particle has ended, so the meeting will never be complete.
+        """
+        with self._turn:
+            self._waiting[me] = value
+            if len(self._waiting) == self.size:
+                self._result = combine([self._waiting[i] for i in range(self.size)])
+                self._meetings += 1
+                self._waiting.clear()
+                return self._result
+            meetings = self._meetings
+            self._hand_over(me)
+            if self._meetings == meetings:
+                raise PeerError(
+                    f"particle {me} waits for particles {sorted(self._gone)}, which have ended; "
+                    "all must reach the same sync points"
+                )
+            return self._result
+
+    def pause(self, me: int) -> None:
+        """Let the others run up to their next meeting or pause."""
+        with self._turn:
+            self._hand_over(me)
+
+    def enter(self, me: int) -> None:
+        """Called first in each thread."""
+        with self._turn:
+            self._turn.wait_for(lambda: self._running == me)
+
+    def leave(self, me: int) -> None:
+        """Called last in each thread."""
+        with self._turn:
+            self._gone.add(me)
+            self._pass_on(me)
+
+    def _hand_over(self, me: int) -> None:
+        saved = _random_state()
+        self._pass_on(me)
+        self._turn.wait_for(lambda: self._running == me)
+        _set_random_state(saved)
+
+    def _pass_on(self, me: int) -> None:
+        order = [(me + 1 + k) % self.size for k in range(self.size)]
+        there = [i for i in order if i not in self._gone]
+        # If all who are left wait for somebody who is gone, they must hear of it.
+        self._running = next((i for i in there if i not in self._waiting), there[0] if there else -1)
+        if self._running in self._waiting:
+            del self._waiting[self._running]
+        self._turn.notify_all()
+
+
+def _random_state() -> tuple[Any, ...]:
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def _set_random_state(state: tuple[Any, ...]) -> None:
+    python, numpy, cpu, cuda = state
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state(cuda)
+
+
+class SimulatedWorld(World):
+    """The world as one simulated particle sees it."""
+
+    def __init__(self, room: Room, particle: int, timeout_s: float) -> None:
+        super().__init__(Layout(particle, room.size, room.size), timeout_s)
+        self._room = room
+        self._hosts = [socket.gethostname()] * room.size
+        if room.size > 1:
+            self.backend = "simulated"
+            self.peer_group = _PeerGroup(room, particle)
+
+    @property
+    def peer_device(self) -> torch.device:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def roll_call(self, label: str, ranks: Iterable[int]) -> None:
+        """Nobody is missing: what follows is a meeting anyway."""
+
+    def gather(self, label: str, value: Any) -> list[Any]:
+        values: list[str] = self._room.meet(self.layout.rank, json.dumps(value))
+        return [json.loads(item) for item in values]
+
+    def open_mailbox(self) -> Mailbox:
+        return _RoomMailbox(self._room, self.layout.particle)
+
+    def close(self) -> None:
+        self.abandon()
+
+
+class _Done:
+    def wait(self, *_: Any) -> None:
+        pass
+
+
+class _PeerGroup:
+    """The collectives of a torch process group that the exchange uses."""
+
+    def __init__(self, room: Room, me: int) -> None:
+        self._room, self._me = room, me
+
+    def allreduce(self, tensors: list[Tensor]) -> _Done:
+        def add(values: list[Tensor]) -> Tensor:
+            total = values[0].clone()
+            for value in values[1:]:
+                total += value
+            return total
+
+        tensors[0].copy_(self._room.meet(self._me, tensors[0], add))
+        return _Done()
+
+    def broadcast(self, tensors: list[Tensor], options: Any) -> _Done:
+        root = options.rootRank
+        tensors[0].copy_(self._room.meet(self._me, tensors[0], lambda values: values[root].clone()))
+        return _Done()
+
+    def allgather(self, rows: list[list[Tensor]], mine: list[Tensor]) -> _Done:
+        values = self._room.meet(self._me, mine[0], lambda values: [value.clone() for value in values])
+        for row, value in zip(rows[0], values, strict=True):
+            row.copy_(value)
+        return _Done()
+
+    def alltoall_base(self, output: Tensor, given: Tensor, _: Sequence[int], splits: Sequence[int]) -> _Done:
+        def deal(values: list[tuple[Tensor, ...]]) -> list[Tensor]:
+            return [torch.cat([parts[i] for parts in values]) for i in range(len(values))]
+
+        output.copy_(self._room.meet(self._me, given.split(list(splits)), deal)[self._me])
+        return _Done()
+
+
+class _RoomMailbox(Mailbox):
+    """Letters arrive at once; the others then go on to their own next sync point."""
+
+    def __init__(self, room: Room, particle: int) -> None:
+        super().__init__(particle, room.size)
+        self._room = room
+
+    def send(self, tensors: Sequence[Tensor], index: int) -> None:
+        peer = self._peers_in_turn()[0]
+        self._next += 1
+        copies = [t.detach().to("cpu", torch.float32, copy=True).view(-1) for t in tensors]
+        self._room.letters[peer] = Letter(self.particle, index, copies)
+
+    def take(self, sizes: Sequence[int]) -> Letter | None:
+        self._room.pause(self.particle)
+        return self._room.letters.pop(self.particle, None)
+
+
+class Crew:
+    """The threads of one simulation, all running the same function.
+
+    The first runs alone until it asks to join; only then is the number of particles known.
+    """
+
+    _here: ClassVar[threading.local] = threading.local()
+
+    def __init__(self, body: Callable[[], Any]) -> None:
+        self._body = body
+        self._room: Room | None = None
+        self._threads: list[threading.Thread] = []
+        self._results: dict[int, Any] = {}
+        self._errors: list[BaseException] = []  # in the order in which they were raised
+        self._random = _random_state()
+
+    @classmethod
+    def world(cls, particles: int | Literal["node"], timeout_s: float) -> World | None:
+        """The world of the calling thread, if it belongs to a simulation."""
+        crew = getattr(cls._here, "crew", None)
+        return None if crew is None else crew._join(cls._here.particle, particles, timeout_s)
+
+    def run(self) -> list[Any]:
+        """What the function returned to each particle.
+
+        Raises:
+            Whatever the function raised first.
+        """
+        _be_a_world_of_one()
+        self._start(0)
+        for thread in self._threads:  # grows while the first one runs
+            thread.join()
+        if self._errors:
+            raise self._errors[0]
+        return [self._results[particle] for particle in sorted(self._results)]
+
+    def _start(self, particle: int) -> None:
+        thread = threading.Thread(target=self._live, args=(particle,), daemon=True, name=f"particle {particle}")
+        self._threads.append(thread)
+        thread.start()
+
+    def _live(self, particle: int) -> None:
+        self._here.crew, self._here.particle = self, particle
+        if self._room is not None:
+            self._room.enter(particle)
+        _set_random_state(self._random)
+        try:
+            self._results[particle] = self._body()
+        except BaseException as error:
+            self._errors.append(error)
+        finally:
+            if self._room is not None:
+                self._room.leave(particle)
+
+    def _join(self, particle: int, particles: int | Literal["node"], timeout_s: float) -> World:
+        if particles == "node":
+            raise ConfigError('swarm.particles = "node": a simulation has no nodes; give a number')
+        if self._room is None:
+            self._room = Room(particles)
+            for other in range(1, particles):
+                self._start(other)
+        if particles != self._room.size:
+            raise ConfigError(
+                f"swarm.particles = {particles}: this simulation began with {self._room.size}; use one number"
+            )
+        return SimulatedWorld(self._room, particle, timeout_s)
+
+
+_process: World | None = None  # kept: it hosts the store of torch's world
+
+
+def _be_a_world_of_one() -> None:
+    """DeepSpeed's world is this process, from now on; it cannot be built a second time."""
+    global _process
+    if _process is not None:
+        return
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("a simulation is one process; start it with python, not with a launcher of several ranks")
+    _process = World.carve(1)
