@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ds_pso.errors import ConfigError, PeerError
 from ds_pso.layout import Layout
-from ds_pso.mailbox import Letter, Mailbox
+from ds_pso.letters import Letter, Mailbox
 from ds_pso.world import World
 
 

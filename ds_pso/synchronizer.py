@@ -15,7 +15,7 @@ from torch import Tensor
 from ds_pso.errors import ConfigError, SwarmError
 from ds_pso.exchange import Exchange, Piece
 from ds_pso.fitness import FitnessWindow, combine
-from ds_pso.mailbox import Mailbox
+from ds_pso.letters import Mailbox
 from ds_pso.rules import Place, Plan, Rule, SyncPoint
 from ds_pso.shards import Shards
 from ds_pso.world import World

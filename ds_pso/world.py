@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from ds_pso.errors import ConfigError, PeerError
 from ds_pso.layout import Layout, read_int, read_layout
-from ds_pso.mailbox import GlooMailbox, Mailbox
+from ds_pso.letters import GlooMailbox, Mailbox
 from ds_pso.roster import Roster
 
 _CARVED = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
