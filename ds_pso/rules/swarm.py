@@ -87,9 +87,9 @@ class SwarmRule(Rule):
 
     def plan(self, sync: SyncPoint, memory: Mapping[str, Any]) -> Plan:
         weights = _softmax(sync.losses(), self.options.temperature)
-        living = sum(sync.alive)
-        unequal = self.options.guard and 1 - 1 / (living * sum(w * w for w in weights)) > self.options.unequal_above
-        lr = self._learning_rates(sync, memory)
+        share_used = 1 / (sum(sync.alive) * sum(w * w for w in weights))
+        unequal = share_used < 1 - self.options.unequal_above
+        lr = self._learning_rates(sync, memory, unequal)
         beta = 0.0 if sync.is_last or (sync.total is not None and sync.total <= _FEW_ROUNDS) else self.options.inertia
         return Plan(
             receive="mean",
@@ -97,8 +97,8 @@ class SwarmRule(Rule):
             alive=sync.alive,
             factors=((beta,),) * sync.num_particles,
             lr_factors=lr.pop("factors"),
-            score=unequal,
-            carry=("mean", weights) if unequal else ("settle", "received"),
+            score=unequal and self.options.guard,
+            carry=("mean", weights) if unequal and self.options.guard else ("settle", "received"),
             memory=lr,
         )
 
@@ -142,13 +142,13 @@ class SwarmRule(Rule):
         if "trial" in state:
             state["trial"].zero_()
 
-    def _learning_rates(self, sync: SyncPoint, memory: Mapping[str, Any]) -> dict[str, Any]:
+    def _learning_rates(self, sync: SyncPoint, memory: Mapping[str, Any], unequal: bool) -> dict[str, Any]:
         """mu and z for the coming steps, and the factor of each particle."""
         sigma = math.log(self.options.lr_spread)
         if sigma == 0:
             return {"factors": ()}
         mu = memory.get("mu", 0.0)
-        if "z" in memory:
+        if "z" in memory and unequal:
             utilities = _rank_utilities(sync.losses(), sync.alive)
             mu += self.options.lr_step * sigma * sum(u * z for u, z in zip(utilities, memory["z"], strict=True))
         z = np.linspace(-1, 1, sync.num_particles) if sync.num_particles > 1 else np.zeros(1)
