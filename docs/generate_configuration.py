@@ -24,7 +24,7 @@ _SIGNS = {Ge: ("ge", "at least"), Gt: ("gt", "above"), Le: ("le", "at most"), Lt
 # What the type of a field does not say, because a validator checks it.
 _BY_VALIDATOR = {
     "particles": 'whole number, at least 1, or `"node"`',
-    "sync_mode": ", ".join(f'`"{name}"`' for name in (ALLREDUCE, *RULES)),
+    "sync_mode": ", ".join(f'`"{name}"`' for name in (ALLREDUCE, *RULES)) + ', `"my_module:MyRule"`',
 }
 
 
@@ -50,13 +50,14 @@ def _allowed(key: str, field: FieldInfo) -> str:
     if typing.get_origin(field.annotation) is typing.Literal:
         return ", ".join(f"`{json.dumps(value)}`" for value in typing.get_args(field.annotation))
     kinds: dict[Any, str] = {int: "whole number", float: "number", str: "string", bool: "`true` or `false`"}
+    kind, *nothing = typing.get_args(field.annotation) or [field.annotation]
     bounds = [
         f"{words} {getattr(item, attribute):,}"
         for item in field.metadata
         for kind, (attribute, words) in _SIGNS.items()
         if isinstance(item, kind)
     ]
-    return ", ".join([kinds[field.annotation], " and ".join(bounds)] if bounds else [kinds[field.annotation]])
+    return ", ".join([kinds[kind], *([" and ".join(bounds)] if bounds else [])]) + (" or `null`" if nothing else "")
 
 
 def updated(page: str) -> str:

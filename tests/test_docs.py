@@ -74,7 +74,8 @@ def run(command: list[str], folder: Path, seconds: float, **environment: str) ->
 
 
 @pytest.mark.parametrize("snippet", snippets("json"))
-def test_json_snippets_are_valid_configs(snippet):
+def test_json_snippets_are_valid_configs(snippet, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "recipes")  # the module that a snippet names as its sync_mode
     config = json.loads(snippet)
     if "swarm" in config:
         load_config(config)
@@ -106,6 +107,16 @@ def test_the_complete_script_of_the_api_page_runs(tmp_path):
     records = [json.loads(line) for line in (tmp_path / "runs/example/metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [4, 8, 12, 16, 20, 24]
     assert max(records[-1]["losses"]) < 0.2 * min(records[0]["losses"])
+
+
+def test_the_script_of_the_simulation_page_runs(tmp_path):
+    script = next(s for s in blocks(page("docs/simulation.md"), "python") if "simulate" in s)
+    no_compiler = "import deepspeed\ndeepspeed.ops.__compatible_ops__['deepspeed_shm_comm'] = False\n"
+    (tmp_path / "script.py").write_text(no_compiler + script, encoding="utf-8")
+    output = run([sys.executable, "script.py"], tmp_path, 120, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    losses = json.loads(output.splitlines()[-1])
+    assert len(losses) == 4
+    assert max(losses) < 8  # the variance of the sum of eight numbers is what a model that knows nothing is off
 
 
 def test_the_worked_example_of_contributing_works(tmp_path):
@@ -160,7 +171,10 @@ def test_commands_are_understood(line):
         assert named or "-m" in words
         return
     program = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    check_launcher(words[: program + 1])
+    if words[0] == "ds-pso":
+        assert words[1:program] == ["simulate"]
+    else:
+        check_launcher(words[: program + 1])
     assert (ROOT / words[program]).exists()
     arguments = parse_arguments(words[program + 1 :])
     if arguments.deepspeed_config:
