@@ -84,6 +84,8 @@ def make_worlds(num_particles: int, timeout_s: float = 30.0) -> list[Any]:
             layout=Layout(particle, num_particles, num_particles),
             backend="none" if group is None else "gloo",
             peer_group=group,
+            peer_device=torch.device("cpu"),
+            timeout_s=timeout_s,
             describe=lambda rank: f"particle {rank}",
         )
 

@@ -95,7 +95,7 @@ def probe_decides(case: Case, values: tuple[float, float]) -> tuple[list[dict[st
     with swarm_of(case, attach=False) as (swarm, engine):
         particle, rank, _ = place(case)
         swarm.log = lambda event, **record: records.append(record)
-        swarm.attach(engine, probe=lambda: torch.tensor(values[particle] + rank))
+        swarm.attach(engine, probe=lambda index: torch.tensor(values[particle] + rank))
         train(case, engine)
         return records, working_weights(engine)
 

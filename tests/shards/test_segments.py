@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -114,15 +117,17 @@ def test_equal_parts_tile_in_order_and_are_equal(numels, num_parts):
 class OneShard(Shards):
     """A module whose parameters lie in one flat tensor, with two elements of padding after each."""
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        optimizer = torch.optim.Adam(module.parameters())
+    def __init__(
+        self, module: torch.nn.Module, kind: type[torch.optim.Optimizer] = torch.optim.Adam, **options: Any
+    ) -> None:
+        optimizer = kind(module.parameters(), **options)
         self.flat = torch.full((sum(p.numel() + 2 for p in module.parameters()),), torch.nan)
-        super().__init__(type("Engine", (), {"optimizer": optimizer, "module": module})())
+        engine = {"optimizer": optimizer, "basic_optimizer": optimizer, "module": module}
+        super().__init__(type("Engine", (), engine)())
         for segment in self.segments:
             self.flat[segment.shard_start : segment.shard_start + segment.numel] = 1.0
 
-    @property
-    def tensors(self):
+    def _masters(self, engine):
         return [self.flat]
 
     def _find_segments(self):
@@ -162,24 +167,53 @@ def test_one_bad_weight_is_found(value):
     assert not shards.all_finite()
 
 
-def test_moments_of_a_mad_particle_are_dropped_and_its_steps_kept():
-    shards = OneShard(model())
+OPTIMIZERS: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
+    (torch.optim.Adam, {"amsgrad": True}),
+    (torch.optim.AdamW, {}),
+    (torch.optim.SGD, {"momentum": 0.9}),
+    (torch.optim.RMSprop, {"momentum": 0.5, "centered": True}),
+]
+
+
+def take_a_step(shards: OneShard, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     for param in shards.module.parameters():
-        param.grad = torch.ones_like(param)
-    shards.optimizer.step()
-    moments = [shards.optimizer.state[p]["exp_avg"] for p in shards.module.parameters()]
-    for moment in moments:
-        moment.view(-1)[0] = torch.nan
-        moment.view(-1)[-1] = torch.inf
+        param.grad = torch.full_like(param, 0.3)
+    optimizer.step()
+    return [param.detach().clone() for param in shards.module.parameters()]
+
+
+@pytest.mark.parametrize(("kind", "options"), OPTIMIZERS, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_reset_optimizer_is_as_new(kind, options):
+    """A huge first moment over a second one of zero would throw the weights far away."""
+    shards = OneShard(model(), kind, **options)
+    for _ in range(3):
+        take_a_step(shards, shards.optimizer)
+    for state in shards.optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, torch.Tensor) and value.dim():
+                value.view(-1)[0], value.view(-1)[-1] = torch.nan, torch.inf
     shards.reset_optimizer_state()
-    assert not any(moment.any() for moment in moments)
-    # A huge first moment over a second one of zero would throw the weights far away.
-    before = [param.detach().clone() for param in shards.module.parameters()]
-    shards.optimizer.step()
-    learning_rate = shards.optimizer.param_groups[0]["lr"]
-    for param, old in zip(shards.module.parameters(), before, strict=True):
-        assert (param - old).abs().max() < 10 * learning_rate
-    assert all(shards.optimizer.state[param]["step"] == 2 for param in shards.module.parameters())
+    new = OneShard(copy.deepcopy(shards.module), kind, **options)
+    for _ in range(2):
+        for mine, expected in zip(take_a_step(shards, shards.optimizer), take_a_step(new, new.optimizer), strict=True):
+            assert torch.equal(mine, expected)
+
+
+# -- a learning rate of one's own -----------------------------------------------------------
+
+
+def test_the_factor_holds_during_a_step_and_is_not_seen_outside():
+    shards = OneShard(model(), torch.optim.SGD, lr=0.1)
+    seen = []
+    shards.optimizer.register_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"]))
+    for factor in (1.0, 3.0, 0.5, 1.0):
+        before = [param.detach().clone() for param in shards.module.parameters()]
+        shards.lr_factor = factor
+        assert shards.lr_factor == factor
+        shards.optimizer.param_groups[0]["lr"] = 0.2  # as a schedule does between two steps
+        for old, new in zip(before, take_a_step(shards, shards.optimizer), strict=True):
+            torch.testing.assert_close(new, old - 0.2 * factor * 0.3)
+        assert shards.optimizer.param_groups[0]["lr"] == 0.2
 
 
 def test_buffers_are_the_persistent_floating_ones():
