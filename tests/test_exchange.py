@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -263,6 +263,57 @@ def test_from_one_copies_the_source_and_nothing_else(particles, group, shapes, b
         assert visits == [[1] * numel for numel, _ in shapes]
         assert all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True))
         assert received == (0 if particle == source else sum(bucket_nbytes(shapes, bucket_bytes)))
+
+
+@relaxed
+@given(
+    st.integers(1, 4).flatmap(lambda p: st.lists(st.integers(0, p - 1), min_size=p, max_size=p)),
+    specs,
+    bucket_sizes,
+)
+@example([0, 0, 0], [(5, torch.float32)], 12)  # all from one
+@example([0, 1, 2, 3], [(5, torch.float32)], 12)  # each from itself
+@example([1, 2, 3, 0], [(5, torch.float32)], 12)  # round the ring
+@example([3, 3, 1, 1], [(5, torch.float64), (3, torch.bfloat16)], 4)  # two askers each, two whom nobody asks
+def test_from_each_brings_everybody_the_tensors_asked_for(particles, sources, shapes, bucket_bytes):
+    num_particles = len(sources)
+    contents = [distinct_integers(shapes, particle) for particle in range(num_particles)]
+
+    def job(exchange: Exchange) -> tuple[list[Tensor], list[list[int]], int]:
+        me = exchange.particle
+        # Whom nobody asks may hold anything.
+        mine = [t.clone() if me in sources else torch.full_like(t, math.nan) for t in contents[me]]
+        visits = overwrite(exchange.from_each(mine, sources), mine)
+        return mine, visits, exchange.bytes_received
+
+    results = particles.run(num_particles, bucket_bytes, job)
+    for particle, (tensors, visits, received) in enumerate(results):
+        source = sources[particle]
+        assert visits == [[1] * numel for numel, _ in shapes]
+        assert all(torch.equal(a, b) for a, b in zip(tensors, contents[source], strict=True))
+        assert received == (0 if particle == source else sum(bucket_nbytes(shapes, bucket_bytes)))
+
+
+def test_what_nobody_else_has_asked_for_is_not_sent(particles):
+    """A ring in which all but one look at themselves moves one tensor, not P of them."""
+    sent = []
+
+    def job(exchange: Exchange) -> None:
+        group = exchange.world.peer_group
+
+        class Spy:
+            def alltoall_base(self, arrived: Tensor, given: Tensor, *splits: Any) -> Any:
+                sent.append((exchange.particle, given.numel(), arrived.numel()))
+                return group.alltoall_base(arrived, given, *splits)
+
+        exchange.world.peer_group = Spy()
+        try:
+            list(exchange.from_each([torch.zeros(10)], [0, 1, 1]))
+        finally:
+            exchange.world.peer_group = group
+
+    particles.run(3, 4096, job)
+    assert sorted(sent) == [(0, 0, 0), (1, 10, 0), (2, 0, 10)]
 
 
 @relaxed
