@@ -35,12 +35,12 @@ class SwarmRuleConfig(RuleConfig):
         "particles: 1 - 1 / (P sum of squared weights).",
     )
     lr_spread: float = Field(
-        default=2.0,
+        default=1.5,
         ge=1,
         description="Learning rates of the particles lie between 1 / this and this times a common one; 1: all equal.",
     )
     lr_step: float = Field(
-        default=1.0, ge=0, description="How far the common learning rate follows the better particles (eta)."
+        default=2.0, ge=0, description="How far the common learning rate follows the better particles (eta)."
     )
 
 
@@ -56,8 +56,9 @@ class SwarmRule(Rule):
 
     beta is 0 at the last sync point, and throughout a training of 10 sync points or fewer, if the
     length of training is known. Each particle's learning rate is multiplied by exp(mu + sigma z_i), z
-    evenly spaced in [-1, 1] and shuffled at each sync point, sigma = ln(lr_spread), and with u_i
-    the utilities of the ranks of f (sum |u_i| = 1)::
+    evenly spaced in [-1, 1] and shuffled at each sync point, sigma = ln(lr_spread), shrinking to 0 in
+    the second half of training if its length is known; and with u_i the utilities of the ranks of f
+    (sum |u_i| = 1), when the losses are clearly unequal::
 
         mu <- mu + eta sigma sum u_i z_i
 
@@ -144,16 +145,22 @@ class SwarmRule(Rule):
 
     def _learning_rates(self, sync: SyncPoint, memory: Mapping[str, Any], unequal: bool) -> dict[str, Any]:
         """mu and z for the coming steps, and the factor of each particle."""
-        sigma = math.log(self.options.lr_spread)
-        if sigma == 0:
+        if self.options.lr_spread == 1:
             return {"factors": ()}
+        sigma = math.log(self.options.lr_spread) * (min(1.0, 2 - 2 * sync.progress) if sync.total else 1)
         mu = memory.get("mu", 0.0)
         if "z" in memory and unequal:
             utilities = _rank_utilities(sync.losses(), sync.alive)
-            mu += self.options.lr_step * sigma * sum(u * z for u, z in zip(utilities, memory["z"], strict=True))
+            step = sum(u * z for u, z in zip(utilities, memory["z"], strict=True))
+            mu += self.options.lr_step * memory["sigma"] * step
         z = np.linspace(-1, 1, sync.num_particles) if sync.num_particles > 1 else np.zeros(1)
         z = np.random.default_rng([self.seed, sync.index]).permutation(z)
-        return {"mu": mu, "z": z.tolist(), "factors": tuple(math.exp(mu + sigma * value) for value in z.tolist())}
+        return {
+            "mu": mu,
+            "sigma": sigma,
+            "z": z.tolist(),
+            "factors": tuple(math.exp(mu + sigma * value) for value in z.tolist()),
+        }
 
 
 def _softmax(losses: Sequence[float], temperature: float) -> tuple[float, ...]:
