@@ -252,9 +252,8 @@ class Synchronizer:
     def _average_moments(self, point: SyncPoint) -> None:
         """The moments of every particle, the dead included, become the mean of those of the living."""
         moments = self.shards.moments()
-        count = float(len(moments))
-        ranks = [row[0] for row in self.world.particle_gather([count])]
-        if len({value for row in self.exchange.all_gather([min(ranks), max(ranks)]) for value in row}) > 1:
+        alike = len({row[0] for row in self.exchange.all_gather([float(len(moments))])}) == 1  # peers, not mates
+        if not all(row[0] for row in self.world.particle_gather([float(alike)])):
             return  # a particle whose every step was skipped has none yet
         for piece, received in self.exchange.weighted_mean(moments, point.mean_weights()):
             piece.of(moments[piece.tensor]).copy_(received)
