@@ -6,20 +6,23 @@ Functions here run on the ranks, except where they say otherwise.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import deepspeed
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import ds_pso
 from ds_pso.swarm import Swarm
 
 ROWS = 8  # that a particle sees in one optimizer step, whatever its number of ranks
+CLEAN = -1  # index of a particle that there is not, whose data is free of noise
 Weights = dict[str, np.ndarray]
 Spoil = Callable[[int, Tensor], Tensor]
 
@@ -37,12 +40,14 @@ class Case:
     steps: int = 4
     optimizer: str = "AdamW"
     lr: float = 0.02
+    momentum: float = 0.0  # of SGD
     accumulate: int = 1  # micro-batches per optimizer step
     batch_norm: bool = False
     dropout: float = 0.0
     groups: int = 1  # parameter groups
     fused: bool = False  # stage 0 in half precision: DeepSpeed's wrapper for fused optimizers
     seed: int | None = None  # of the initial weights; None: each rank its own
+    probe: bool = False  # give attach a probe
     deepspeed: dict[str, Any] = field(default_factory=dict)  # more of DeepSpeed's config
     swarm: dict[str, Any] = field(default_factory=dict)  # more of the swarm section
 
@@ -109,6 +114,8 @@ def config(case: Case, particle_size: int) -> dict[str, Any]:
     optimizer: dict[str, Any] = {"type": case.optimizer, "params": {"lr": case.lr}}
     if case.optimizer == "AdamW":
         optimizer["params"]["torch_adam"] = True
+    if case.momentum:
+        optimizer["params"]["momentum"] = case.momentum
     result: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": ROWS // particle_size // case.accumulate,
         "gradient_accumulation_steps": case.accumulate,
@@ -138,6 +145,7 @@ def config(case: Case, particle_size: int) -> dict[str, Any]:
 
 def build_engine(case: Case, ds_config: dict[str, Any], model: nn.Module | None = None) -> Any:
     model = model or build_model(case)
+    gc.freeze()  # DeepSpeed collects garbage at ZeRO 3, and would look at all that was ever imported
     if case.precision == "fp16":
         # DeepSpeed asks whether the CPU is fast at it; slow is good enough here.
         deepspeed.get_accelerator().is_fp16_supported = lambda: True
@@ -147,23 +155,56 @@ def build_engine(case: Case, ds_config: dict[str, Any], model: nn.Module | None 
     return engine
 
 
+def probe_of(case: Case, engine: Any) -> Callable[[int], Tensor]:
+    """Loss on what nobody trains on, free of noise; each rank of a particle sees its own part of the batch."""
+
+    def probe(index: int) -> Tensor:
+        rank, size = dist.get_rank(), dist.get_world_size()
+        ((x, y),) = rank_batches(replace(case, accumulate=1), CLEAN, rank, size, index)
+        engine.eval()
+        loss = nn.functional.mse_loss(engine(x.to(case.dtype)).float(), y)
+        engine.train()
+        return loss
+
+    return probe
+
+
 @contextlib.contextmanager
 def swarm_of(case: Case, *, attach: bool = True, **init: Any) -> Iterator[tuple[Swarm, Any]]:
     """A swarm with its engine."""
     with ds_pso.init(config(case, place(case)[2]), **init) as swarm:
         engine = build_engine(case, swarm.ds_config)
         if attach:
-            swarm.attach(engine, probe=None)
+            swarm.attach(engine, probe=probe_of(case, engine) if case.probe else None)
         yield swarm, engine
 
 
-def train(case: Case, engine: Any, steps: range | None = None, spoil: Spoil | None = None) -> list[float]:
+def one_after_the_other(cases: Iterable[Case], **init: Any) -> Iterator[tuple[Case, Swarm, Any]]:
+    """Swarms of one launch, each begun in the world of the one before."""
+    world = None
+    for case in cases:
+        swarm = ds_pso.init(config(case, place(case)[2]), world=world, **init)
+        world = swarm.world
+        engine = build_engine(case, swarm.ds_config)
+        swarm.attach(engine, probe=probe_of(case, engine) if case.probe else None)
+        yield case, swarm, engine
+    if world is not None:
+        world.close()
+
+
+def train(
+    case: Case,
+    engine: Any,
+    steps: range | None = None,
+    spoil: Spoil | None = None,
+    where: tuple[int, int, int] | None = None,
+) -> list[float]:
     """Optimizer steps; returns the losses of this rank.
 
-    Data follows the particles that the config names, also where ``allreduce`` makes them one.
-    ``spoil(step, loss)`` may replace a loss.
+    Data follows the particles that the config names, also where ``allreduce`` makes them one; or ``where``, as from
+    ``place``. ``spoil(step, loss)`` may replace a loss.
     """
-    particle, rank, size = place(case)
+    particle, rank, size = where or place(case)
     losses = []
     for step in range(case.steps) if steps is None else steps:
         for x, y in rank_batches(case, particle, rank, size, step):

@@ -5,81 +5,266 @@ Written from the equations of docs/sync-modes.md and the papers, not from the co
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from .jobs import Case, Net, Weights, particle_batch
+from .jobs import CLEAN, Case, Net, Weights, particle_batch
 
 Particles = list[np.ndarray]  # flat weights of each particle
+Score = Callable[[np.ndarray, int], float]  # loss of flat weights on the probe batch of a sync point
 
 
-class LocalSgdOracle:
+@dataclass(frozen=True)
+class Problem:
+    """What an oracle may know."""
+
+    start: np.ndarray  # flat weights with which all begin
+    num_particles: int
+    sizes: dict[str, int]  # of the parameters, in the order in which they lie in ``start``
+    total: int | None  # sync points of the whole training
+    score: Score
+
+
+class Oracle:
+    """Base: an average of the particles, and learning rates that are left alone."""
+
+    def __init__(self, problem: Problem, **options: Any) -> None:
+        self.problem = problem
+        self.index = 0  # sync points so far
+        self.lr_factors = [1.0] * problem.num_particles
+        self.begin(problem.start.copy(), **options)
+
+    def begin(self, start: np.ndarray) -> None:
+        pass
+
     def sync(self, x: Particles, losses: list[float]) -> Particles:
+        moved = self.move(x, losses)
+        self.index += 1
+        return moved
+
+    def move(self, x: Particles, losses: list[float]) -> Particles:
         return [np.mean(x, axis=0) for _ in x]
 
+    def model(self, x: Particles) -> np.ndarray:
+        """What is exported."""
+        return np.mean(x, axis=0)
 
-class DiLoCoOracle:
+    @property
+    def progress(self) -> float:
+        assert self.problem.total
+        return (self.index + 1) / self.problem.total
+
+
+class DiLoCoOracle(Oracle):
     """a <- a - eta (g + mu u), u <- mu u + g, g = a - mean x."""
 
-    def __init__(self, start: np.ndarray, outer_lr: float = 0.7, outer_momentum: float = 0.6) -> None:
-        self.anchor, self.momentum = start.copy(), np.zeros_like(start)
+    def begin(self, start: np.ndarray, outer_lr: float = 0.7, outer_momentum: float = 0.6) -> None:
+        self.anchor, self.momentum = start, np.zeros_like(start)
         self.eta, self.mu = outer_lr, outer_momentum
 
-    def sync(self, x: Particles, losses: list[float]) -> Particles:
+    def move(self, x: Particles, losses: list[float]) -> Particles:
         gradient = self.anchor - np.mean(x, axis=0)
         self.momentum = self.mu * self.momentum + gradient
         self.anchor = self.anchor - self.eta * (gradient + self.mu * self.momentum)
         return [self.anchor.copy() for _ in x]
 
 
-class PsoOracle:
-    """v <- w v + c1 r1 (p - x) + c2 r2 (g - x), x <- x + v."""
+class EasgdOracle(Oracle):
+    """x_i <- x_i - alpha (x_i - c), c <- (1 - beta) c + beta mean x, alpha = beta / P."""
 
-    def __init__(self, start: np.ndarray, num_particles: int, **options: Any) -> None:
-        self.w, self.c1, self.c2 = (options.get(k, d) for k, d in (("inertia", 0), ("cognitive", 0), ("social", 1)))
-        self.all_time = options.get("best") == "all_time"
-        self.random = options.get("randomness") == "per_sync"
-        self.velocity = [np.zeros_like(start) for _ in range(num_particles)]
-        self.best = [start.copy() for _ in range(num_particles)]
-        self.best_loss = [np.inf] * num_particles
-        self.index = 0
+    def begin(self, start: np.ndarray, beta: float = 0.9) -> None:
+        self.center, self.beta = start, beta
 
-    def sync(self, x: Particles, losses: list[float]) -> Particles:
+    def move(self, x: Particles, losses: list[float]) -> Particles:
+        alpha = self.beta / len(x)
+        moved = [here - alpha * (here - self.center) for here in x]
+        self.center = (1 - self.beta) * self.center + self.beta * np.mean(x, axis=0)
+        return moved
+
+    def model(self, x: Particles) -> np.ndarray:
+        return self.center
+
+
+class NoSyncOracle(Oracle):
+    """x_i <- (1 - p) x_i + p mean x, p from one value to the other."""
+
+    def begin(
+        self, start: np.ndarray, pressure: float = 0.1, final_pressure: float = 1.0, growth: str = "linear"
+    ) -> None:
+        self.pressure = {
+            "linear": lambda t: (1 - t) * pressure + t * final_pressure,
+            "exponential": lambda t: pressure ** (1 - t) * final_pressure**t,
+            "constant": lambda t: pressure,
+        }[growth]
+
+    def move(self, x: Particles, losses: list[float]) -> Particles:
+        p = self.pressure(self.progress)
+        return [(1 - p) * here + p * np.mean(x, axis=0) for here in x]
+
+
+class PsoOracle(Oracle):
+    """v <- clamp(chi (w v + c1 r1 (p - x) + c2 r2 (g - x))), x <- x + v."""
+
+    def begin(self, start: np.ndarray, **options: Any) -> None:
+        self.options = {"inertia": 0.0, "cognitive": 0.0, "social": 1.0, "best": "window", "topology": "global"}
+        self.options |= {"constriction": False, "velocity_clamp": np.inf, "randomness": "none"} | options
+        self.velocity = [np.zeros_like(start) for _ in range(self.problem.num_particles)]
+        self.best = [start.copy() for _ in range(self.problem.num_particles)]
+        self.best_loss = [np.inf] * self.problem.num_particles
+
+    def coefficient(self, name: str) -> float:
+        start, final = self.options[name], self.options.get(f"final_{name}")
+        return start if final is None else (1 - self.progress) * start + self.progress * final
+
+    def random_factors(self, particle: int) -> tuple[Any, Any]:
+        """By the documented seeding: (seed, sync point, particle), and the parameter's name."""
+        if self.options["randomness"] == "none":
+            return 0.5, 0.5
+        key = [0, self.index, particle]
+        if self.options["randomness"] == "per_sync":
+            r1, r2 = np.random.default_rng(key).random(2)
+            return r1, r2
+        sizes = self.problem.sizes
+        pairs = [np.random.default_rng([*key, zlib.crc32(name.encode())]).random(2) for name in sizes]
+        r1, r2 = (np.repeat([pair[k] for pair in pairs], list(sizes.values())) for k in (0, 1))
+        return r1, r2
+
+    def move(self, x: Particles, losses: list[float]) -> Particles:
         for i, loss in enumerate(losses):
             if loss < self.best_loss[i]:
                 self.best_loss[i], self.best[i] = loss, x[i].copy()
-        winner = int(np.argmin(self.best_loss if self.all_time else losses))
-        leader = (self.best if self.all_time else x)[winner].copy()
+        all_time = self.options["best"] == "all_time"
+        ranking, places = (self.best_loss, [b.copy() for b in self.best]) if all_time else (losses, x)
+        w, c1, c2 = (self.coefficient(name) for name in ("inertia", "cognitive", "social"))
+        chi = 1.0
+        if self.options["constriction"]:
+            phi, w = c1 + c2, 1.0
+            chi = 2 / (phi - 2 + np.sqrt(phi**2 - 4 * phi))
         moved = []
         for i, here in enumerate(x):
-            # The documented seeding: (seed, sync point, particle).
-            r1, r2 = np.random.default_rng([0, self.index, i]).random(2) if self.random else (0.5, 0.5)
-            self.velocity[i] = (
-                self.w * self.velocity[i] + self.c1 * r1 * (self.best[i] - here) + self.c2 * r2 * (leader - here)
-            )
+            known = list(range(len(x)))
+            if self.options["topology"] == "ring":
+                known = sorted({(i - 1) % len(x), i, (i + 1) % len(x)})
+            leader = places[min(known, key=lambda j: ranking[j])]
+            r1, r2 = self.random_factors(i)
+            velocity = chi * (w * self.velocity[i] + c1 * r1 * (self.best[i] - here) + c2 * r2 * (leader - here))
+            self.velocity[i] = np.clip(velocity, -self.options["velocity_clamp"], self.options["velocity_clamp"])
             moved.append(here + self.velocity[i])
-        self.index += 1
         return moved
+
+
+class SwarmOracle(Oracle):
+    """m = mean, or the loss-weighted mean if that is better; u <- beta u + (a - m), a <- a - u; learning rates."""
+
+    def begin(self, start: np.ndarray, **options: Any) -> None:
+        self.options = options  # all of them: what the defaults are is no matter of these tests
+        self.anchor, self.momentum = start, np.zeros_like(start)
+        self.mu, self.sigma, self.z = 0.0, 0.0, np.zeros(self.problem.num_particles)
+        self.winners: list[str] = []  # of the sync points at which the guard acted
+
+    def move(self, x: Particles, losses: list[float]) -> Particles:
+        o, total = self.options, self.problem.total
+        weights = np.exp(-np.array(losses) / o["temperature"])
+        weights /= weights.sum()
+        unequal = 1 / (len(x) * np.sum(weights**2)) < 1 - o["unequal_above"]
+        mean = np.mean(x, axis=0)
+        if unequal and o["guard"]:
+            weighted = np.tensordot(weights, np.stack(x), 1)
+            better = self.problem.score(weighted, self.index) < self.problem.score(mean, self.index)
+            self.winners.append("weighted" if better else "mean")
+            mean = weighted if better else mean
+        no_inertia = total is not None and (total <= 10 or self.index + 1 >= total)
+        self.momentum = (0 if no_inertia else o["inertia"]) * self.momentum + (self.anchor - mean)
+        self.anchor = self.anchor - self.momentum
+        self._set_learning_rates(losses, unequal)
+        return [self.anchor.copy() for _ in x]
+
+    def _set_learning_rates(self, losses: list[float], unequal: bool) -> None:
+        """mu <- mu + eta sigma sum u_i z_i with the sigma and z of the steps that gave these losses."""
+        p = len(losses)
+        if unequal:
+            utilities = (p - 1) / 2 - np.argsort(np.argsort(losses))
+            self.mu += self.options["lr_step"] * self.sigma * np.sum(utilities * self.z) / np.sum(np.abs(utilities))
+        shrink = 1.0 if self.problem.total is None else min(1.0, 2 * (1 - self.progress))
+        self.sigma = np.log(self.options["lr_spread"]) * shrink
+        self.z = np.random.default_rng([0, self.index]).permutation(np.linspace(-1, 1, p))
+        self.lr_factors = list(np.exp(self.mu + self.sigma * self.z))
+
+
+class LineSearchOracle(Oracle):
+    """y_i = m - s_i mu u for some s_i, of which the best becomes the consensus."""
+
+    def begin(self, start: np.ndarray, inertia: float = 0.7, longest: float = 1.5, margin: float = 0.001) -> None:
+        self.anchor, self.momentum = start, np.zeros_like(start)
+        self.inertia, self.longest, self.margin = inertia, longest, margin
+        self.winners: list[int] = []
+
+    def move(self, x: Particles, losses: list[float]) -> Particles:
+        lengths = np.linspace(0, self.longest, len(x))
+        candidates = [np.mean(x, axis=0) - s * self.inertia * self.momentum for s in lengths]
+        scores = [self.problem.score(candidate, self.index) for candidate in candidates]
+        winner = int(np.argmin(scores))
+        if scores[winner] >= (1 - self.margin) * scores[0]:
+            winner = 0
+        self.winners.append(winner)
+        self.momentum = self.anchor - candidates[winner]
+        self.anchor = candidates[winner]
+        return [self.anchor.copy() for _ in x]
+
+
+ORACLES: dict[str, type[Oracle]] = {
+    "local_sgd": Oracle,
+    "diloco": DiLoCoOracle,
+    "easgd": EasgdOracle,
+    "nosync": NoSyncOracle,
+    "pso": PsoOracle,
+    "swarm": SwarmOracle,
+    "line_search": LineSearchOracle,
+}
+
+
+def probe_loss(weights: np.ndarray, index: int, dtype: torch.dtype = torch.float32) -> float:
+    """Of the model with these flat weights, on what ``jobs.probe_of`` shows."""
+    model = Net()
+    _set(model, weights)
+    x, y = particle_batch(CLEAN, index)
+    with torch.no_grad():
+        return nn.functional.mse_loss(model.to(dtype)(x.to(dtype)).float(), y).item()
+
+
+def make_oracle(case: Case, start: np.ndarray) -> Oracle:
+    total = case.swarm.get("total_steps")
+    problem = Problem(
+        start=start,
+        num_particles=int(case.particles),
+        sizes={name: p.numel() for name, p in Net().named_parameters()},
+        total=None if total is None else total // case.interval,
+        score=partial(probe_loss, dtype=case.dtype),
+    )
+    return ORACLES[case.sync_mode](problem, **case.options)
 
 
 def train_particles(case: Case) -> list[Weights]:
     """Final weights of each particle of a job with fp32, particle 0's start, and no BatchNorm or dropout."""
-    num_particles = int(case.particles)
+    return follow(case)[0]
+
+
+def follow(case: Case) -> tuple[list[Weights], Oracle]:
+    """The same, and the oracle that led there."""
     torch.manual_seed(100 if case.seed is None else case.seed)
     start = Net()
-    models = [Net() for _ in range(num_particles)]
+    models = [Net() for _ in range(int(case.particles))]
     for model in models:
         model.load_state_dict(start.state_dict())
-    names = {"AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD}
-    optimizers = [names[case.optimizer](model.parameters(), lr=case.lr) for model in models]
-    oracle = {
-        "local_sgd": lambda: LocalSgdOracle(),
-        "diloco": lambda: DiLoCoOracle(_flat(start), **case.options),
-        "pso": lambda: PsoOracle(_flat(start), num_particles, **case.options),
-    }[case.sync_mode]()
+    optimizers = [_optimizer(case, model) for model in models]
+    oracle = make_oracle(case, flat(start))
     losses: list[list[float]] = [[] for _ in models]
     for step in range(case.steps):
         for particle, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
@@ -90,13 +275,37 @@ def train_particles(case: Case) -> list[Weights]:
             optimizer.step()
             losses[particle].append(loss.item())
         if (step + 1) % case.interval == 0:
-            moved = oracle.sync([_flat(model) for model in models], [float(np.mean(part)) for part in losses])
-            for model, values in zip(models, moved, strict=True):
-                nn.utils.vector_to_parameters(torch.from_numpy(values.astype(np.float32)), model.parameters())
+            moved = oracle.sync([flat(model) for model in models], [float(np.mean(part)) for part in losses])
+            for model, optimizer, values, factor in zip(models, optimizers, moved, oracle.lr_factors, strict=True):
+                _set(model, values)
+                optimizer.param_groups[0]["lr"] = case.lr * factor
+            _treat_moments(case.swarm.get("optimizer_state", "keep"), optimizers)
             losses = [[] for _ in models]
-    return [{name: p.detach().numpy().copy() for name, p in model.named_parameters()} for model in models]
+    return [{name: p.detach().numpy().copy() for name, p in model.named_parameters()} for model in models], oracle
 
 
-def _flat(model: nn.Module) -> np.ndarray:
+def _optimizer(case: Case, model: nn.Module) -> torch.optim.Optimizer:
+    if case.optimizer == "SGD":
+        return torch.optim.SGD(model.parameters(), lr=case.lr, momentum=case.momentum)
+    return torch.optim.AdamW(model.parameters(), lr=case.lr)
+
+
+def _treat_moments(what: str, optimizers: list[torch.optim.Optimizer]) -> None:
+    if what == "reset":
+        for optimizer in optimizers:
+            optimizer.state.clear()  # as before the first step
+    if what == "average":
+        for states in zip(*(optimizer.state.values() for optimizer in optimizers), strict=True):
+            for name in states[0].keys() - {"step"}:
+                mean = torch.stack([state[name].double() for state in states]).mean(0).float()
+                for state in states:
+                    state[name].copy_(mean)
+
+
+def flat(model: nn.Module) -> np.ndarray:
     """In float64, so that the oracle adds no rounding of its own."""
     return nn.utils.parameters_to_vector(model.parameters()).detach().double().numpy()
+
+
+def _set(model: nn.Module, weights: np.ndarray) -> None:
+    nn.utils.vector_to_parameters(torch.from_numpy(weights.astype(np.float32)), model.parameters())
