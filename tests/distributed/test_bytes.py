@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pool import Pool
 
-from .jobs import Case, swarm_of, train
+from .jobs import Case, one_after_the_other, swarm_of, train
 from .test_agreement import Losses
 
 BUFFER_BYTES = 4 * 10  # running mean and variance of five features
@@ -59,6 +59,56 @@ def test_bytes_of_a_sync_point(pool: Pool, case: Case, size: int, sync_mode: str
         assert rank.per_sync == pytest.approx(expected, abs=0 if num_particles != 3 else num_buckets)
         assert rank.at_attach == (n + buffers) * (particle != 0)
         assert rank.total == sum(other.per_sync for other in ranks)
+
+
+GUARDED = {"guard": True, "temperature": 0.3, "unequal_above": 0.1}
+UNEQUAL, EQUAL = (2.0, 1.0, 2.0, 2.0), (1.0, 1.0, 1.0, 1.0)
+# Of the later rules: losses, and the bytes received at sync points 0 and 1 in all-reduces of the shard,
+# shards of one peer (unless it is the particle itself), and float64 of each peer.
+LATER_RULES: dict[str, tuple[Case, tuple[float, ...], tuple[tuple[int, int, int], ...]]] = {
+    "easgd": (Case(sync_mode="easgd"), UNEQUAL, ((1, 0, 0),) * 2),
+    "nosync": (Case(sync_mode="nosync", options={"growth": "constant"}), UNEQUAL, ((1, 0, 0),) * 2),
+    "ring": (Case(sync_mode="pso", options={"topology": "ring"}), UNEQUAL, ((0, 1, 0),) * 2),
+    "guard": (Case(sync_mode="swarm", options=GUARDED, probe=True), UNEQUAL, ((2, 0, 2),) * 2),
+    "guard at rest": (Case(sync_mode="swarm", options=GUARDED, probe=True), EQUAL, ((1, 0, 0),) * 2),
+    "line_search": (Case(sync_mode="line_search", probe=True), UNEQUAL, ((1, 0, 0), (1, 0, 1))),
+    "average": (Case(swarm={"optimizer_state": "average"}), UNEQUAL, ((3, 0, 1),) * 2),
+    "average momentum": (
+        Case(optimizer="SGD", momentum=0.9, swarm={"optimizer_state": "average"}),
+        UNEQUAL,
+        ((2, 0, 1),) * 2,
+    ),
+    "reset": (Case(swarm={"optimizer_state": "reset"}), UNEQUAL, ((1, 0, 0),) * 2),
+}
+
+
+def traffic_of_each(cases: list[Case], losses: list[tuple[float, ...]]) -> list[tuple[int, list[int]]]:
+    """Bytes of the shard, and what arrived at each sync point."""
+    found = []
+    for losses_of_case, (case, swarm, engine) in zip(losses, one_after_the_other(cases), strict=True):
+        received: list[int] = []
+        swarm.log = lambda event, received=received, **record: received.append(record["bytes_received"])
+        train(case, engine, range(2), spoil=Losses(losses_of_case, int(case.particles)))
+        found.append((sum(4 * t.numel() for t in swarm.synchronizer.shards.tensors), received))
+    return found
+
+
+@pytest.mark.parametrize(("stage", "particles", "size"), [(0, 2, 2), (1, 2, 2), (2, 4, 1), (3, 2, 2)])
+def test_bytes_of_the_later_rules(pool: Pool, stage: int, particles: int, size: int) -> None:
+    cases = [
+        replace(case, stage=stage, particles=particles, interval=1, batch_norm=True)
+        for case, *_ in LATER_RULES.values()
+    ]
+    ranks = pool.run(traffic_of_each, cases, [losses for _, losses, _ in LATER_RULES.values()])
+    peers = particles - 1
+    all_reduce = 2 * peers / particles
+    for rank, found in enumerate(ranks):
+        for (name, (_, _, parts)), (n, received) in zip(LATER_RULES.items(), found, strict=True):
+            expected = [
+                a * all_reduce * n + b * n * (rank // size != 1) + 8 * c * peers + all_reduce * BUFFER_BYTES
+                for a, b, c in parts
+            ]
+            assert received == [round(value) + SCALARS * peers for value in expected], name
 
 
 def ranks_without_peers(case: Case) -> Any:

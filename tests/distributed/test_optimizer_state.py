@@ -1,0 +1,111 @@
+"""What becomes of the optimizer's moments at a sync point: kept, averaged or dropped, at every stage."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from pool import Pool
+
+from .jobs import Case, Weights, assert_equal, one_after_the_other, optimizer_state, place, swarm_of, train
+from .test_publish import OFFLOAD_ALL
+
+ADAM = Case(interval=100)
+MOMENTUM = Case(interval=100, optimizer="SGD", lr=0.1, momentum=0.9)
+JOBS = [
+    replace(optimizer, swarm={"optimizer_state": what})
+    for optimizer in (ADAM, MOMENTUM)
+    for what in ("keep", "average", "reset")
+]
+STAGES = {
+    **{f"zero{stage}": {"stage": stage, "groups": 2} for stage in (0, 1, 2, 3)},
+    "zero0-bf16": {"stage": 0, "precision": "bf16"},
+    "zero0-bf16-fused": {"stage": 0, "precision": "bf16", "fused": True},
+    "zero1-bf16-fp32-accumulation": {
+        "stage": 1,
+        "precision": "bf16",
+        "deepspeed": {"data_types": {"grad_accum_dtype": "fp32"}},
+    },
+    "zero3-bf16-offload": {"stage": 3, "precision": "bf16", "deepspeed": {"zero_optimization": OFFLOAD_ALL}},
+}
+
+
+def around_a_sync(cases: list[Case]) -> list[tuple[Weights, Weights]]:
+    found = []
+    for case, swarm, engine in one_after_the_other(cases):
+        train(case, engine, range(3))
+        before = optimizer_state(engine)
+        swarm.sync()
+        found.append((before, optimizer_state(engine)))
+        train(case, engine, range(3, 5))
+    return found
+
+
+def expected_after(what: str, before: Weights, peer: Weights) -> Weights:
+    if what == "keep":
+        return before
+    if what == "reset":
+        return {name: np.zeros_like(value) for name, value in before.items()}
+    mean = {name: ((value / np.float32(2)) + (peer[name] / np.float32(2))) for name, value in before.items()}
+    return mean | {name: value for name, value in before.items() if name.endswith(".step")}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_moments_around_a_sync_point(pool: Pool, name: str) -> None:
+    cases = [replace(case, **STAGES[name]) for case in JOBS]
+    ranks = pool.run(around_a_sync, cases)
+    for number, case in enumerate(cases):
+        pairs = [rank[number] for rank in ranks]
+        keys = {key.split(".")[1] for key in pairs[0][0]}
+        assert keys >= ({"momentum_buffer"} if case.momentum else {"exp_avg", "exp_avg_sq", "step"})
+        assert any((value != pairs[2][0][key]).any() for key, value in pairs[0][0].items()), "peers never differed"
+        for rank, (before, after) in enumerate(pairs):
+            # Sums of two halves are exact but for one rounding, whatever their order.
+            assert_equal(after, expected_after(case.swarm["optimizer_state"], before, pairs[(rank + 2) % 4][0]))
+
+
+def overflow_from_the_start(case: Case) -> Any:
+    """Each step of particle 1 up to the first sync point overflows, and is skipped."""
+    particle, _, _ = place(case)
+    with swarm_of(case) as (swarm, engine):
+        train(case, engine, range(2), spoil=lambda step, loss: loss * (1e9 if particle == 1 else 1))
+        applied = engine.skipped_steps == 0
+        train(case, engine, range(2, 4))
+        return applied, optimizer_state(engine), swarm.totals.count
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_particle_without_a_single_step_stops_nobody(pool: Pool, stage: int) -> None:
+    """It has no moments yet, at some stages; the next sync point averages."""
+    case = Case(stage=stage, precision="fp16", swarm={"optimizer_state": "average"})
+    ranks = pool.run(overflow_from_the_start, case)
+    assert [applied for applied, *_ in ranks] == [True, True, False, False]
+    for _, moments, count in ranks:
+        assert count == 2
+        assert all(np.isfinite(value).all() for value in moments.values())
+    for mine, theirs in zip(ranks[:2], ranks[2:], strict=True):
+        assert_equal(*({k: v for k, v in side[1].items() if not k.endswith(".step")} for side in (mine, theirs)))
+
+
+def nan_in_the_moments(case: Case) -> Weights:
+    particle, _, _ = place(case)
+    with swarm_of(case) as (_, engine):
+        train(case, engine, range(1))
+        train(case, engine, range(1, 2), spoil=lambda step, loss: loss * (math.nan if particle == 1 else 1))
+        return optimizer_state(engine)
+
+
+@pytest.mark.parametrize("what", ["keep", "average", "reset"])
+def test_moments_that_are_not_finite_reach_nobody(pool: Pool, what: str) -> None:
+    """In pure fp32 at stage 0 a NaN goes through to the moments; the particle is dead at the sync point."""
+    ranks = pool.run(nan_in_the_moments, Case(stage=0, swarm={"optimizer_state": what}))
+    healthy, _, mad, mate = ranks
+    assert_equal(mad, mate)
+    moments = {key for key in mad if not key.endswith(".step")}
+    assert all(np.isfinite(healthy[key]).all() for key in moments)
+    assert any(healthy[key].any() for key in moments) == (what != "reset")
+    for key in moments:
+        np.testing.assert_array_equal(mad[key], healthy[key] if what == "average" else 0)
