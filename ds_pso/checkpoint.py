@@ -91,7 +91,7 @@ def _save_rank(swarm: SwarmState, folder: Path) -> None:
         "sync_mode": swarm.config.sync_mode,
         "zero_stage": swarm.engine.zero_optimization_stage(),
         "model": _model_fingerprint(swarm),
-        "window": [swarm.window.total, swarm.window.count],
+        "window": swarm.window.state(),
         "synchronizer": swarm.synchronizer.state_dict() if swarm.synchronizer else None,
         "samplers": [sampler.state_dict() for sampler in swarm.samplers],
         "random": {

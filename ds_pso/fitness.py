@@ -14,7 +14,8 @@ class FitnessWindow:
 
     def __init__(self) -> None:
         self._sum: Tensor | float = 0.0
-        self.count = 0
+        self.count = 0  # of losses
+        self.steps = 0  # of the optimizer
 
     def add(self, loss: Tensor) -> None:
         """``loss``: scalar of one micro-batch, before any loss scaling."""
@@ -25,11 +26,14 @@ class FitnessWindow:
     def total(self) -> float:
         return float(self._sum)
 
-    def restore(self, total: float, count: int) -> None:
-        self._sum, self.count = total, count
+    def state(self) -> list[float]:
+        return [self.total, self.count, self.steps]
+
+    def restore(self, total: float, count: int, steps: int) -> None:
+        self._sum, self.count, self.steps = total, count, steps
 
     def clear(self) -> None:
-        self.restore(0.0, 0)
+        self.restore(0.0, 0, 0)
 
 
 def combine(rows: Sequence[Sequence[float]]) -> tuple[float, bool]:

@@ -227,6 +227,7 @@ class Swarm(SwarmState):
                     "call engine.backward(loss), not loss.backward()"
                 )
             self._backwards = 0
+            self.window.steps += 1
             if engine.global_steps % self.config.sync_interval == 0:
                 self.sync()
             return result

@@ -153,11 +153,17 @@ class Synchronizer:
         me = self.exchange.particle
         if nothing_new:
             fitness = self.losses[me]
-        table = [[math.nan, 1.0] for _ in range(self.exchange.num_particles)]
-        table[me] = [fitness, float(alive)]
+        table = [[math.nan, 1.0, 0.0] for _ in range(self.exchange.num_particles)]
+        table[me] = [fitness, float(alive), float(window.steps)]
         if self._mailbox is None:
             table = self.exchange.all_gather(table[me])
-        return SyncPoint(index, tuple(row[0] for row in table), tuple(row[1] == 1.0 for row in table), self.total)
+        return SyncPoint(
+            index,
+            fitness=tuple(row[0] for row in table),
+            alive=tuple(row[1] == 1.0 for row in table),
+            total=self.total,
+            steps=tuple(int(row[2]) for row in table),
+        )
 
     def _probe_loss(self) -> float:
         assert self.probe is not None

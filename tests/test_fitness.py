@@ -42,7 +42,7 @@ def test_restore_goes_on_where_the_window_stood():
     straight, resumed = FitnessWindow(), FitnessWindow()
     for loss in (0.1, 0.2):
         straight.add(torch.tensor(loss))
-    resumed.restore(straight.total, straight.count)
+    resumed.restore(*straight.state())
     for window in (straight, resumed):
         window.add(torch.tensor(0.3))
     assert (resumed.total, resumed.count) == (straight.total, straight.count)

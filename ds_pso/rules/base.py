@@ -38,6 +38,7 @@ class SyncPoint:
     fitness: tuple[float, ...]  # loss of each particle, shape (P,); lower is better
     alive: tuple[bool, ...]  # shape (P,); false: loss or weights are not finite
     total: int | None = None  # sync points of the whole training; None: nobody said
+    steps: tuple[int, ...] = ()  # optimizer steps of each particle since the last sync point, shape (P,)
 
     @property
     def num_particles(self) -> int:

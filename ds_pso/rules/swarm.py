@@ -24,6 +24,11 @@ class SwarmRuleConfig(RuleConfig):
         default=True,
         description="When losses are unequal, let the loss-weighted mean compete with the mean on the probe batch.",
     )
+    fitness_steps: int = Field(
+        default=32,
+        ge=1,
+        description="Losses are compared over at least so many optimizer steps, if need be over several sync points.",
+    )
     temperature: float = Field(
         default=0.3, gt=0, description="Of the loss-weighted mean (tau): weights are softmax(-loss / tau)."
     )
@@ -87,10 +92,11 @@ class SwarmRule(Rule):
         return state
 
     def plan(self, sync: SyncPoint, memory: Mapping[str, Any]) -> Plan:
-        weights = _softmax(sync.losses(), self.options.temperature)
+        losses, window = self._compare(sync, memory)
+        weights = _softmax(losses or [0.0] * sync.num_particles, self.options.temperature)
         share_used = 1 / (sum(sync.alive) * sum(w * w for w in weights))
-        unequal = share_used < 1 - self.options.unequal_above
-        lr = self._learning_rates(sync, memory, unequal)
+        unequal = bool(losses) and share_used < 1 - self.options.unequal_above
+        lr = self._learning_rates(sync, memory, losses, unequal)
         beta = 0.0 if sync.is_last or (sync.total is not None and sync.total <= _FEW_ROUNDS) else self.options.inertia
         return Plan(
             receive="mean",
@@ -100,7 +106,7 @@ class SwarmRule(Rule):
             lr_factors=lr.pop("factors"),
             score=unequal and self.options.guard,
             carry=("mean", weights) if unequal and self.options.guard else ("settle", "received"),
-            memory=lr,
+            memory={**window, **lr},
         )
 
     def proceed(self, plan: Plan, scores: tuple[float, ...]) -> Plan:
@@ -143,14 +149,29 @@ class SwarmRule(Rule):
         if "trial" in state:
             state["trial"].zero_()
 
-    def _learning_rates(self, sync: SyncPoint, memory: Mapping[str, Any], unequal: bool) -> dict[str, Any]:
+    def _compare(self, sync: SyncPoint, memory: Mapping[str, Any]) -> tuple[list[float], dict[str, Any]]:
+        """Mean losses of a full window, or none while it fills; and the window for the next sync point."""
+        steps = max(sync.steps, default=self.options.fitness_steps)
+        sums = memory.get("loss_sums") or [0.0] * sync.num_particles
+        sums = [total + loss * max(1, steps) for total, loss in zip(sums, sync.losses(), strict=True)]
+        steps = memory.get("steps", 0) + max(1, steps)
+        if steps < self.options.fitness_steps:
+            return [], {"loss_sums": sums, "steps": steps}
+        return [total / steps for total in sums], {}
+
+    def _learning_rates(
+        self, sync: SyncPoint, memory: Mapping[str, Any], losses: list[float], unequal: bool
+    ) -> dict[str, Any]:
         """mu and z for the coming steps, and the factor of each particle."""
         if self.options.lr_spread == 1:
             return {"factors": ()}
         sigma = math.log(self.options.lr_spread) * (min(1.0, 2 - 2 * sync.progress) if sync.total else 1)
         mu = memory.get("mu", 0.0)
+        if "z" in memory and not losses:  # too early to compare
+            kept = {key: memory[key] for key in ("mu", "sigma", "z")}
+            return {**kept, "factors": ()}
         if "z" in memory and unequal:
-            utilities = _rank_utilities(sync.losses(), sync.alive)
+            utilities = _rank_utilities(losses, sync.alive)
             step = sum(u * z for u, z in zip(utilities, memory["z"], strict=True))
             mu += self.options.lr_step * memory["sigma"] * step
         z = np.linspace(-1, 1, sync.num_particles) if sync.num_particles > 1 else np.zeros(1)

@@ -12,7 +12,7 @@ from .jobs import Case, one_after_the_other, swarm_of, train
 from .test_agreement import Losses
 
 BUFFER_BYTES = 4 * 10  # running mean and variance of five features
-SCALARS = 2 * 8  # fitness and alive
+SCALARS = 3 * 8  # fitness, alive, steps
 
 
 @dataclass(frozen=True)
