@@ -29,6 +29,7 @@ class Problem:
     num_particles: int
     sizes: dict[str, int]  # of the parameters, in the order in which they lie in ``start``
     total: int | None  # sync points of the whole training
+    interval: int  # optimizer steps between two of them
     score: Score
 
 
@@ -166,30 +167,38 @@ class SwarmOracle(Oracle):
     def begin(self, start: np.ndarray, **options: Any) -> None:
         self.options = options  # all of them: what the defaults are is no matter of these tests
         self.anchor, self.momentum = start, np.zeros_like(start)
-        self.mu, self.sigma, self.z = 0.0, 0.0, np.zeros(self.problem.num_particles)
+        self.mu, self.sigma, self.z = 0.0, 0.0, None
+        self.window: list[list[float]] = []  # losses of the sync points since the last comparison
         self.winners: list[str] = []  # of the sync points at which the guard acted
+        self.scores: list[list[float]] = []  # there, of the mean and of the loss-weighted mean
 
     def move(self, x: Particles, losses: list[float]) -> Particles:
         o, total = self.options, self.problem.total
+        self.window.append(losses)
+        compared = len(self.window) * self.problem.interval >= o["fitness_steps"]
+        if compared:
+            losses, self.window = list(np.mean(self.window, axis=0)), []
         weights = np.exp(-np.array(losses) / o["temperature"])
         weights /= weights.sum()
-        unequal = 1 / (len(x) * np.sum(weights**2)) < 1 - o["unequal_above"]
+        unequal = compared and 1 / (len(x) * np.sum(weights**2)) < 1 - o["unequal_above"]
         mean = np.mean(x, axis=0)
         if unequal and o["guard"]:
             weighted = np.tensordot(weights, np.stack(x), 1)
-            better = self.problem.score(weighted, self.index) < self.problem.score(mean, self.index)
+            self.scores.append([self.problem.score(candidate, self.index) for candidate in (mean, weighted)])
+            better = self.scores[-1][1] < self.scores[-1][0]
             self.winners.append("weighted" if better else "mean")
             mean = weighted if better else mean
         no_inertia = total is not None and (total <= 10 or self.index + 1 >= total)
         self.momentum = (0 if no_inertia else o["inertia"]) * self.momentum + (self.anchor - mean)
         self.anchor = self.anchor - self.momentum
-        self._set_learning_rates(losses, unequal)
+        if compared or self.z is None:
+            self._set_learning_rates(losses, unequal)
         return [self.anchor.copy() for _ in x]
 
     def _set_learning_rates(self, losses: list[float], unequal: bool) -> None:
         """mu <- mu + eta sigma sum u_i z_i with the sigma and z of the steps that gave these losses."""
         p = len(losses)
-        if unequal:
+        if unequal and self.z is not None:
             utilities = (p - 1) / 2 - np.argsort(np.argsort(losses))
             self.mu += self.options["lr_step"] * self.sigma * np.sum(utilities * self.z) / np.sum(np.abs(utilities))
         shrink = 1.0 if self.problem.total is None else min(1.0, 2 * (1 - self.progress))
@@ -205,6 +214,7 @@ class LineSearchOracle(Oracle):
         self.anchor, self.momentum = start, np.zeros_like(start)
         self.inertia, self.longest, self.margin = inertia, longest, margin
         self.winners: list[int] = []
+        self.scores: list[list[float]] = []
 
     def move(self, x: Particles, losses: list[float]) -> Particles:
         lengths = np.linspace(0, self.longest, len(x))
@@ -214,6 +224,7 @@ class LineSearchOracle(Oracle):
         if scores[winner] >= (1 - self.margin) * scores[0]:
             winner = 0
         self.winners.append(winner)
+        self.scores.append(scores)
         self.momentum = self.anchor - candidates[winner]
         self.anchor = candidates[winner]
         return [self.anchor.copy() for _ in x]
@@ -246,6 +257,7 @@ def make_oracle(case: Case, start: np.ndarray) -> Oracle:
         num_particles=int(case.particles),
         sizes={name: p.numel() for name, p in Net().named_parameters()},
         total=None if total is None else total // case.interval,
+        interval=case.interval,
         score=partial(probe_loss, dtype=case.dtype),
     )
     return ORACLES[case.sync_mode](problem, **case.options)
@@ -256,8 +268,9 @@ def train_particles(case: Case) -> list[Weights]:
     return follow(case)[0]
 
 
-def follow(case: Case) -> tuple[list[Weights], Oracle]:
-    """The same, and the oracle that led there."""
+def follow(case: Case, lies: tuple[float, ...] | None = None) -> tuple[list[Weights], Oracle]:
+    """The same, and the oracle that led there; ``lies`` are added to the losses that the particles report."""
+    lies = lies or (0.0,) * int(case.particles)
     torch.manual_seed(100 if case.seed is None else case.seed)
     start = Net()
     models = [Net() for _ in range(int(case.particles))]
@@ -273,7 +286,7 @@ def follow(case: Case) -> tuple[list[Weights], Oracle]:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses[particle].append(loss.item())
+            losses[particle].append(loss.item() + lies[particle])
         if (step + 1) % case.interval == 0:
             moved = oracle.sync([flat(model) for model in models], [float(np.mean(part)) for part in losses])
             for model, optimizer, values, factor in zip(models, optimizers, moved, oracle.lr_factors, strict=True):

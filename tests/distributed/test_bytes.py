@@ -61,7 +61,7 @@ def test_bytes_of_a_sync_point(pool: Pool, case: Case, size: int, sync_mode: str
         assert rank.total == sum(other.per_sync for other in ranks)
 
 
-GUARDED = {"guard": True, "temperature": 0.3, "unequal_above": 0.1}
+GUARDED = {"guard": True, "fitness_steps": 1, "temperature": 0.3, "unequal_above": 0.1}
 UNEQUAL, EQUAL = (2.0, 1.0, 2.0, 2.0), (1.0, 1.0, 1.0, 1.0)
 # Of the later rules: losses, and the bytes received at sync points 0 and 1 in all-reduces of the shard,
 # shards of one peer (unless it is the particle itself), and float64 of each peer.

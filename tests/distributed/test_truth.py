@@ -32,6 +32,7 @@ LONG = {"total_steps": 6}
 SWARM = {
     "inertia": 0.3,
     "guard": True,
+    "fitness_steps": 2,
     "temperature": 0.1,
     "unequal_above": 0.1,
     "lr_spread": 2.0,
@@ -71,7 +72,7 @@ RULES = {
         interval=1,
         steps=12,
         swarm={"total_steps": 12},
-        options=SWARM | {"guard": False, "inertia": 0.6, "lr_step": 2.0},
+        options=SWARM | {"guard": False, "inertia": 0.6, "lr_step": 2.0, "fitness_steps": 3},
     ),
     "line_search": Case(sync_mode="line_search", steps=6, probe=True),
     "average-adam": Case(sync_mode="pso", steps=6, swarm={"optimizer_state": "average"}),
