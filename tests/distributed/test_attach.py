@@ -85,16 +85,56 @@ def attach_wrongly(case: Case, how: str) -> None:
             swarm.attach(engine)
 
 
+AUTO = {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto", "warmup_max_lr": 0.1}}}
+SHORT = {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 1, "warmup_max_lr": 0.1}}}
+
+
 @pytest.mark.parametrize(
-    ("how", "swarm", "kind", "text"),
+    ("how", "case", "kind", "text"),
     [
-        ("twice", {}, "SwarmError", "attach was called twice"),
-        ("no probe", {"fitness": "probe"}, "ConfigError", "give swarm.attach a probe"),
+        ("twice", Case(), "SwarmError", "attach was called twice"),
+        ("no probe", Case(swarm={"fitness": "probe"}), "ConfigError", "give swarm.attach a probe"),
+        ("no probe", Case(sync_mode="swarm"), "ConfigError", 'sync_mode = "swarm": it scores weights on a probe batch'),
+        ("no probe", Case(sync_mode="line_search"), "ConfigError", "give swarm.attach a probe, or choose another mode"),
+        (
+            "",
+            Case(sync_mode="nosync"),
+            "ConfigError",
+            "swarm.nosync changes over training, and its length is not known",
+        ),
+        (
+            "",
+            Case(sync_mode="pso", options={"final_social": 0.5}),
+            "ConfigError",
+            "set swarm.total_steps, or scheduler.params.total_num_steps",
+        ),
+        ("", Case(sync_mode="nosync", deepspeed=SHORT), "ConfigError", "no sync point falls in so short a training"),
+        ("", Case(swarm={"total_steps": 1}), "ConfigError", "swarm.total_steps = 1: no sync point falls in"),
+        (
+            "",
+            Case(sync_mode="nosync", options={"asynchronous": True, "growth": "constant"}, swarm={"fitness": "probe"}),
+            "ConfigError",
+            "particles that wait for nobody are not ranked",
+        ),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_attach_used_wrongly(pool: Pool, how: str, swarm: dict[str, Any], kind: str, text: str) -> None:
-    for outcome in pool.outcomes(attach_wrongly, Case(swarm=swarm), how):
+def test_attach_used_wrongly(pool: Pool, how: str, case: Case, kind: str, text: str) -> None:
+    for outcome in pool.outcomes(attach_wrongly, case, how):
         assert (outcome.kind, text in outcome.text) == (kind, True), outcome
+
+
+def attach_with_a_length_to_come(case: Case) -> None:
+    """As the HF Trainer's "auto": what DeepSpeed is given is a number, the swarm still reads "auto"."""
+    with ds_pso.init(config(case, place(case)[2])) as swarm:
+        ds_config = {key: value for key, value in swarm.ds_config.items() if key != "scheduler"}
+        swarm.attach(build_engine(case, ds_config))
+
+
+def test_a_length_that_is_still_unknown_at_attach(pool: Pool) -> None:
+    for outcome in pool.outcomes(attach_with_a_length_to_come, Case(sync_mode="nosync", deepspeed=AUTO)):
+        assert outcome.kind == "ConfigError", outcome
+        assert "scheduler.params.total_num_steps = 'auto' gives no sync point" in outcome.text
 
 
 # -- what is refused --------------------------------------------------------------------------
