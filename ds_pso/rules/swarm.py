@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -49,6 +50,25 @@ class SwarmRuleConfig(RuleConfig):
     )
 
 
+@dataclass(frozen=True)
+class _Rates:
+    """Learning rates of the particles: what to remember of them, and the factors; empty: as before."""
+
+    memory: Mapping[str, Any] = field(default_factory=dict)
+    factors: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """How far the sync point has come: score the mean, score the weighted mean, settle on one."""
+
+    stage: Literal["mean", "weighted", "settle"]
+    weights: tuple[float, ...] = ()
+    follow: _Rates = _Rates()  # if the weighted mean wins
+    mean_score: float = math.inf
+    mean_in: Literal["received", "trial"] = "received"  # where the mean to settle on lies
+
+
 class SwarmRule(Rule):
     """Mean of the living particles with heavy-ball inertia, a fitness guard and particle learning rates.
 
@@ -63,7 +83,7 @@ class SwarmRule(Rule):
     length of training is known. Each particle's learning rate is multiplied by exp(mu + sigma z_i), z
     evenly spaced in [-1, 1] and shuffled at each sync point, sigma = ln(lr_spread), shrinking to 0 in
     the second half of training if its length is known; and with u_i the utilities of the ranks of f
-    (sum |u_i| = 1), when the losses are clearly unequal::
+    (sum |u_i| = 1), when m_w has won, or w is clearly not uniform and there is no guard::
 
         mu <- mu + eta sigma sum u_i z_i
 
@@ -96,45 +116,49 @@ class SwarmRule(Rule):
         weights = _softmax(losses or [0.0] * sync.num_particles, self.options.temperature)
         share_used = 1 / (sum(sync.alive) * sum(w * w for w in weights))
         unequal = bool(losses) and share_used < 1 - self.options.unequal_above
-        lr = self._learning_rates(sync, memory, losses, unequal)
+        rates = self._learning_rates(sync, memory, bool(losses))
+        follow = self._learning_rates(sync, memory, bool(losses), losses) if unequal else rates
+        guarded = unequal and self.options.guard
+        chosen = rates if guarded else follow
         beta = 0.0 if sync.is_last or (sync.total is not None and sync.total <= _FEW_ROUNDS) else self.options.inertia
         return Plan(
             receive="mean",
             weights=sync.mean_weights(),
             alive=sync.alive,
             factors=((beta,),) * sync.num_particles,
-            lr_factors=lr.pop("factors"),
-            score=unequal and self.options.guard,
-            carry=("mean", weights) if unequal and self.options.guard else ("settle", "received"),
-            memory={**window, **lr},
+            lr_factors=chosen.factors,
+            score=guarded,
+            carry=_Trial("mean", weights, follow) if guarded else _Trial("settle"),
+            memory={**window, **chosen.memory},
         )
 
     def proceed(self, plan: Plan, scores: tuple[float, ...]) -> Plan:
-        score = sum(scores) / len(scores)
-        stage, before = plan.carry
-        common: dict[str, Any] = {
-            "alive": plan.alive,
-            "factors": plan.factors,
-            "memory": plan.memory,
-            "lr_factors": plan.lr_factors,
-        }
-        if stage == "mean":
-            return Plan(receive="mean", weights=before, send="trial", score=True, carry=("weighted", score), **common)
-        winner = "weighted" if score < before else "mean"
-        return Plan(
+        trial, score = plan.carry, sum(scores) / len(scores)
+        if trial.stage == "mean":
+            carry = replace(trial, stage="weighted", mean_score=score)
+            return replace(plan, weights=trial.weights, send="trial", carry=carry)
+        believed = score < trial.mean_score
+        settled = replace(
+            plan,
             receive="nothing",
-            carry=("settle", winner),
-            note={"guard": winner, "guard_scores": {"mean": before, "weighted": score}},
-            **common,
+            score=False,
+            carry=_Trial("settle", mean_in="received" if believed else "trial"),
+            note={
+                "guard": "weighted" if believed else "mean",
+                "guard_scores": {"mean": trial.mean_score, "weighted": score},
+            },
         )
+        if not believed:
+            return settled
+        rates = trial.follow
+        return replace(settled, lr_factors=rates.factors, memory={**plan.memory, **rates.memory})
 
     def update(self, x: Tensor, received: Tensor, state: State, plan: Plan, place: Place) -> None:
-        stage, which = plan.carry
-        if stage != "settle":
+        if plan.carry.stage != "settle":
             state["trial"].copy_(x)  # "mean": what this particle brought; "weighted": the mean
             x.copy_(received)
             return
-        mean = state["trial"] if which == "mean" else received
+        mean = state["trial"] if plan.carry.mean_in == "trial" else received
         anchor, beta = state["anchor"], plan.factors[place.particle][0]
         if "momentum" in state:
             momentum = state["momentum"]
@@ -160,28 +184,23 @@ class SwarmRule(Rule):
         return [total / steps for total in sums], {}
 
     def _learning_rates(
-        self, sync: SyncPoint, memory: Mapping[str, Any], losses: list[float], unequal: bool
-    ) -> dict[str, Any]:
-        """mu and z for the coming steps, and the factor of each particle."""
+        self, sync: SyncPoint, memory: Mapping[str, Any], shuffle: bool, losses: Sequence[float] = ()
+    ) -> _Rates:
+        """For the coming steps; the common rate follows ``losses``, if given."""
         if self.options.lr_spread == 1:
-            return {"factors": ()}
-        sigma = math.log(self.options.lr_spread) * (min(1.0, 2 - 2 * sync.progress) if sync.total else 1)
+            return _Rates()
+        if "z" in memory and not shuffle:  # too early to compare
+            return _Rates({key: memory[key] for key in ("mu", "sigma", "z")})
         mu = memory.get("mu", 0.0)
-        if "z" in memory and not losses:  # too early to compare
-            kept = {key: memory[key] for key in ("mu", "sigma", "z")}
-            return {**kept, "factors": ()}
-        if "z" in memory and unequal:
+        if "z" in memory and losses:
             utilities = _rank_utilities(losses, sync.alive)
             step = sum(u * z for u, z in zip(utilities, memory["z"], strict=True))
             mu += self.options.lr_step * memory["sigma"] * step
-        z = np.linspace(-1, 1, sync.num_particles) if sync.num_particles > 1 else np.zeros(1)
-        z = np.random.default_rng([self.seed, sync.index]).permutation(z)
-        return {
-            "mu": mu,
-            "sigma": sigma,
-            "z": z.tolist(),
-            "factors": tuple(math.exp(mu + sigma * value) for value in z.tolist()),
-        }
+        sigma = math.log(self.options.lr_spread) * (min(1.0, 2 - 2 * sync.progress) if sync.total else 1)
+        even = np.linspace(-1, 1, sync.num_particles) if sync.num_particles > 1 else np.zeros(1)
+        z = np.random.default_rng([self.seed, sync.index]).permutation(even).tolist()
+        factors = tuple(math.exp(mu + sigma * value) for value in z)
+        return _Rates({"mu": mu, "sigma": sigma, "z": z}, factors)
 
 
 def _softmax(losses: Sequence[float], temperature: float) -> tuple[float, ...]:
