@@ -182,23 +182,24 @@ class SwarmOracle(Oracle):
         weights /= weights.sum()
         unequal = compared and 1 / (len(x) * np.sum(weights**2)) < 1 - o["unequal_above"]
         mean = np.mean(x, axis=0)
+        believed = unequal
         if unequal and o["guard"]:
             weighted = np.tensordot(weights, np.stack(x), 1)
             self.scores.append([self.problem.score(candidate, self.index) for candidate in (mean, weighted)])
-            better = self.scores[-1][1] < self.scores[-1][0]
-            self.winners.append("weighted" if better else "mean")
-            mean = weighted if better else mean
+            believed = self.scores[-1][1] < self.scores[-1][0]
+            self.winners.append("weighted" if believed else "mean")
+            mean = weighted if believed else mean
         no_inertia = total is not None and (total <= 10 or self.index + 1 >= total)
         self.momentum = (0 if no_inertia else o["inertia"]) * self.momentum + (self.anchor - mean)
         self.anchor = self.anchor - self.momentum
         if compared or self.z is None:
-            self._set_learning_rates(losses, unequal)
+            self._set_learning_rates(losses, believed)
         return [self.anchor.copy() for _ in x]
 
-    def _set_learning_rates(self, losses: list[float], unequal: bool) -> None:
+    def _set_learning_rates(self, losses: list[float], believed: bool) -> None:
         """mu <- mu + eta sigma sum u_i z_i with the sigma and z of the steps that gave these losses."""
         p = len(losses)
-        if unequal and self.z is not None:
+        if believed and self.z is not None:
             utilities = (p - 1) / 2 - np.argsort(np.argsort(losses))
             self.mu += self.options["lr_step"] * self.sigma * np.sum(utilities * self.z) / np.sum(np.abs(utilities))
         shrink = 1.0 if self.problem.total is None else min(1.0, 2 * (1 - self.progress))

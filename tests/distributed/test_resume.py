@@ -17,11 +17,25 @@ from torch.utils.data import DataLoader, TensorDataset
 from ds_pso.swarm import Swarm
 
 from .jobs import Case, assert_equal, optimizer_state, swarm_of, working_weights
+from .test_truth import SWARM
 
 RULES: dict[str, dict[str, Any]] = {
     "local_sgd": {},
     "diloco": {},
     "pso": {"inertia": 0.3, "cognitive": 0.5, "best": "all_time", "randomness": "per_sync"},
+}
+# What else lives from one sync point to the next; ``swarm`` compares losses over 3 steps, so over two sync points.
+LATER_RULES: dict[str, Case] = {
+    "easgd": Case(sync_mode="easgd", swarm={"optimizer_state": "average"}),
+    "nosync": Case(sync_mode="nosync", swarm={"total_steps": 7, "optimizer_state": "reset"}),
+    "pso": Case(
+        sync_mode="pso",
+        swarm={"total_steps": 7},
+        options={"randomness": "per_tensor", "final_inertia": 0.5, "velocity_clamp": 0.01, "topology": "ring"},
+    ),
+    "swarm": Case(sync_mode="swarm", probe=True, options=SWARM),
+    "swarm-windows": Case(sync_mode="swarm", probe=True, options=SWARM | {"fitness_steps": 3}),
+    "line_search": Case(sync_mode="line_search", probe=True),
 }
 STEPS = 7
 # Dropout needs the random state, BatchNorm the buffers; 44 samples are 2 steps an epoch.
@@ -55,13 +69,14 @@ def train_from_loader(case: Case, swarm: Swarm, engine: Any, steps: int, folder:
         "weights": working_weights(engine),
         "moments": optimizer_state(engine),
         "rule": {f"{i}.{k}": v.numpy().copy() for i, s in enumerate(synchronizer.state) for k, v in s.items()},
+        "lr_factor": synchronizer.shards.lr_factor,
         "numbers": repr(
             [
                 dict(synchronizer.memory),
                 synchronizer.losses,
                 synchronizer.totals.count,
                 synchronizer.totals.bytes_received,
-                [swarm.window.total, swarm.window.count],
+                [swarm.window.total, swarm.window.count, swarm.window.steps],
                 sampler.state_dict(),
                 [random.random(), float(np.random.rand()), torch.rand(1).item()],
                 [engine.global_steps, engine.global_samples, engine.get_lr()],
@@ -82,13 +97,15 @@ def assert_same(ranks: list[Any], truth: list[Any]) -> None:
     for mine, expected in zip(ranks, truth, strict=True):
         for key in ("weights", "moments", "rule"):
             assert_equal(mine[key], expected[key])
-        assert mine["numbers"] == expected["numbers"]
+        for key in ("numbers", "lr_factor"):
+            assert mine[key] == expected[key]
 
 
-def assert_resumes(pool: Pool, case: Case, folder: Path, stop: int) -> None:
+def assert_resumes(pool: Pool, case: Case, folder: Path, stop: int) -> list[Any]:
     truth = pool.run(job, case, STEPS, folder, stop)
     # Another seed: everything must come from the checkpoint.
     assert_same(pool.run(job, replace(case, seed=12345), STEPS, folder, None), truth)
+    return truth
 
 
 # An epoch has two steps: at 3 both the window and the epoch are half full.
@@ -101,6 +118,15 @@ def assert_resumes(pool: Pool, case: Case, folder: Path, stop: int) -> None:
 def test_resume_is_bit_exact(pool: Pool, tmp_path: Path, sync_mode: str, stage: int, stop: int) -> None:
     case = replace(BASE, stage=stage, sync_mode=sync_mode, options=RULES[sync_mode])
     assert_resumes(pool, case, tmp_path, stop)
+
+
+@pytest.mark.parametrize(("stage", "stop"), [(0, 5), (3, 3)])
+@pytest.mark.parametrize("rule", LATER_RULES)
+def test_resume_of_the_later_rules(pool: Pool, tmp_path: Path, rule: str, stage: int, stop: int) -> None:
+    case = replace(LATER_RULES[rule], stage=stage, dropout=BASE.dropout, batch_norm=True)
+    truth = assert_resumes(pool, case, tmp_path, stop)
+    if case.sync_mode == "swarm":
+        assert all(rank["lr_factor"] != 1 for rank in truth)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ SWARM = {
     "temperature": 0.1,
     "unequal_above": 0.1,
     "lr_spread": 2.0,
-    "lr_step": 1.0,
+    "lr_step": 1.3,
 }
 RULES = {
     "local_sgd": Case(),
