@@ -1,0 +1,1 @@
+"""What the claims of this project rest on: one command for each table."""

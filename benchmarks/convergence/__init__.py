@@ -1,0 +1,1 @@
+"""How well the rules train, in grids of small runs."""

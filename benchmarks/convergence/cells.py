@@ -1,0 +1,186 @@
+"""The grids: which runs a table consists of, and which runs find their learning rates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Literal
+
+from benchmarks.convergence.tasks import TASKS
+
+MEETING = ("local_sgd", "diloco", "easgd", "nosync", "pso", "swarm", "line_search")
+APART = ("allreduce", "single", "none")  # every step; one worker, all samples; never
+RULES = ("allreduce", *MEETING, "none", "single")
+
+SITUATIONS = {
+    "clean": "all particles are well",
+    "high_lr": "the learning rate of one particle is 10 times as high",
+    "shuffled_labels": "one particle sees random labels, or tokens in random order",
+    "half_speed": "one particle makes one step where the others make two",
+    "non_iid": "each particle has labels, or files, of its own",
+    "lr_spread": "learning rates from 1/4 to 4 times the tuned one",
+    "all_low": "all learning rates are 16 times too low",
+    "all_high": "all learning rates are 8 times too high",
+    "nan": "the weights of one particle become NaN in the middle",
+}
+# With one model in one optimizer, these say nothing, or nothing that "clean" does not say.
+NOT_FOR_ALLREDUCE = ("high_lr", "half_speed", "lr_spread")
+
+OPTIMIZER_STATES = ("keep", "average", "reset")
+
+SEEDS = (1, 2, 3)
+TUNING_SEED = 1000
+TUNING_PARTICLES = 4
+TUNING_INTERVAL = 32  # stands for all but 1, which is as good as synchronous
+LR_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+
+Rates = Mapping[tuple[str, str, int], float]  # (task, rule, interval) -> learning rate
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run. A run that is on disk with these very values is not done again."""
+
+    task: str
+    rule: str
+    particles: int  # 1 for "single"; P for "allreduce" too, where it is a part of the batch
+    interval: int  # 0: the rule has none
+    steps: int  # optimizer steps of each particle
+    seed: int
+    lr: float = 0.0  # 0: not known yet
+    split: Literal["validation", "test"] = "test"
+    situation: str = "clean"
+    optimizer_state: str = "keep"
+    eval_every: int = 0  # steps between evaluations during training; 0: none
+    scale: float = 1.0
+
+    @property
+    def num_worlds(self) -> int:
+        """Particles of the swarm that runs it: synchronous training is one."""
+        return 1 if self.rule in ("allreduce", "single") else self.particles
+
+    @property
+    def batch(self) -> int:
+        """Samples per step of all particles together."""
+        return self.particles * TASKS[self.task].batch
+
+    @property
+    def rate_key(self) -> tuple[str, str, int]:
+        """Which tuning runs its learning rate comes from: those at the nearest of the intervals tuned."""
+        return self.task, self.rule, self.interval if self.interval <= 1 else TUNING_INTERVAL
+
+    def __str__(self) -> str:
+        parts = [self.task, self.rule, f"P={self.particles}"]
+        parts += [f"n={self.interval}"] if self.interval else []
+        parts += [self.situation] if self.situation != "clean" else []
+        parts += [self.optimizer_state] if self.optimizer_state != "keep" else []
+        parts += [f"equal steps {self.steps}"] if self.eval_every else []
+        parts += [f"lr={self.lr:g}"] if self.split == "validation" else []
+        return " ".join([*parts, f"seed={self.seed}"])
+
+
+def cells_of(table: str, scale: float = 1.0) -> list[Cell]:
+    """All runs of a table, learning rates left open, one seed after the other."""
+    cells = dict.fromkeys(_TABLES[table](scale))  # "single" does not depend on P
+    return sorted(cells, key=lambda cell: cell.seed)
+
+
+def tuning_of(cells: Iterable[Cell]) -> list[Cell]:
+    """The runs that find the learning rates of ``cells``."""
+    found: dict[Cell, None] = {}
+    for cell in cells:
+        particles = 1 if cell.rule == "single" else TUNING_PARTICLES
+        for factor in LR_FACTORS:
+            run = Cell(
+                cell.task,
+                cell.rule,
+                particles,
+                cell.rate_key[2],
+                _steps(cell.task, particles, cell.scale),
+                TUNING_SEED,
+                lr=TASKS[cell.task].lr * factor,
+                split="validation",
+                scale=cell.scale,
+            )
+            found[run] = None
+    return list(found)
+
+
+def tuned_rates(scores: Mapping[Cell, float]) -> Rates:
+    """The best of the tuning runs, where all of them are there.
+
+    Args:
+        scores: what each tuning run reached on the validation data; lower is better, NaN is worst.
+    """
+    rates = {}
+    for key in {cell.rate_key for cell in scores}:
+        runs = {cell.lr: score for cell, score in scores.items() if cell.rate_key == key}
+        if len(runs) >= len(LR_FACTORS):
+            rates[key] = min(runs, key=lambda lr: (math.isnan(runs[lr]), runs[lr], lr))
+    return rates
+
+
+def with_rates(cells: Iterable[Cell], rates: Rates) -> list[Cell]:
+    """The cells with their learning rates; those whose rate is not known keep 0."""
+    return [replace(cell, lr=rates.get(cell.rate_key, 0.0)) for cell in cells]
+
+
+def _steps(task: str, particles: int, scale: float) -> int:
+    return round(TASKS[task].samples * scale) // (particles * TASKS[task].batch)
+
+
+def _grid(
+    tasks: Iterable[str],
+    particles: Iterable[int],
+    intervals: Iterable[int],
+    scale: float,
+    rules: Iterable[str] = RULES,
+    share: float = 1.0,
+) -> Iterator[Cell]:
+    """All combinations; ``share`` of the samples of each task."""
+    for task, rule, num, seed in product(tasks, rules, particles, SEEDS):
+        num = 1 if rule == "single" else num
+        for interval in [0] if rule in APART else intervals:
+            yield Cell(task, rule, num, interval, _steps(task, num, scale * share), seed, scale=scale)
+
+
+def _papers(scale: float) -> Iterator[Cell]:
+    tasks = ("mnist", "cifar10")
+    yield from _grid(tasks, (4, 8), (1, 8, 32, 128), scale)
+    # Not equal samples but equal steps: more particles see more data in the same time.
+    for task, seed in product(tasks, SEEDS):
+        steps = _steps(task, 4, scale)
+        yield Cell(task, "single", 1, 0, steps, seed, eval_every=64, scale=scale)
+        for particles in (2, 4, 8):
+            yield Cell(task, "nosync", particles, 32, steps, seed, eval_every=64, scale=scale)
+
+
+def _transformers(scale: float) -> Iterator[Cell]:
+    yield from _grid(("gpt_small", "gpt_medium"), (4,), (8, 32), scale)
+
+
+def _unequal(scale: float) -> Iterator[Cell]:
+    for task, share in (("mnist", 1 / 4), ("gpt_small", 1 / 2)):
+        for cell in _grid((task,), (4,), (32,), scale, ("allreduce", *MEETING), share):
+            for situation in SITUATIONS:
+                if cell.rule != "allreduce" or situation not in NOT_FOR_ALLREDUCE:
+                    yield replace(cell, situation=situation)
+            if cell.seed == SEEDS[0]:
+                yield from (replace(cell, seed=seed) for seed in (4, 5))
+
+
+def _optimizer_state(scale: float) -> Iterator[Cell]:
+    for cell in _grid(("gpt_small", "cifar10"), (4,), (32,), scale, ("local_sgd", "swarm")):
+        for state in OPTIMIZER_STATES:
+            yield replace(cell, optimizer_state=state)
+
+
+_TABLES = {
+    "papers": _papers,
+    "transformers": _transformers,
+    "unequal": _unequal,
+    "optimizer_state": _optimizer_state,
+}
+TABLES = tuple(_TABLES)

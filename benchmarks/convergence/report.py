@@ -1,0 +1,173 @@
+"""Writes a table as Markdown and as a picture."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.convergence.cells import RULES, SITUATIONS
+from benchmarks.convergence.grids import Grid, Rows, Stat, equal_steps_of, grids_of
+from ds_pso.files import write_atomically
+
+_TUNED = (
+    "Learning rates were chosen among five, a factor of two apart, for each task, rule and n, by the validation data, "
+    "with P = 4 and a seed that is not among the table's."
+)
+_MEASURED = (
+    "The model that is measured is the consensus, what `swarm.export` would write; for `none`, whose particles never "
+    "meet, the mean of the particles' own numbers. `single` is one worker that sees all the samples in steps of one "
+    "particle's batch; `allreduce` takes the samples of all particles in each step."
+)
+_PROBE = "`line_search` and, when losses are unequal, `swarm` score weights on a probe batch; that work is not counted."
+_NOTES = {
+    "papers": [
+        _MEASURED,
+        _TUNED,
+        "P = 8 uses the rates of P = 4. Samples are equal: with P = 8 each particle makes half as many steps. Bytes of "
+        "`allreduce` are computed: a ring all-reduce of fp32 gradients at every step; all others are counted.",
+        _PROBE,
+    ],
+    "transformers": [_MEASURED, _TUNED, _PROBE],
+    "unequal": [
+        "All rules meet every 32 steps, but `allreduce` at every step. The particle in trouble is the same throughout.",
+        "\n".join(f"- `{name}`: {meaning}" for name, meaning in SITUATIONS.items()),
+        "Learning rates are those that were tuned with all particles well, in longer runs.",
+        _PROBE,
+    ],
+    "optimizer_state": [
+        "What becomes of the optimizer's moments at a sync point: each particle keeps its own, all take their mean, or "
+        "they become zero. n = 32, P = 4; the learning rates were tuned with `keep`.",
+    ],
+}
+_COLORS = dict(zip(RULES, ["0.1", *(f"C{i}" for i in (0, 1, 2, 3, 4, 5, 8)), "0.45", "0.7"], strict=True))
+_MARKERS = dict(zip(RULES, "so^v<>DPxX", strict=True))
+
+
+def write_report(table: str, csv: Path, rows: Rows, num_cells: int) -> list[Path]:
+    """Write ``<csv's name>.md`` and ``.png`` beside the CSV; returns both paths.
+
+    Args:
+        num_cells: of the whole table.
+    """
+    grids = list(grids_of(table, rows))
+    extra = list(equal_steps_of(rows)) if table == "papers" else []
+    page, picture = csv.with_suffix(".md"), csv.with_suffix(".png")
+    lines = [f"# {csv.stem}", "", f"![The same as a picture]({picture.name})", "", *_head(table, rows, num_cells)]
+    lines += [line for note in _NOTES[table] for line in (note, "")]
+    first: dict[str, Grid] = {}  # of each title
+    for grid in [*grids, *extra]:
+        if grid.title not in first:
+            first[grid.title] = grid
+            lines += [f"## {grid.title}", ""]
+        lines.append(grid.markdown())
+    write_atomically(page, "\n".join(lines).rstrip() + "\n")
+    draw([grid for grid in first.values() if grid not in extra], picture)
+    return [page, picture]
+
+
+def _head(table: str, rows: Rows, num_cells: int) -> list[str]:
+    outcomes = rows.values()
+    counts = sorted(set(Counter(replace(cell, seed=0) for cell in rows).values()))
+    seeds = f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else f"{counts[0]} seeds"
+    options = " --real" if next(iter(outcomes)).how == "real" else ""
+    options += f" --scale {scale:g}" if (scale := next(iter(rows)).scale) != 1 else ""
+    lines = [
+        f"Made by `python -m benchmarks.convergence {table} --tune{options}` on "
+        f"{_listed(o.machine for o in outcomes)} with {_listed(o.versions for o in outcomes)}; "
+        f"{_listed(o.how for o in outcomes)}; {len(rows)} runs, {sum(o.seconds for o in outcomes) / 3600:.1f} hours "
+        f"of computing. Mean +- sample standard deviation over {seeds}.",
+        "",
+    ]
+    if len(rows) < num_cells:
+        lines += [f"**Not finished: {num_cells - len(rows)} of {num_cells} runs are missing.**", ""]
+    return lines
+
+
+def _listed(values: Any) -> str:
+    return " and ".join(sorted(set(values)))
+
+
+# -- the picture --------------------------------------------------------------------------------
+
+
+def draw(grids: Sequence[Grid], image: Path) -> None:
+    """A panel for each grid: conditions from top to bottom, in each one dot per rule; further left is better."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    num_columns = min(2, len(grids))
+    num_rows = math.ceil(len(grids) / num_columns)
+    dots = max(len(grid.stats) + len(grid.columns) for grid in grids)
+    figure, panels = plt.subplots(
+        num_rows,
+        num_columns,
+        figsize=(6 * num_columns, num_rows * (1.2 + 0.14 * dots) + 0.8),
+        layout="constrained",
+        squeeze=False,
+    )
+    for panel in panels.flat[len(grids) :]:
+        panel.set_axis_off()
+    for panel, grid in zip(panels.flat, grids, strict=False):
+        _draw_panel(panel, grid)
+    labels: dict[str, Any] = {}
+    for panel in panels.flat:
+        labels.update(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+    rules = [rule for rule in RULES if rule in labels]
+    figure.legend([labels[rule] for rule in rules], rules, loc="outside lower center", ncols=5, frameon=False)
+    temporary = image.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=130)
+    plt.close(figure)
+    os.replace(temporary, image)
+
+
+def _draw_panel(panel: Any, grid: Grid) -> None:
+    as_error = "accuracy" in grid.what
+    points = {key: _point(stat, as_error) for key, stat in grid.stats.items()}
+    from matplotlib.ticker import LogFormatter
+
+    known = [x for x, _ in points.values() if math.isfinite(x)]
+    if known and min(known) > 0 and max(known) > 4 * min(known):
+        panel.set_xscale("log")
+        for axis_formatter in (panel.xaxis.set_major_formatter, panel.xaxis.set_minor_formatter):
+            axis_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+    middles, y = [], 0.0
+    for band, column in enumerate(grid.columns):
+        rules = [rule for rule in grid.rows if (rule, column) in points]
+        if band % 2 == 0:
+            panel.axhspan(y - 1, y + len(rules), color="0.96", zorder=0)
+        for offset, rule in enumerate(rules):
+            x, deviation = points[rule, column]
+            style = {"color": _COLORS[rule], "marker": _MARKERS[rule]}
+            if math.isfinite(x):
+                panel.errorbar(x, y + offset, xerr=deviation, label=rule, ms=5, capsize=2, lw=1.2, ls="none", **style)
+            else:
+                panel.text(
+                    0.99,
+                    y + offset,
+                    f"{rule} diverged",
+                    transform=panel.get_yaxis_transform(),
+                    color=style["color"],
+                    ha="right",
+                    va="center",
+                    fontsize=7,
+                )
+        middles.append(y + (len(rules) - 1) / 2)
+        y += len(rules) + 1
+    panel.set(yticks=middles, yticklabels=grid.columns, ylim=(y - 1, -1), title=grid.title)
+    panel.set_xlabel("test error, %" if as_error else grid.what)
+    panel.tick_params(axis="y", length=0)
+    panel.grid(axis="x", which="both", color="0.88", lw=0.6)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _point(stat: Stat, as_error: bool) -> tuple[float, float]:
+    """Position and error bar."""
+    return (100 - stat.mean if as_error else stat.mean), (0.0 if math.isnan(stat.deviation) else stat.deviation)
