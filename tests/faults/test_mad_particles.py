@@ -6,7 +6,7 @@ Its NaN reaches nobody; the others go on as if it had not been there.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,19 @@ RULES: dict[str, dict[str, Any]] = {
     "local_sgd": {},
     "diloco": {},
     "pso": {"inertia": 0.3, "cognitive": 0.5, "best": "all_time"},
+}
+# With which the particles do not leave a sync point alike.
+APART = {"pso", "easgd", "nosync"}
+LATER_RULES: dict[str, Case] = {
+    "easgd": Case(sync_mode="easgd"),
+    "nosync": Case(sync_mode="nosync", swarm={"total_steps": 6}),
+    "swarm": Case(sync_mode="swarm", probe=True, options={"fitness_steps": 2, "unequal_above": 0.0}),
+    "line_search": Case(sync_mode="line_search", probe=True),
+    "pso": Case(
+        sync_mode="pso",
+        options={"topology": "ring", "randomness": "per_tensor", "best": "all_time", "cognitive": 0.5},
+        swarm={"optimizer_state": "average"},
+    ),
 }
 
 
@@ -67,15 +80,29 @@ def assert_sane(ranks: list[Any]) -> None:
 def test_a_nan_loss(pool: Pool, stage: int, mad: int, sync_mode: str) -> None:
     """In pure fp32 at stage 0 the NaN reaches the weights, at the other stages the step is skipped."""
     case = Case(stage=stage, sync_mode=sync_mode, options=RULES[sync_mode])
-    ranks = pool.run(job, case, Spoil(math.nan, mad))
+    assert_healed(pool.run(job, case, Spoil(math.nan, mad)), case, mad)
+
+
+def assert_healed(ranks: list[Any], case: Case, mad: int) -> None:
     assert_sane(ranks)
     for records, *_ in ranks:
         assert [list(record["alive"]) for record in records] == [[True, True], [mad != 0, mad != 1], [True, True]]
-    if sync_mode != "pso":
+    if case.sync_mode not in APART:
         for rank in ranks:  # one common state, made by the healthy particle alone
             assert_equal(rank[1], ranks[0][1])
-    else:
+    if case.sync_mode == "pso":
         assert ranks[0][0][1]["best"] != mad
+
+
+@pytest.mark.parametrize(("stage", "mad"), [(0, 1), (3, 0)])
+@pytest.mark.parametrize("rule", LATER_RULES)
+def test_a_nan_loss_under_the_later_rules(pool: Pool, rule: str, stage: int, mad: int) -> None:
+    case = replace(LATER_RULES[rule], stage=stage)
+    ranks = pool.run(job, case, Spoil(math.nan, mad))
+    assert_healed(ranks, case, mad)
+    healthy, healed = ranks[2 * (1 - mad)], ranks[2 * mad]
+    if rule == "nosync":  # it is the only one that lives, and so the mean
+        assert_equal(healed[1], healthy[1])
 
 
 def test_nan_on_one_rank_is_the_whole_particle(pool: Pool) -> None:
@@ -130,10 +157,14 @@ def everybody_mad(case: Case) -> Any:
         return swarm.totals.count, working_weights(engine)
 
 
-@pytest.mark.parametrize("sync_mode", RULES)
-def test_a_swarm_gone_mad_hangs_nobody(pool: Pool, sync_mode: str) -> None:
+@pytest.mark.parametrize(
+    "case",
+    [*(Case(sync_mode=name, options=options) for name, options in RULES.items()), *LATER_RULES.values()],
+    ids=lambda case: case.sync_mode,
+)
+def test_a_swarm_gone_mad_hangs_nobody(pool: Pool, case: Case) -> None:
     """With no particle alive a sync point changes nothing; at stage 2 the steps were skipped."""
-    ranks = pool.run(everybody_mad, Case(sync_mode=sync_mode, options=RULES[sync_mode]))
+    ranks = pool.run(everybody_mad, case)
     for count, weights in ranks:
         assert count == 1
         assert_equal(weights, ranks[0][1])
