@@ -68,7 +68,7 @@ class Cell:
 
     @property
     def rate_key(self) -> tuple[str, str, int]:
-        """Which tuning runs its learning rate comes from: those at the nearest of the intervals tuned."""
+        """The task, rule and interval of the runs that its learning rate comes from."""
         return self.task, self.rule, self.interval if self.interval <= 1 else TUNING_INTERVAL
 
     def __str__(self) -> str:
@@ -114,12 +114,14 @@ def tuned_rates(scores: Mapping[Cell, float]) -> Rates:
     Args:
         scores: what each tuning run reached on the validation data; lower is better, NaN is worst.
     """
-    rates = {}
-    for key in {cell.rate_key for cell in scores}:
-        runs = {cell.lr: score for cell, score in scores.items() if cell.rate_key == key}
-        if len(runs) >= len(LR_FACTORS):
-            rates[key] = min(runs, key=lambda lr: (math.isnan(runs[lr]), runs[lr], lr))
-    return rates
+    runs: dict[tuple[str, str, int], dict[float, float]] = {}
+    for cell, score in scores.items():
+        runs.setdefault((cell.task, cell.rule, cell.interval), {})[cell.lr] = score
+    return {
+        key: min(found, key=lambda lr: (math.isnan(found[lr]), found[lr], lr))
+        for key, found in runs.items()
+        if len(found) >= len(LR_FACTORS)
+    }
 
 
 def with_rates(cells: Iterable[Cell], rates: Rates) -> list[Cell]:

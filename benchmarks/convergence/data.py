@@ -96,7 +96,7 @@ def _load_text(swarm: Swarm, name: str) -> Data:
         train=(_stack(corpus.train),),
         probe=(held_out[:512],),
         validation=(held_out[512:1536],),
-        test=(held_out[1536:],),
+        test=(held_out[1536:2560],),
         tokenizer=corpus.tokenizer,
     )
 

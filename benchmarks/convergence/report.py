@@ -15,8 +15,8 @@ from benchmarks.convergence.grids import Grid, Rows, Stat, equal_steps_of, grids
 from ds_pso.files import write_atomically
 
 _TUNED = (
-    "Learning rates were chosen among five, a factor of two apart, for each task, rule and n, by the validation data, "
-    "with P = 4 and a seed that is not among the table's."
+    "Learning rates were chosen among five, a factor of two apart, for each task and rule, by the validation data, "
+    "with P = 4 and a seed that is not among the table's; rates for n = 8 and n = 128 are those of n = 32."
 )
 _MEASURED = (
     "The model that is measured is the consensus, what `swarm.export` would write; for `none`, whose particles never "
