@@ -76,7 +76,7 @@ def train(swarm: Swarm, cell: Cell, folder: Path | None = None) -> Outcome:
 
     split = data.validation if cell.split == "validation" else data.test
     loss, accuracy = evaluate(swarm, engine, cell, split)
-    train_loss, train_accuracy = evaluate(swarm, engine, cell, take(data.train, slice(task.train_slice)))
+    train_loss, train_accuracy = evaluate(swarm, engine, cell, take(data.train, task.train_slice))
     if cell.num_worlds == 1:  # a ring all-reduce of fp32 gradients, at every step
         received = cell.steps * 2 * (cell.particles - 1) / cell.particles * 4 * num_parameters
     else:
