@@ -23,7 +23,8 @@ class SwarmRuleConfig(RuleConfig):
     inertia: float = Field(default=0.3, ge=0, lt=1, description="Heavy-ball momentum of the consensus (beta).")
     guard: bool = Field(
         default=True,
-        description="When losses are unequal, let the loss-weighted mean compete with the mean on the probe batch.",
+        description="Score the mean on the probe batch; in doubt, let a mean weighted by the particles' own scores "
+        "compete.",
     )
     fitness_steps: int = Field(
         default=32,
@@ -37,8 +38,8 @@ class SwarmRuleConfig(RuleConfig):
         default=0.1,
         ge=0,
         lt=1,
-        description="Losses count as unequal when the loss-weighted mean would lose more than this share of the "
-        "particles: 1 - 1 / (P sum of squared weights).",
+        description="Losses count as unequal when a mean weighted by them would do without more than this share of "
+        "the particles: 1 - 1 / (P sum of squared weights).",
     )
     lr_spread: float = Field(
         default=1.5,
@@ -60,12 +61,14 @@ class _Rates:
 
 @dataclass(frozen=True)
 class _Trial:
-    """How far the sync point has come: score the mean, score the weighted mean, settle on one."""
+    """How far a guarded sync point has come. Each stage but the last ends with a score."""
 
-    stage: Literal["mean", "weighted", "settle"]
-    weights: tuple[float, ...] = ()
-    follow: _Rates = _Rates()  # if the weighted mean wins
+    stage: Literal["mean", "own", "weighted", "settle"]
+    sync: SyncPoint | None = None
+    losses: Sequence[float] = ()
+    memory: Mapping[str, Any] = field(default_factory=dict)  # of the last sync point
     mean_score: float = math.inf
+    rates: _Rates = _Rates()  # if the weighted mean wins
     mean_in: Literal["received", "trial"] = "received"  # where the mean to settle on lies
 
 
@@ -75,21 +78,25 @@ class SwarmRule(Rule):
     With a the last consensus, f_i the losses, sums over the living particles::
 
         m   = mean of x_i
-        m_w = sum w_i x_i,  w = softmax(-f / tau)
-        m <- m_w  if w is clearly not uniform and m_w has the lower loss on the probe batch
+        m_w = sum w_i x_i,  w = softmax(-q / tau),  q_i = loss of x_i on the probe batch
+        m <- m_w  if m_w has the lower loss on the probe batch
         u <- beta u + (a - m);  a <- a - u;  x_i <- a
 
-    beta is 0 at the last sync point, and throughout a training of 10 sync points or fewer, if the
-    length of training is known. Each particle's learning rate is multiplied by exp(mu + sigma z_i), z
-    evenly spaced in [-1, 1] and shuffled at each sync point, sigma = ln(lr_spread), shrinking to 0 in
-    the second half of training if its length is known; and with u_i the utilities of the ranks of f
-    (sum |u_i| = 1), when m_w has won, or w is clearly not uniform and there is no guard::
+    m_w is tried when there is cause for doubt: softmax(-f / tau) is clearly not uniform, or the loss
+    of m on the probe batch is above the mean of the f_i. beta is 0 at the last sync point, and
+    throughout a training of 10 sync points or fewer, if the length of training is known.
+
+    Each particle's learning rate is multiplied by exp(mu + sigma z_i), z evenly spaced in [-1, 1] and
+    shuffled at each sync point, sigma = ln(lr_spread), shrinking to 0 in the second half of training if
+    its length is known. When m_w has won, with u_i the utilities of the ranks of q (sum |u_i| = 1)::
 
         mu <- mu + eta sigma sum u_i z_i
 
+    Without the guard there is no m_w, and mu moves by the ranks of f, when those are clearly unequal.
+
     Source: our own. The parts: B. Polyak, 1964 (heavy ball); rank utilities as in D. Wierstra et
-    al., "Natural Evolution Strategies", 2014. Moves one all-reduce of the shard, two when the guard
-    acts; keeps a, u and, with the guard, one more. A particle that is not alive restarts at a.
+    al., "Natural Evolution Strategies", 2014. Moves one all-reduce of the shard, two when in
+    doubt; keeps a, u and, with the guard, one more. A particle that is not alive restarts at a.
     """
 
     Config = SwarmRuleConfig
@@ -113,30 +120,36 @@ class SwarmRule(Rule):
 
     def plan(self, sync: SyncPoint, memory: Mapping[str, Any]) -> Plan:
         losses, window = self._compare(sync, memory)
-        weights = _softmax(losses or [0.0] * sync.num_particles, self.options.temperature)
-        share_used = 1 / (sum(sync.alive) * sum(w * w for w in weights))
-        unequal = bool(losses) and share_used < 1 - self.options.unequal_above
-        rates = self._learning_rates(sync, memory, bool(losses))
-        follow = self._learning_rates(sync, memory, bool(losses), losses) if unequal else rates
-        guarded = unequal and self.options.guard
-        chosen = rates if guarded else follow
+        guarded = bool(losses) and self.options.guard
+        follow = bool(losses) and not guarded and self._unequal(losses)
+        rates = self._learning_rates(sync, memory, bool(losses), losses if follow else ())
         beta = 0.0 if sync.is_last or (sync.total is not None and sync.total <= _FEW_ROUNDS) else self.options.inertia
         return Plan(
             receive="mean",
             weights=sync.mean_weights(),
             alive=sync.alive,
             factors=((beta,),) * sync.num_particles,
-            lr_factors=chosen.factors,
+            lr_factors=rates.factors,
             score=guarded,
-            carry=_Trial("mean", weights, follow) if guarded else _Trial("settle"),
-            memory={**window, **chosen.memory},
+            carry=_Trial("mean", sync, losses, memory) if guarded else _Trial("settle"),
+            memory={**window, **rates.memory},
         )
 
     def proceed(self, plan: Plan, scores: tuple[float, ...]) -> Plan:
-        trial, score = plan.carry, sum(scores) / len(scores)
+        trial: _Trial = plan.carry
+        assert trial.sync is not None
+        score = sum(scores) / len(scores)
         if trial.stage == "mean":
-            carry = replace(trial, stage="weighted", mean_score=score)
-            return replace(plan, weights=trial.weights, send="trial", carry=carry)
+            finite = [loss for loss in trial.losses if math.isfinite(loss)]
+            if not self._unequal(trial.losses) and score <= sum(finite) / max(1, len(finite)):
+                return replace(plan, receive="nothing", score=False, carry=_Trial("settle"))
+            return replace(plan, receive="nothing", carry=replace(trial, stage="own", mean_score=score))
+        if trial.stage == "own":
+            own = tuple(s if alive else math.inf for s, alive in zip(scores, trial.sync.alive, strict=True))
+            rates = self._learning_rates(trial.sync, trial.memory, True, own)
+            carry = replace(trial, stage="weighted", rates=rates)
+            weights = plan.weights if math.isinf(min(own)) else _softmax(own, self.options.temperature)
+            return replace(plan, receive="mean", weights=weights, carry=carry)
         believed = score < trial.mean_score
         settled = replace(
             plan,
@@ -150,12 +163,25 @@ class SwarmRule(Rule):
         )
         if not believed:
             return settled
-        rates = trial.follow
-        return replace(settled, lr_factors=rates.factors, memory={**plan.memory, **rates.memory})
+        return replace(settled, lr_factors=trial.rates.factors, memory={**plan.memory, **trial.rates.memory})
+
+    def _unequal(self, losses: Sequence[float]) -> bool:
+        """Whether the loss-weighted mean would do without a good part of the living particles."""
+        weights = _softmax(losses, self.options.temperature)
+        living = sum(math.isfinite(loss) for loss in losses)
+        return 1 / (max(1, living) * sum(w * w for w in weights)) < 1 - self.options.unequal_above
 
     def update(self, x: Tensor, received: Tensor, state: State, plan: Plan, place: Place) -> None:
-        if plan.carry.stage != "settle":
-            state["trial"].copy_(x)  # "mean": what this particle brought; "weighted": the mean
+        if plan.carry.stage == "own":  # x holds the mean, and the trial what this particle brought
+            mean = x.clone()
+            x.copy_(state["trial"])
+            state["trial"].copy_(mean)
+            return
+        if plan.carry.stage == "weighted":
+            x.copy_(received)
+            return
+        if plan.carry.stage == "mean":
+            state["trial"].copy_(x)
             x.copy_(received)
             return
         mean = state["trial"] if plan.carry.mean_in == "trial" else received
@@ -204,7 +230,7 @@ class SwarmRule(Rule):
 
 
 def _softmax(losses: Sequence[float], temperature: float) -> tuple[float, ...]:
-    """softmax(-loss / temperature), shape (P,); an infinite loss gets 0, and if all are, all that are get the same."""
+    """softmax(-loss / temperature), shape (P,); an infinite loss gets 0; if all are infinite, all get the same."""
     lowest = min(losses)
     if math.isinf(lowest):
         return tuple(1 / len(losses) for _ in losses)
