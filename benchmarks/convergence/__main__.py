@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.convergence.cells import TABLES, Cell, Rates, cells_of, tuned_rates, tuning_of, with_rates
 from benchmarks.convergence.report import write_report
 from benchmarks.convergence.results import Results, path_of
-from benchmarks.convergence.run import Limits, run_all, simulate_all
+from benchmarks.convergence.run import Launch, Limits, simulate_all
 from benchmarks.convergence.tasks import TASKS
 
 
@@ -33,20 +33,23 @@ def main(argv: list[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace, limits: Limits) -> int:
     """Returns how many runs failed."""
     table, scale = arguments.table, arguments.scale
-    run = run_all if arguments.real else simulate_all
+    launch = Launch()
+    run = launch.run_all if arguments.real else simulate_all
     tuning, results = _tuning(scale), Results(path_of(table, real=arguments.real, scale=scale))
     failed = 0
     if arguments.tune:
         failed += run(_missing(tuning_of(cells_of(table, scale)), tuning, arguments.cells), tuning, limits)
     cells = _missing(with_rates(cells_of(table, scale), _rates(tuning)), results, arguments.cells)
     known = [cell for cell in cells if cell.lr]
-    if len(known) < len(cells) and time.time() < limits.deadline:
+    if len(known) < len(cells) and not arguments.tune:
         print(
             f"{len(cells) - len(known)} runs wait for their learning rates, such as {cells[0]}; first run\n"
             f"  python -m benchmarks.convergence {table} --tune{f' --scale {scale:g}' if scale != 1 else ''}",
             file=sys.stderr,
         )
-    return failed + run(known, results, limits)
+    failed += run(known, results, limits)
+    launch.close()
+    return failed
 
 
 def _missing(cells: list[Cell], results: Results, text: str) -> list[Cell]:

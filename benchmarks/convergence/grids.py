@@ -14,6 +14,7 @@ from benchmarks.convergence.tasks import TASKS
 
 Rows = Mapping[Cell, Outcome]
 Measure = Callable[[Cell, Outcome], float]
+_PAIRED = "mean over pairs of equal seed"
 CHANCE = 0.1  # accuracy of a guess among ten classes
 
 
@@ -24,15 +25,18 @@ class Stat:
     mean: float  # NaN: diverged with at least one seed; inf: not reached with at least one
     deviation: float  # NaN with one seed
     spec: str  # how to format the mean
+    diverged: str = ""  # "1 of 3"
 
     @classmethod
     def of(cls, values: Sequence[float], spec: str) -> Stat:
         several = len(values) > 1 and all(map(math.isfinite, values))
-        return cls(statistics.fmean(values), statistics.stdev(values) if several else math.nan, spec)
+        bad = sum(map(math.isnan, values))
+        deviation = statistics.stdev(values) if several else math.nan
+        return cls(statistics.fmean(values), deviation, spec, f"{bad} of {len(values)}" if bad else "")
 
     def __str__(self) -> str:
         if math.isnan(self.mean):
-            return "diverged"
+            return f"{self.diverged} diverged"
         if math.isinf(self.mean):
             return "not reached"
         mean = f"{self.mean:{self.spec}}"
@@ -62,8 +66,8 @@ class Grid:
 
 
 def accuracy(_: Cell, outcome: Outcome) -> float:
-    """Percent."""
-    return 100 * outcome.accuracy
+    """Percent; NaN if the weights are not finite, whose guesses are sometimes right."""
+    return 100 * outcome.accuracy if math.isfinite(outcome.loss) else math.nan
 
 
 def loss(_: Cell, outcome: Outcome) -> float:
@@ -120,27 +124,32 @@ def _place(cell: Cell) -> tuple[float, ...]:
 
 
 def make_grid(
-    title: str, column: Callable[[Cell], str], rows: Rows, what: str, measure: Measure, spec: str, against: str = ""
+    title: str,
+    column: Callable[[Cell], str],
+    rows: Rows,
+    what: str,
+    measure: Measure,
+    spec: str,
+    against: Callable[[str, str], tuple[str, str]] | None = None,
 ) -> Grid:
     """Statistics over the seeds for each rule and column.
 
     Args:
-        against: a rule; then the values are differences to its runs of the same column and seed.
+        against: from a rule and column to another; then the values are differences to that one with the same seed.
     """
-    base = {(column(cell), cell.seed): measure(cell, o) for cell, o in rows.items() if cell.rule == against}
-    values: dict[tuple[str, str], list[float]] = {}
+    values: dict[tuple[str, str], dict[int, float]] = {}
     for cell in sorted(rows, key=_place):
-        pair = column(cell), cell.seed
-        if not against or (cell.rule != against and pair in base):
-            value = measure(cell, rows[cell]) - base.get(pair, 0.0)
-            values.setdefault((cell.rule, column(cell)), []).append(value)
-    return Grid(
-        title,
-        what,
-        sorted({rule for rule, _ in values}, key=RULES.index),
-        list(dict.fromkeys(name for _, name in values)),
-        {key: Stat.of(numbers, spec) for key, numbers in values.items()},
-    )
+        values.setdefault((cell.rule, column(cell)), {})[cell.seed] = measure(cell, rows[cell])
+    stats = {}
+    for place, by_seed in values.items():
+        numbers = list(by_seed.values())
+        if against is not None:
+            base = values.get(against(*place), {}) if against(*place) != place else {}
+            numbers = [value - base[seed] for seed, value in by_seed.items() if seed in base]
+        if numbers:
+            stats[place] = Stat.of(numbers, spec)
+    rules = sorted({rule for rule, _ in stats}, key=RULES.index)
+    return Grid(title, what, rules, list(dict.fromkeys(name for _, name in stats)), stats)
 
 
 def grids_of(table: str, rows: Rows) -> Iterable[Grid]:
@@ -160,9 +169,13 @@ def grids_of(table: str, rows: Rows) -> Iterable[Grid]:
             yield grid(part, "accuracy on training data - test accuracy, percentage points", accuracy_gap, "+.2f")
             yield grid(exchanged, "received by each particle, MB", megabytes, ".3g")
             yield grid(exchanged, "accuracy above chance per MB, percentage points", points_per_megabyte, ".3g")
+        elif table == "optimizer_state":
+            yield grid(
+                part, f"{what}: difference to keep, {_PAIRED}", measure, "+" + spec, lambda rule, _: (rule, "keep")
+            )
         else:
-            what = f"{what}: difference to local_sgd, mean over pairs of equal seed"
-            yield grid(part, what, measure, "+" + spec, against="local_sgd")
+            to = f"{what}: difference to local_sgd, {_PAIRED}"
+            yield grid(part, to, measure, "+" + spec, lambda _, condition: ("local_sgd", condition))
         if table == "transformers":
             yield grid(part, "held-out loss - loss on training data, nats", loss_gap, "+.3f")
             yield grid(part, "received by each particle, MB", megabytes, ".3g")

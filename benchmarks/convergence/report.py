@@ -151,7 +151,7 @@ def _draw_panel(panel: Any, grid: Grid) -> None:
                 panel.text(
                     0.99,
                     y + offset,
-                    f"{rule} diverged",
+                    f"{rule}: {grid.stats[rule, column]}",
                     transform=panel.get_yaxis_transform(),
                     color=style["color"],
                     ha="right",

@@ -14,11 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
+import deepspeed
 import torch
+import transformers
 
+import ds_pso
 from benchmarks.convergence.cells import Cell
+from benchmarks.convergence.data import load
 from benchmarks.convergence.results import Outcome, Results
 from benchmarks.convergence.tasks import TASKS
+from benchmarks.convergence.train import clean_up, config_of, train
+from ds_pso.world import World
 
 _CELLS_PER_PROCESS = 100  # a fresh process now and then, whatever the libraries may keep
 
@@ -81,17 +88,11 @@ def _begin_worker() -> None:
 
 def _prepare(names: Sequence[str], limits: Limits) -> None:
     """Bring the data to the disk before several processes look for them."""
-    import ds_pso
-    from benchmarks.convergence.data import load
-
     ds_pso.simulate({"swarm": {"particles": 1}}, lambda swarm: [load(swarm, name, limits.folder) for name in names])
 
 
 def _simulate(job: tuple[Cell, Limits]) -> tuple[Cell, Outcome | str | None]:
     """The outcome of a cell, the error it ended with, or None if there is no time left."""
-    import ds_pso
-    from benchmarks.convergence.train import clean_up, config_of, train
-
     cell, limits = job
     if time.time() > limits.deadline:
         return cell, None
@@ -108,43 +109,48 @@ def _simulate(job: tuple[Cell, Limits]) -> tuple[Cell, Outcome | str | None]:
 # -- real ---------------------------------------------------------------------------------------
 
 
-def run_all(cells: Sequence[Cell], results: Results, limits: Limits) -> int:
-    """Run those cells that the launcher's ranks can be divided for; called on all ranks; rank 0 writes."""
-    import ds_pso
-    from benchmarks.convergence.train import clean_up, config_of, train
+class Launch:
+    """The ranks of one launch. DeepSpeed's world cannot be built twice, so all their runs have as many particles."""
 
-    quieten()
-    world_size = int(os.environ["WORLD_SIZE"])
-    fitting = [cell for cell in cells if world_size % cell.num_worlds == 0 and cell.batch % world_size == 0]
-    fitting.sort(key=lambda cell: cell.num_worlds)
-    log, world = _Log(len(fitting)), None
-    for cell in fitting:
-        if world is not None and world.layout.num_particles != cell.num_worlds:
-            world.close()
-            world = None
-        swarm = ds_pso.init(config_of(cell, world_size, zero_stage=2), world=world)
-        world = swarm.world
-        if world.gather("time left", time.time() < limits.deadline)[0]:
+    def __init__(self) -> None:
+        self._world: World | None = None
+
+    def run_all(self, cells: Sequence[Cell], results: Results, limits: Limits) -> int:
+        """Run the cells that fit; called on all ranks; rank 0 writes. Returns how many failed: an error ends it."""
+        quieten()
+        world_size = int(os.environ.get("WORLD_SIZE", "1")) if self._world is None else self._world.layout.world_size
+        fitting = [cell for cell in cells if world_size % cell.num_worlds == 0 and cell.batch % world_size == 0]
+        if self._world is not None:
+            particles = self._world.layout.num_particles
+        else:
+            particles = min((cell.num_worlds for cell in fitting), default=1)
+        now = [cell for cell in fitting if cell.num_worlds == particles]
+        log = _Log(len(now))
+        for cell in now:
+            swarm = ds_pso.init(config_of(cell, world_size, zero_stage=2), world=self._world)
+            self._world = swarm.world
+            if not swarm.world.gather("time left", time.time() < limits.deadline)[0]:
+                break
             outcome = train(swarm, cell, limits.folder)
             if swarm.is_leader:
                 results.add(cell, outcome)
                 log.line(cell, outcome)
             results.rows[cell] = outcome  # the other ranks must find the same learning rates
-        del swarm
-        clean_up()
-    if world is not None:
-        world.close()
-    return 0
+            del swarm
+            clean_up()
+        if self._world is not None and self._world.is_leader and len(fitting) > len(now):
+            print(f"{len(fitting) - len(now)} runs have other numbers of particles; start the same command again")
+        return 0
+
+    def close(self) -> None:
+        if self._world is not None:
+            self._world.close()
 
 
 def quieten() -> None:
     """Only what a person needs: our own lines."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    import datasets
-    import deepspeed
-    import transformers
-
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
