@@ -140,6 +140,100 @@ def mix_in_the_dead() -> None:
     Exchange.weighted_mean = weighted_mean
 
 
+@sabotage("distributed/test_truth.py")
+def answer_oneself() -> None:
+    """In a ring each particle receives its own shard."""
+    from ds_pso.exchange import Exchange
+
+    real = Exchange.from_each
+
+    def from_each(self: Any, tensors: Any, sources: Any) -> Any:
+        return real(self, tensors, sources if len(set(sources)) == 1 else range(len(sources)))
+
+    Exchange.from_each = from_each
+
+
+@sabotage("faults/test_nobody_waits.py")
+def wait_for_letters() -> None:
+    """Asynchronous particles do not go on before a letter has come."""
+    import time
+
+    from ds_pso.letters import GlooMailbox
+
+    real = GlooMailbox.take
+
+    def take(self: Any, sizes: Any) -> Any:
+        while (letter := real(self, sizes)) is None:
+            time.sleep(0.01)
+        return letter
+
+    GlooMailbox.take = take
+
+
+@sabotage("faults/test_nobody_waits.py")
+def read_old_letters() -> None:
+    from ds_pso.rules.nosync import NoSync
+
+    NoSync.max_staleness = property(lambda self: 10**6 if self.options.asynchronous else None)
+
+
+# -- moments and learning rates ------------------------------------------------------------------
+
+
+@sabotage("distributed/test_optimizer_state.py")
+def average_moments_unevenly() -> None:
+    """Their mean leans towards particle 0."""
+    from types import SimpleNamespace
+
+    from ds_pso.synchronizer import Synchronizer
+
+    real = Synchronizer._average_moments
+
+    def average(self: Any, point: Any) -> None:
+        first, *others = point.mean_weights()
+        real(self, SimpleNamespace(mean_weights=lambda: (first + 0.01, others[0] - 0.01, *others[1:])))
+
+    Synchronizer._average_moments = average
+
+
+@sabotage("distributed/test_optimizer_state.py")
+def keep_moments_from_mates() -> None:
+    """At ZeRO 0 a rank averages its own part, and does not tell the others of its particle."""
+    from ds_pso.shards.replicated import ReplicatedShards
+
+    ReplicatedShards.publish_moments = do_nothing
+
+
+@sabotage("distributed/test_optimizer_state.py")
+def compare_moments_of_mates() -> None:
+    """At ZeRO 0 ranks of a particle may hold different numbers of them, and then nothing is averaged."""
+    from ds_pso.synchronizer import Synchronizer
+
+    real = Synchronizer._average_moments
+
+    def average(self: Any, point: Any) -> None:
+        counts = self.world.particle_gather([float(len(self.shards.moments()))])
+        if len({row[0] for row in counts}) == 1:
+            real(self, point)
+
+    Synchronizer._average_moments = average
+
+
+@sabotage("distributed/test_lr_factor.py")
+def leave_the_rate_multiplied() -> None:
+    """After a step the learning rate is not what the schedule said."""
+    from ds_pso.shards.base import Shards
+
+    Shards._restore_lr = do_nothing
+
+
+@sabotage("distributed/test_lr_factor.py")
+def multiply_no_rate() -> None:
+    from ds_pso.shards.base import Shards
+
+    Shards.lr_factor = property(lambda self: self._lr_factor, lambda self, value: setattr(self, "_lr_factor", value))
+
+
 # -- decisions ----------------------------------------------------------------------------------
 
 
@@ -164,7 +258,7 @@ def random_factors_of_each_rank() -> None:
     from ds_pso.rules.pso import Pso
 
     real = Pso._draw
-    Pso._draw = lambda self, index, particle: real(self, index, particle + 10 * (rank() % 2))
+    Pso._draw = lambda self, index, particle, *more: real(self, index, particle + 10 * (rank() % 2), *more)
 
 
 @sabotage("distributed/test_agreement.py")
@@ -221,6 +315,86 @@ def draw_a_random_number() -> None:
     Swarm.attach = attach
 
 
+@sabotage("distributed/test_scoring.py")
+def score_before_publishing() -> None:
+    """What is tried on the probe batch are the weights from before the sync point."""
+    from ds_pso.synchronizer import Synchronizer
+
+    real = Synchronizer._follow_rule
+
+    def follow(self: Any, point: Any) -> Any:
+        self.shards.publish = do_nothing
+        try:
+            return real(self, point)
+        finally:
+            del self.shards.publish
+
+    Synchronizer._follow_rule = follow
+
+
+@sabotage("distributed/test_scoring.py")
+def score_of_one_rank() -> None:
+    """A candidate's loss is that of the first rank's part of the batch."""
+    from ds_pso.synchronizer import Synchronizer
+    from ds_pso.world import World
+
+    real_score, real_gather = Synchronizer._score, World.particle_gather
+
+    def score(self: Any) -> Any:
+        World.particle_gather = lambda *arguments: real_gather(*arguments)[:1]
+        try:
+            return real_score(self)
+        finally:
+            World.particle_gather = real_gather
+
+    Synchronizer._score = score
+
+
+@sabotage("distributed/test_truth.py")
+def tensors_of_each_rank() -> None:
+    """With random factors for each tensor, each rank has its own idea of what a tensor is."""
+    from ds_pso.rules.pso import Pso
+
+    real = Pso._draw
+
+    def draw(self: Any, index: int, particle: int, parameter: str | None = None) -> Any:
+        return real(self, index, particle, parameter and f"{parameter} on rank {rank() % 2}")
+
+    Pso._draw = draw
+
+
+@sabotage("distributed/test_consensus.py")
+def stay_in_the_consensus() -> None:
+    """Leaving the block gives the particle's own weights not back."""
+    from ds_pso.synchronizer import Synchronizer
+
+    calls = []
+    real = Synchronizer._replace
+
+    def replace(targets: Any, values: Any) -> None:
+        calls.append(None)
+        if len(calls) % 2:  # on entering
+            real(targets, values)
+
+    Synchronizer._replace = staticmethod(replace)
+
+
+@sabotage("distributed/test_consensus.py")
+def forget_the_center() -> None:
+    """Elastic averaging exports the mean of the particles."""
+    from ds_pso.rules.easgd import Easgd
+
+    Easgd.model_in = "x"
+
+
+@sabotage("distributed/test_simulate.py")
+def share_a_random_state() -> None:
+    """Simulated particles draw from one another's random numbers."""
+    from ds_pso import simulated_world
+
+    simulated_world._set_random_state = do_nothing
+
+
 # -- peers --------------------------------------------------------------------------------------
 
 
@@ -263,7 +437,7 @@ def forget_the_window() -> None:
     from ds_pso import checkpoint
 
     real = checkpoint._restore
-    checkpoint._restore = lambda swarm, record, tensors: real(swarm, record | {"window": [0.0, 0]}, tensors)
+    checkpoint._restore = lambda swarm, record, tensors: real(swarm, record | {"window": [0.0, 0, 0]}, tensors)
 
 
 @sabotage("distributed/test_resume.py")
@@ -278,6 +452,14 @@ def forget_the_random_state() -> None:
     from ds_pso import checkpoint
 
     checkpoint._restore_random = do_nothing
+
+
+@sabotage("distributed/test_resume.py")
+def forget_the_rate_of_the_particle() -> None:
+    from ds_pso.synchronizer import Synchronizer
+
+    real = Synchronizer.load_state_dict
+    Synchronizer.load_state_dict = lambda self, state: real(self, state | {"lr_factor": 1.0})
 
 
 @sabotage("faults/test_bad_checkpoints.py")
