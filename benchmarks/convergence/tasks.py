@@ -31,6 +31,7 @@ class Task:
     lr: float  # the middle of the rates that are tried
     batch: int  # samples per particle and step
     samples: int  # of all particles together
+    probe_batch: int  # samples on which the rules that score weights do it
     metric: Literal["accuracy", "loss"]  # what tables report and tuning looks at
     train_slice: slice  # of the training data, on which the final model is evaluated
     clip: float = 0.0  # gradient norm; 0: any
@@ -104,6 +105,7 @@ def _image_task(data: str, channels: list[int], image_size: int, lr: float) -> T
         lr=lr,
         batch=16,
         samples=65_536,
+        probe_batch=256,
         metric="accuracy",
         train_slice=slice(5000),
         sort_by=lambda split: split[1],
@@ -120,6 +122,7 @@ def _text_task(layers: int, width: int, lr: float) -> Task:
         lr=lr,
         batch=4,
         samples=8192,
+        probe_batch=32,
         metric="loss",
         train_slice=slice(None, None, 100),  # the blocks are in the order of files
         clip=1.0,

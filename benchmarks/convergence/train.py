@@ -25,7 +25,6 @@ from ds_pso.errors import ConfigError
 from ds_pso.shards import find_shards
 from ds_pso.simulated_world import SimulatedWorld
 
-PROBE_BATCH = 256
 EVALUATION_BATCH = 50
 
 
@@ -174,8 +173,7 @@ def _spoil(engine: Any) -> None:
 
 def _probe_loss(engine: Any, task: Task, split: Split, index: int) -> float:
     """Loss on a batch that is another at each sync point, and the same for all particles."""
-    size = len(split[0])
-    rows = (torch.arange(min(PROBE_BATCH, size)) + index * PROBE_BATCH) % size
+    rows = (torch.arange(task.probe_batch) + index * task.probe_batch) % len(split[0])
     engine.eval()
     with torch.no_grad():
         loss, _ = task.loss(engine, take(split, rows.to(split[0].device)))
