@@ -111,3 +111,29 @@ def test_a_peer_lost_in_the_middle_of_an_exchange(pool: Pool, lost: int, how: st
     silent = (lost, lost ^ 1) if how == "stopped" else ()
     outcomes = pool.outcomes(lose_in_the_exchange, CASE, lost, how, timeout=LIMIT_S, silent=silent)
     assert_named(outcomes, lost, [(lost + 2) % 4])
+
+
+def lose_between_plans(case: Case, lost: int, how: str, where: str) -> Any:
+    with swarm_of(case) as (swarm, engine):
+        train(case, engine, range(1))
+        if swarm.particle == lost:
+            setattr(swarm.synchronizer if where == "_score" else swarm.exchange, where, lambda *_: leave(how))
+        swarm.sync()
+
+
+RING = Case(sync_mode="pso", options={"topology": "ring"}, particles=4, interval=100, swarm=CASE.swarm)
+GUARDED = Case(sync_mode="swarm", probe=True, options={"fitness_steps": 1}, particles=3, interval=100, swarm=CASE.swarm)
+
+
+@pytest.mark.parametrize(
+    ("case", "where", "how"), [(RING, "from_each", "killed"), (GUARDED, "_score", "stopped")], ids=["ring", "score"]
+)
+def test_a_peer_lost_between_the_plans_of_a_sync_point(pool: Pool, case: Case, where: str, how: str) -> None:
+    lost, size = 1, int(case.particles)
+    silent = (lost,) if how == "stopped" else ()
+    outcomes = pool.outcomes(
+        lose_between_plans, case, lost, how, where, world_size=size, timeout=LIMIT_S, silent=silent
+    )
+    for rank in set(range(size)) - {lost}:
+        assert outcomes[rank].kind == "PeerError", outcomes[rank]
+    assert any("particle 1, rank 0 (rank 1" in outcome.text for outcome in outcomes)
