@@ -154,10 +154,10 @@ def _check_consistent(ds_config: dict[str, Any], swarm: SwarmConfig, where: str)
             "lower swarm.sync_interval"
         )
     if rule.max_staleness is not None:
-        if swarm.optimizer_state == "average":
+        if swarm.optimizer_state != "keep":
             raise ConfigError(
-                f'{where}: swarm.optimizer_state = "average": particles that wait for nobody have no common mean; '
-                f'use "keep", or set swarm.{mode}.asynchronous to false'
+                f'{where}: swarm.optimizer_state = "{swarm.optimizer_state}": particles that wait for nobody keep '
+                f'their own; use "keep", or set swarm.{mode}.asynchronous to false'
             )
         if swarm.fitness == "probe":
             raise ConfigError(

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import queue
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_FOR_EVER = timedelta(days=3650)  # only threads that nobody waits for wait so long
+_FAREWELL_S = 2.0
+_GOODBYE = -1  # in place of an index
 
 
 @dataclass(frozen=True)
@@ -20,107 +25,125 @@ class Letter:
 
     sender: int  # particle
     index: int  # how many sync points the sender had behind it
-    tensors: list[Tensor]  # fp32, on the CPU
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors)
+    flat: Tensor  # fp32, on the CPU
 
 
 class Mailbox(ABC):
-    """Sends copies of tensors to one peer after the other, and holds the newest letter that came."""
-
-    def __init__(self, particle: int, num_particles: int) -> None:
-        self.particle = particle
-        self.num_particles = num_particles
-        self._next = 0  # of the peers in turn
-
-    def _peers_in_turn(self) -> list[int]:
-        """All peers, beginning with the one whose turn it is."""
-        others = self.num_particles - 1
-        return [(self.particle + 1 + (self._next + k) % others) % self.num_particles for k in range(others)]
+    """Sends copies of tensors to peers, and holds the newest letter that came."""
 
     @abstractmethod
-    def send(self, tensors: Sequence[Tensor], index: int) -> None:
-        """Send copies to the next peer. Returns at once."""
+    def busy(self, peer: int) -> bool:
+        """Whether the last letter to this peer is still on its way."""
 
     @abstractmethod
-    def take(self, sizes: Sequence[int]) -> Letter | None:
-        """The newest letter, cut into flat tensors of these sizes; None if none came since the last call."""
+    def send(self, tensors: Sequence[Tensor], index: int, peer: int) -> None:
+        """Send copies to a peer that is not busy. Returns at once."""
+
+    @abstractmethod
+    def newest(self) -> Letter | None:
+        """Of the letters that have come since the last one was dropped, the one with the highest index."""
+
+    @abstractmethod
+    def drop(self, letter: Letter) -> None:
+        """Forget this letter, if it still is the newest."""
+
+    @property
+    @abstractmethod
+    def bytes_received(self) -> int:
+        """Of all letters that have come so far."""
 
     def close(self) -> None:  # noqa: B027
-        """Tell the peers that no more will come."""
+        """Send and receive no more."""
 
 
 class GlooMailbox(Mailbox):
     """Two threads for each peer, one that sends and one that receives, on a process group of their own.
 
-    A peer that is slow, stopped or dead holds up its own two threads and nobody else: while it has
-    not taken the last letter, it is passed over. Memory: the letter that arrived last, one for each peer that
-    is just sending, and one for each that is just being sent to.
+    A peer that is slow, stopped or dead holds up its own two threads and nobody else. Memory: the newest
+    letter, one for each peer that is just sending, and one for each that is just being sent to.
+
+    Args:
+        group: of all the particles, used by nobody else.
     """
 
     def __init__(self, group: Any, particle: int, num_particles: int, chunk_bytes: int = 2**26) -> None:
-        super().__init__(particle, num_particles)
         self._group = group
         self._chunk = chunk_bytes // 4
-        self._lock = threading.Lock()
-        self._newest: tuple[int, int, Tensor] | None = None
-        self._outboxes: dict[int, queue.Queue[tuple[int, Tensor] | None]] = {}
-        self._threads = []
-        for peer in range(num_particles):
-            if peer != particle:
-                self._outboxes[peer] = queue.Queue(maxsize=1)
-                self._threads += [threading.Thread(target=self._deliver, args=(peer,), daemon=True)]
-                self._threads += [threading.Thread(target=self._collect, args=(peer,), daemon=True)]
+        self._changed = threading.Condition()
+        self._newest: Letter | None = None
+        self._outgoing: dict[int, tuple[int, Tensor]] = {}  # by peer: index, and what is to be sent or on its way
+        self._received = 0
+        self._closed = False
+        peers = [peer for peer in range(num_particles) if peer != particle]
+        self._threads = [
+            threading.Thread(target=target, args=(peer,), daemon=True)
+            for peer in peers
+            for target in (self._deliver, self._collect)
+        ]
         for thread in self._threads:
             thread.start()
 
-    def send(self, tensors: Sequence[Tensor], index: int) -> None:
-        for turn, peer in enumerate(self._peers_in_turn()):
-            if self._outboxes[peer].empty():
-                self._next += turn + 1
-                self._outboxes[peer].put((index, torch.cat([t.detach().float().cpu().view(-1) for t in tensors])))
-                return
+    def busy(self, peer: int) -> bool:
+        with self._changed:
+            return peer in self._outgoing
 
-    def take(self, sizes: Sequence[int]) -> Letter | None:
-        with self._lock:
-            newest, self._newest = self._newest, None
-        if newest is None:
-            return None
-        sender, index, flat = newest
-        return Letter(sender, index, list(flat.split(list(sizes))))
+    def send(self, tensors: Sequence[Tensor], index: int, peer: int) -> None:
+        flat = torch.empty(sum(t.numel() for t in tensors))
+        for part, tensor in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True):
+            part.copy_(tensor.view(-1))
+        with self._changed:
+            self._outgoing[peer] = (index, flat)
+            self._changed.notify_all()
+
+    def newest(self) -> Letter | None:
+        with self._changed:
+            return self._newest
+
+    def drop(self, letter: Letter) -> None:
+        with self._changed:
+            if self._newest is letter:
+                self._newest = None
+
+    @property
+    def bytes_received(self) -> int:
+        with self._changed:
+            return self._received
 
     def close(self) -> None:
-        for outbox in self._outboxes.values():
-            with contextlib.suppress(queue.Full):
-                outbox.put_nowait(None)
+        """Say goodbye; then wait a little for the threads: one whose peer is gone or silent stays where it is."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        deadline = time.monotonic() + _FAREWELL_S
         for thread in self._threads:
-            thread.join(1.0)  # a thread whose peer is gone stays where it is
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _deliver(self, peer: int) -> None:
-        outbox = self._outboxes[peer]
-        with contextlib.suppress(RuntimeError):  # the peer is gone
+        with contextlib.suppress(RuntimeError):  # the peer is gone: busy for ever
             while True:
-                letter = outbox.get()
-                index, flat = letter or (-1, torch.empty(0))
-                self._group.send([torch.tensor([index, flat.numel()])], peer, 0).wait()
-                if letter is None:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closed or peer in self._outgoing)
+                    index, flat = (_GOODBYE, torch.empty(0)) if self._closed else self._outgoing[peer]
+                self._group.send([torch.tensor([index, flat.numel()])], peer, 0).wait(_FOR_EVER)
+                if index == _GOODBYE:
                     return
                 for chunk in flat.split(self._chunk):
-                    self._group.send([chunk], peer, 1).wait()
-        outbox.put((0, torch.empty(0)))  # full from now on: passed over
+                    self._group.send([chunk], peer, 1).wait(_FOR_EVER)
+                with self._changed:
+                    del self._outgoing[peer]
 
     def _collect(self, peer: int) -> None:
         header = torch.empty(2, dtype=torch.int64)
         with contextlib.suppress(RuntimeError):  # the peer is gone
-            while True:
-                self._group.recv([header], peer, 0).wait()
+            while not self._closed:
+                self._group.recv([header], peer, 0).wait(_FOR_EVER)
                 index, numel = header.tolist()
-                if index < 0:
+                if index == _GOODBYE:
                     return
                 flat = torch.empty(numel)
                 for chunk in flat.split(self._chunk):
-                    self._group.recv([chunk], peer, 1).wait()
-                with self._lock:
-                    self._newest = (peer, index, flat)
+                    self._group.recv([chunk], peer, 1).wait(_FOR_EVER)
+                with self._changed:
+                    self._received += 4 * numel
+                    if self._newest is None or index >= self._newest.index:
+                        self._newest = Letter(peer, index, flat)

@@ -35,6 +35,7 @@ class Room:
         self._running = 0
         self._waiting: dict[int, Any] = {}  # what those brought who wait for the meeting to be complete
         self._gone: set[int] = set()
+        self._stopped = False
         self._meetings = 0  # that were completed
         self._result: Any = None
 
@@ -53,6 +54,8 @@ class Room:
                 return self._result
             meetings = self._meetings
             self._hand_over(me)
+            if self._stopped:
+                raise PeerError(f"particle {me}: the simulation was stopped")
             if self._meetings == meetings:
                 raise PeerError(
                     f"particle {me} waits for particles {sorted(self._gone)}, which have ended; "
@@ -61,9 +64,20 @@ class Room:
             return self._result
 
     def pause(self, me: int) -> None:
-        """Let the others run up to their next meeting or pause."""
+        """Let the others run up to their next meeting or pause.
+
+        Raises:
+            PeerError: the simulation has been stopped.
+        """
         with self._turn:
             self._hand_over(me)
+            if self._stopped:
+                raise PeerError(f"particle {me}: the simulation was stopped")
+
+    def stop(self) -> None:
+        """Every thread ends at its next meeting or pause."""
+        with self._turn:
+            self._stopped = True
 
     def enter(self, me: int) -> None:
         """Called first in each thread."""
@@ -179,18 +193,27 @@ class _RoomMailbox(Mailbox):
     """Letters arrive at once; the others then go on to their own next sync point."""
 
     def __init__(self, room: Room, particle: int) -> None:
-        super().__init__(particle, room.size)
-        self._room = room
+        self._room, self._me = room, particle
+        self._received = 0
 
-    def send(self, tensors: Sequence[Tensor], index: int) -> None:
-        peer = self._peers_in_turn()[0]
-        self._next += 1
-        copies = [t.detach().to("cpu", torch.float32, copy=True).view(-1) for t in tensors]
-        self._room.letters[peer] = Letter(self.particle, index, copies)
+    def busy(self, peer: int) -> bool:
+        return False
 
-    def take(self, sizes: Sequence[int]) -> Letter | None:
-        self._room.pause(self.particle)
-        return self._room.letters.pop(self.particle, None)
+    def send(self, tensors: Sequence[Tensor], index: int, peer: int) -> None:
+        flat = torch.cat([t.detach().to("cpu", torch.float32).view(-1) for t in tensors])
+        self._room.letters[peer] = Letter(self._me, index, flat)
+        self._room.pause(self._me)
+
+    def newest(self) -> Letter | None:
+        return self._room.letters.get(self._me)
+
+    def drop(self, letter: Letter) -> None:
+        self._received += 4 * letter.flat.numel()
+        self._room.letters.pop(self._me)
+
+    @property
+    def bytes_received(self) -> int:
+        return self._received
 
 
 class Crew:
@@ -223,8 +246,12 @@ class Crew:
         """
         _be_a_world_of_one()
         self._start(0)
-        for thread in self._threads:  # grows while the first one runs
-            thread.join()
+        try:
+            for thread in self._threads:  # grows while the first one runs
+                thread.join()
+        except BaseException:  # Ctrl-C
+            self._stop()
+            raise
         if self._errors:
             raise self._errors[0]
         return [self._results[particle] for particle in sorted(self._results)]
@@ -243,9 +270,14 @@ class Crew:
             self._results[particle] = self._body()
         except BaseException as error:
             self._errors.append(error)
+            self._stop()
         finally:
             if self._room is not None:
                 self._room.leave(particle)
+
+    def _stop(self) -> None:
+        if self._room is not None:
+            self._room.stop()
 
     def _join(self, particle: int, particles: int | Literal["node"], timeout_s: float) -> World:
         if particles == "node":

@@ -45,7 +45,9 @@ def init(config: ConfigSource, *, run_dir: str | Path | None = None, world: Worl
         world = Crew.world(particles, swarm_config.timeout_s) or World.carve(
             particles, peer_backend=swarm_config.peer_backend, timeout_s=swarm_config.timeout_s
         )
-    elif particles != world.layout.num_particles:
+    elif world.closed:
+        raise ConfigError("the world that was given to ds_pso.init is closed; give it before its swarm is closed")
+    elif particles not in ("node", world.layout.num_particles):
         raise ConfigError(
             f"swarm.particles = {particles}: the world that was given has {world.layout.num_particles}; "
             "use that number, or start another launch"
@@ -156,8 +158,10 @@ class Swarm(SwarmState):
         """Inside the block the engine holds the model that ``export`` would write; call it on all ranks.
 
         For evaluation: with rules that leave the particles apart, none of them is the model. Take no
-        step inside. It costs an exchange, and a copy of the shard in memory.
+        step inside. It costs an exchange, and two copies of the shard in memory.
         """
+        if which not in ("consensus", "best"):
+            raise ConfigError(f'swarm.consensus which = {which!r}: must be "consensus" or "best"')
         with self.synchronizer.holding(which) if self.synchronizer else contextlib.nullcontext():
             yield
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -70,6 +70,7 @@ class Synchronizer:
         self._check_same_model()
         self._start_alike()
         self._mailbox = world.open_mailbox() if rule.max_staleness is not None else None
+        self._letter_bytes = 0
 
     def _check_same_model(self) -> None:
         prints = self.world.gather("the model of every particle", self.shards.fingerprint())
@@ -208,12 +209,12 @@ class Synchronizer:
         else:
             arriving = iter([(Piece(i, 0, x.numel(), 0), x) for i, x in enumerate(shards)])
         for piece, received in arriving:
-            self._update(piece, received, plan)
+            self._update(shards[piece.tensor], piece, received, plan)
         return note
 
-    def _update(self, piece: Piece, received: Tensor, plan: Plan) -> None:
-        """Let the rule update a piece, one parameter at a time if it asks for that."""
-        x, me = self.shards.tensors[piece.tensor], self.exchange.particle
+    def _update(self, x: Tensor, piece: Piece, received: Tensor, plan: Plan) -> None:
+        """Let the rule update a piece of shard ``x``, one parameter at a time if it asks for that."""
+        me = self.exchange.particle
         parts = [(piece.start, piece.stop, "")]
         if self.rule.per_parameter:
             segments = (s for s in self.shards.segments if s.shard == piece.tensor)
@@ -227,25 +228,34 @@ class Synchronizer:
                 self.rule.update(x[start:stop], arrived, state, plan, Place(me, name))
 
     def _take_letter(self, mailbox: Mailbox, point: SyncPoint) -> dict[str, Any]:
-        """Send the particle's state to a peer, and use what came meanwhile. Waits for nobody."""
+        """Send the particle's state to a peer, and use what came meanwhile. Waits for no other particle."""
         me, shards = self.exchange.particle, self.shards.tensors
+        others = self.exchange.num_particles - 1
+        peer = (me + 1 + point.index % others) % (others + 1)  # each in turn
         with self._flat_buffers() as buffers:
-            if point.alive[me]:
-                mailbox.send([*shards, *buffers], point.index)
-            letter = mailbox.take([t.numel() for t in (*shards, *buffers)])
+            tensors = [*shards, *buffers]
+            # Whatever the ranks of a particle do with a letter, they do together.
+            busy = any(row[0] for row in self.world.particle_gather([float(mailbox.busy(peer))]))
+            if point.alive[me] and not busy:
+                mailbox.send(tensors, point.index, peer)
+            letter = mailbox.newest()
+            mine = [-1.0, -1.0] if letter is None else [float(letter.sender), float(letter.index)]
+            rows = self.world.particle_gather(mine)
+            self.exchange.bytes_received += mailbox.bytes_received - self._letter_bytes
+            self._letter_bytes = mailbox.bytes_received
+            if letter is None or any(row != mine for row in rows):
+                return {"from": None}  # the same letter will have come to all by the next sync point, or a newer one
+            mailbox.drop(letter)
             assert self.rule.max_staleness is not None
-            usable = letter is not None and point.index - letter.index <= self.rule.max_staleness
-            if not all(row[0] for row in self.world.particle_gather([float(usable)])):
-                return {"from": None}  # on all ranks of the particle alike
-            assert letter is not None
-            self.exchange.bytes_received += letter.nbytes
+            if point.index - letter.index > self.rule.max_staleness:
+                return {"from": None}
+            parts = letter.flat.split([t.numel() for t in tensors])
             plan = self.rule.plan(point, self.memory)
-            for i, (x, received) in enumerate(zip(shards, letter.tensors, strict=False)):
-                self._update(Piece(i, 0, x.numel(), 0), received.to(x.device), plan)
+            for i, (x, received) in enumerate(zip(shards, parts, strict=False)):
+                self._update(x, Piece(i, 0, x.numel(), 0), received.to(x.device), plan)
             self.memory = plan.memory
             if not point.alive[me]:
-                for buffer, received in zip(buffers, letter.tensors[len(shards) :], strict=True):
-                    buffer.copy_(received)
+                self._replace(buffers, parts[len(shards) :])
                 self.shards.reset_optimizer_state()
         return {"from": letter.sender, "age": point.index - letter.index, **plan.note}
 
@@ -257,6 +267,8 @@ class Synchronizer:
 
     def _average_moments(self, point: SyncPoint) -> None:
         """The moments of every particle, the dead included, become the mean of those of the living."""
+        if not point.alive[self.exchange.particle]:
+            self.shards.reset_optimizer_state()  # counts if there is no mean
         moments = self.shards.moments()
         alike = len({row[0] for row in self.exchange.all_gather([float(len(moments))])}) == 1  # peers, not mates
         if not all(row[0] for row in self.world.particle_gather([float(alike)])):
@@ -290,8 +302,9 @@ class Synchronizer:
         with self._flat_buffers() as buffers:
             targets = [*shards, *buffers]
             own = [t.clone() for t in targets]
-            tensors, flat = self.collect(which)
-            self._replace(targets, [*tensors, *flat])
+            model, flat = self.collect(which)
+            self._replace(targets, [*model, *flat])
+            del model, flat
         try:
             self.shards.publish()
             yield
@@ -301,7 +314,7 @@ class Synchronizer:
             self.shards.publish()
 
     @staticmethod
-    def _replace(targets: list[Tensor], values: list[Tensor]) -> None:
+    def _replace(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         for target, value in zip(targets, values, strict=True):
             target.copy_(value)
 

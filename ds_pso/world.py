@@ -12,6 +12,7 @@ import contextlib
 import os
 import socket
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, ClassVar, Literal
 
@@ -121,13 +122,19 @@ class World(Roster):
         timeout = timedelta(seconds=self.timeout_s)
         if self.backend == "nccl":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        try:
+        with self._connecting():
             if self.backend == "gloo":
                 return dist.ProcessGroupGloo(store, layout.particle, layout.num_particles, timeout)
             options = dist.ProcessGroupNCCL.Options()
             # Longer than Exchange waits, so that an error is raised before the watchdog ends the process.
             options._timeout = 2 * timeout
             return dist.ProcessGroupNCCL(store, layout.particle, layout.num_particles, options)
+
+    @contextlib.contextmanager
+    def _connecting(self) -> Iterator[None]:
+        layout = self.layout
+        try:
+            yield
         except RuntimeError as error:
             raise PeerError(
                 f"{self.describe(layout.rank)}: its peers do not connect ({str(error).splitlines()[0]}); check that "
@@ -183,7 +190,11 @@ class World(Roster):
         turn = self.turn("mailbox")
         self.roll_call(f"mailbox {turn}", layout.peers)
         store = dist.PrefixStore(f"letters/{layout.shard_rank}/{turn}", self.store)
-        group = dist.ProcessGroupGloo(store, layout.particle, layout.num_particles, timedelta(days=3650))
+        if self._mailbox is not None:
+            self._mailbox.close()  # of an earlier swarm on this world
+        with self._connecting():
+            timeout = timedelta(seconds=self.timeout_s)
+            group = dist.ProcessGroupGloo(store, layout.particle, layout.num_particles, timeout)
         self._mailbox = GlooMailbox(group, layout.particle, layout.num_particles)
         return self._mailbox
 
@@ -205,6 +216,11 @@ class World(Roster):
         dist.all_gather(rows, mine)
         return [row.tolist() for row in rows]
 
+    @property
+    def closed(self) -> bool:
+        """Whether this rank has left it."""
+        return self._closed
+
     # -- leaving ----------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -215,8 +231,7 @@ class World(Roster):
         if dist.is_initialized() and not self._torch_was_up:
             dist.destroy_process_group()
         if self.store is not None:
-            if self._mailbox is not None:
-                self._mailbox.close()
+            self._close_mailbox()
             self._shut_peer_group()
             with contextlib.suppress(dist.DistError, RuntimeError):
                 patience = timedelta(seconds=min(_GOODBYE_S, self.timeout_s))
@@ -233,6 +248,11 @@ class World(Roster):
                         time.sleep(0.05)  # lets the message leave before the socket closes
         self.abandon()
 
+    def _close_mailbox(self) -> None:
+        mailbox, self._mailbox = self._mailbox, None
+        if mailbox is not None:
+            mailbox.close()
+
     def _shut_peer_group(self) -> None:
         group, self.peer_group = self.peer_group, None
         if group is not None and self.backend == "nccl":
@@ -241,6 +261,7 @@ class World(Roster):
     def abandon(self) -> None:
         """Leave at once, waiting for nobody, and put the launcher's environment back."""
         self._closed = True
+        self._close_mailbox()
         for name, value in self._saved_env.items():
             if value is None:
                 os.environ.pop(name, None)

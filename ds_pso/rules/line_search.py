@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,7 +65,7 @@ class LineSearch(Rule):
 
     def proceed(self, plan: Plan, scores: tuple[float, ...]) -> Plan:
         best = min(range(len(scores)), key=lambda i: (scores[i], i))
-        if not scores[best] < scores[0] - self.options.margin * abs(scores[0]):
+        if math.isfinite(scores[0]) and not scores[best] < scores[0] - self.options.margin * abs(scores[0]):
             best = 0
         return Plan(
             receive="nothing",

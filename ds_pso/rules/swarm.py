@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ds_pso.rules.base import Place, Plan, Rule, RuleConfig, State, SyncPoint
 
+_NO_WEIGHT_BELOW = 0.1  # times 1 / P
 _FEW_ROUNDS = 10  # inertia built up over so few sync points has no time to pay
 
 
@@ -78,16 +79,18 @@ class SwarmRule(Rule):
     With a the last consensus, f_i the losses, sums over the living particles::
 
         m   = mean of x_i
-        m_w = sum w_i x_i,  w = softmax(-q / tau),  q_i = loss of x_i on the probe batch
+        m_w = sum w_i x_i,  w = softmax(-q / tau),  q_i = loss of x_i on the probe batch;
+                            0 where that is below 0.1 / P
         m <- m_w  if m_w has the lower loss on the probe batch
         u <- beta u + (a - m);  a <- a - u;  x_i <- a
 
-    m_w is tried when there is cause for doubt: softmax(-f / tau) is clearly not uniform, or the loss
-    of m on the probe batch is above the mean of the f_i. beta is 0 at the last sync point, and
-    throughout a training of 10 sync points or fewer, if the length of training is known.
+    m_w is tried when there is cause for doubt, which is when softmax(-f / tau) is clearly not uniform or
+    the loss of m on the probe batch is above the mean of the f_i, and w is clearly not uniform. beta
+    is 0 at the last sync point, and throughout a training of 10 sync points or fewer, if the length of
+    training is known.
 
     Each particle's learning rate is multiplied by exp(mu + sigma z_i), z evenly spaced in [-1, 1] and
-    shuffled at each sync point, sigma = ln(lr_spread), shrinking to 0 in the second half of training if
+    shuffled when losses have been compared, sigma = ln(lr_spread), shrinking to 0 in the second half of training if
     its length is known. When m_w has won, with u_i the utilities of the ranks of q (sum |u_i| = 1)::
 
         mu <- mu + eta sigma sum u_i z_i
@@ -146,10 +149,19 @@ class SwarmRule(Rule):
             return replace(plan, receive="nothing", carry=replace(trial, stage="own", mean_score=score))
         if trial.stage == "own":
             own = tuple(s if alive else math.inf for s, alive in zip(scores, trial.sync.alive, strict=True))
+            broken = any(math.isinf(s) for s, alive in zip(own, trial.sync.alive, strict=True) if alive)
+            if math.isinf(min(own)) or not (broken or self._unequal(own)):
+                # Nobody is to blame: a false alarm, as when the model overfits.
+                return replace(
+                    plan,
+                    receive="nothing",
+                    score=False,
+                    carry=_Trial("settle", mean_in="trial"),
+                    note={"guard": "equal"},
+                )
             rates = self._learning_rates(trial.sync, trial.memory, True, own)
             carry = replace(trial, stage="weighted", rates=rates)
-            weights = plan.weights if math.isinf(min(own)) else _softmax(own, self.options.temperature)
-            return replace(plan, receive="mean", weights=weights, carry=carry)
+            return replace(plan, receive="mean", weights=self._weigh(own), carry=carry)
         believed = score < trial.mean_score
         settled = replace(
             plan,
@@ -165,11 +177,20 @@ class SwarmRule(Rule):
             return settled
         return replace(settled, lr_factors=trial.rates.factors, memory={**plan.memory, **trial.rates.memory})
 
+    def _weigh(self, scores: Sequence[float]) -> tuple[float, ...]:
+        """Weights of the particles in the mean that competes, shape (P,)."""
+        weights = _softmax(scores, self.options.temperature)
+        # Exploded weights are poison in any dose.
+        kept = [w if w * len(weights) >= _NO_WEIGHT_BELOW else 0.0 for w in weights]
+        return tuple(w / sum(kept) for w in kept)
+
     def _unequal(self, losses: Sequence[float]) -> bool:
-        """Whether the loss-weighted mean would do without a good part of the living particles."""
-        weights = _softmax(losses, self.options.temperature)
-        living = sum(math.isfinite(loss) for loss in losses)
-        return 1 / (max(1, living) * sum(w * w for w in weights)) < 1 - self.options.unequal_above
+        """Whether a mean weighted by these losses would do without a good part of the particles that have one."""
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        if not finite:
+            return False
+        weights = _softmax(finite, self.options.temperature)
+        return 1 / (len(finite) * sum(w * w for w in weights)) < 1 - self.options.unequal_above
 
     def update(self, x: Tensor, received: Tensor, state: State, plan: Plan, place: Place) -> None:
         if plan.carry.stage == "own":  # x holds the mean, and the trial what this particle brought
@@ -214,9 +235,7 @@ class SwarmRule(Rule):
     ) -> _Rates:
         """For the coming steps; the common rate follows ``losses``, if given."""
         if self.options.lr_spread == 1:
-            return _Rates()
-        if "z" in memory and not shuffle:  # too early to compare
-            return _Rates({key: memory[key] for key in ("mu", "sigma", "z")})
+            return _Rates({}, (1.0,) * sync.num_particles)
         mu = memory.get("mu", 0.0)
         if "z" in memory and losses:
             utilities = _rank_utilities(losses, sync.alive)
@@ -224,16 +243,17 @@ class SwarmRule(Rule):
             mu += self.options.lr_step * memory["sigma"] * step
         sigma = math.log(self.options.lr_spread) * (min(1.0, 2 - 2 * sync.progress) if sync.total else 1)
         even = np.linspace(-1, 1, sync.num_particles) if sync.num_particles > 1 else np.zeros(1)
-        z = np.random.default_rng([self.seed, sync.index]).permutation(even).tolist()
+        if "z" in memory and not shuffle:  # the losses are still being collected
+            z = memory["z"]
+        else:
+            z = np.random.default_rng([self.seed, sync.index]).permutation(even).tolist()
         factors = tuple(math.exp(mu + sigma * value) for value in z)
         return _Rates({"mu": mu, "sigma": sigma, "z": z}, factors)
 
 
 def _softmax(losses: Sequence[float], temperature: float) -> tuple[float, ...]:
-    """softmax(-loss / temperature), shape (P,); an infinite loss gets 0; if all are infinite, all get the same."""
+    """softmax(-loss / temperature), shape (P,); an infinite loss gets 0, and at least one is finite."""
     lowest = min(losses)
-    if math.isinf(lowest):
-        return tuple(1 / len(losses) for _ in losses)
     powers = [math.exp((lowest - loss) / temperature) for loss in losses]
     return tuple(power / sum(powers) for power in powers)
 

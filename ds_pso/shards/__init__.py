@@ -68,6 +68,10 @@ def _why_not(engine: Any) -> str | None:
         ),
         ("nvme" in devices, 'its shards are on NVMe; set offload_optimizer.device and offload_param.device to "cpu"'),
         (
+            getattr(offload_optimizer, "ratio", 1.0) != 1.0,
+            "a part of its optimizer runs on the GPU and the rest on the CPU; set offload_optimizer.ratio to 1",
+        ),
+        (
             bool(getattr(offload_optimizer, "super_offload", False)),
             "SuperOffload updates shards in another process; remove offload_optimizer.super_offload",
         ),

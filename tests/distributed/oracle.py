@@ -162,7 +162,7 @@ class PsoOracle(Oracle):
 
 
 class SwarmOracle(Oracle):
-    """m = mean, or the loss-weighted mean if that is better; u <- beta u + (a - m), a <- a - u; learning rates."""
+    """m = mean, or in doubt the weighted mean if that is better; u <- beta u + (a - m), a <- a - u; learning rates."""
 
     def begin(self, start: np.ndarray, **options: Any) -> None:
         self.options = options  # all of them: what the defaults are is no matter of these tests
@@ -170,7 +170,7 @@ class SwarmOracle(Oracle):
         self.mu, self.sigma, self.z = 0.0, 0.0, None
         self.window: list[list[float]] = []  # losses of the sync points since the last comparison
         self.winners: list[str] = []  # of the sync points at which the guard acted
-        self.scores: list[list[float]] = []  # there, of the mean and of the loss-weighted mean
+        self.scores: list[list[float]] = []  # there, of the mean and of the weighted mean
 
     def move(self, x: Particles, losses: list[float]) -> Particles:
         o, total = self.options, self.problem.total
@@ -178,25 +178,31 @@ class SwarmOracle(Oracle):
         compared = len(self.window) * self.problem.interval >= o["fitness_steps"]
         if compared:
             losses, self.window = list(np.mean(self.window, axis=0)), []
-        weights = np.exp(-np.array(losses) / o["temperature"])
-        weights /= weights.sum()
-        unequal = compared and 1 / (len(x) * np.sum(weights**2)) < 1 - o["unequal_above"]
+        unequal = compared and 1 / (len(x) * np.sum(self._softmax(losses) ** 2)) < 1 - o["unequal_above"]
         mean = np.mean(x, axis=0)
-        believed = unequal
-        if unequal and o["guard"]:
-            weighted = np.tensordot(weights, np.stack(x), 1)
-            self.scores.append([self.problem.score(candidate, self.index) for candidate in (mean, weighted)])
-            believed = self.scores[-1][1] < self.scores[-1][0]
-            self.winners.append("weighted" if believed else "mean")
-            mean = weighted if believed else mean
+        believed = unequal and not o["guard"]
+        if compared and o["guard"] and (unequal or self.problem.score(mean, self.index) > np.mean(losses)):
+            scores = [self.problem.score(own, self.index) for own in x]
+            weights = self._softmax(scores)
+            if 1 / (len(x) * np.sum(weights**2)) < 1 - o["unequal_above"]:
+                losses = scores
+                weights[weights < 0.1 / len(x)] = 0
+                weighted = np.tensordot(weights / weights.sum(), np.stack(x), 1)
+                self.scores.append([self.problem.score(candidate, self.index) for candidate in (mean, weighted)])
+                believed = self.scores[-1][1] < self.scores[-1][0]
+                self.winners.append("weighted" if believed else "mean")
+                mean = weighted if believed else mean
         no_inertia = total is not None and (total <= 10 or self.index + 1 >= total)
         self.momentum = (0 if no_inertia else o["inertia"]) * self.momentum + (self.anchor - mean)
         self.anchor = self.anchor - self.momentum
-        if compared or self.z is None:
-            self._set_learning_rates(losses, believed)
+        self._set_learning_rates(losses, believed, compared)
         return [self.anchor.copy() for _ in x]
 
-    def _set_learning_rates(self, losses: list[float], believed: bool) -> None:
+    def _softmax(self, losses: list[float]) -> np.ndarray:
+        weights = np.exp((min(losses) - np.array(losses)) / self.options["temperature"])
+        return weights / weights.sum()
+
+    def _set_learning_rates(self, losses: list[float], believed: bool, compared: bool) -> None:
         """mu <- mu + eta sigma sum u_i z_i with the sigma and z of the steps that gave these losses."""
         p = len(losses)
         if believed and self.z is not None:
@@ -204,7 +210,8 @@ class SwarmOracle(Oracle):
             self.mu += self.options["lr_step"] * self.sigma * np.sum(utilities * self.z) / np.sum(np.abs(utilities))
         shrink = 1.0 if self.problem.total is None else min(1.0, 2 * (1 - self.progress))
         self.sigma = np.log(self.options["lr_spread"]) * shrink
-        self.z = np.random.default_rng([0, self.index]).permutation(np.linspace(-1, 1, p))
+        if compared or self.z is None:
+            self.z = np.random.default_rng([0, self.index]).permutation(np.linspace(-1, 1, p))
         self.lr_factors = list(np.exp(self.mu + self.sigma * self.z))
 
 

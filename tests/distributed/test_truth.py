@@ -33,7 +33,7 @@ SWARM = {
     "inertia": 0.3,
     "guard": True,
     "fitness_steps": 2,
-    "temperature": 0.1,
+    "temperature": 0.03,
     "unequal_above": 0.1,
     "lr_spread": 2.0,
     "lr_step": 1.3,

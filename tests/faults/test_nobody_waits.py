@@ -160,7 +160,8 @@ def test_letters_pull_the_models_together(pool: Pool, tmp_path: Path, stage: int
         for low, high in seen:  # a mean of two never leaves the hull
             assert -1e-5 <= low <= high <= particles - 1 + 1e-5
         assert {sender for sender, _ in letters} <= set(range(particles)) - {rank // size}
-        assert nbytes == len(letters) * shard_bytes
+        assert nbytes % shard_bytes == 0
+        assert nbytes >= len(letters) * shard_bytes  # others came, too, and were overtaken
     drift = max(ends) - min(ends)
     assert drift < 0.3 * (particles - 1), ends
 
