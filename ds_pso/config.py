@@ -85,9 +85,7 @@ class SwarmConfig(StrictModel):
 
     def total_syncs(self, ds_config: Mapping[str, Any]) -> int | None:
         """Sync points of the whole training; None if neither section says how long it is."""
-        steps = self.total_steps
-        if steps is None:
-            steps = ds_config.get("scheduler", {}).get("params", {}).get("total_num_steps")
+        steps = _total_num_steps(ds_config) if self.total_steps is None else self.total_steps
         return steps // self.sync_interval if isinstance(steps, int) else None
 
     def resolved(self) -> dict[str, Any]:
@@ -131,13 +129,20 @@ def load_config(source: ConfigSource) -> tuple[dict[str, Any], SwarmConfig]:
     return config, swarm
 
 
+def _total_num_steps(ds_config: Mapping[str, Any]) -> Any:
+    """Of DeepSpeed's scheduler; None if it says nothing of the kind, and DeepSpeed will say what is wrong."""
+    scheduler = ds_config.get("scheduler")
+    params = scheduler.get("params") if isinstance(scheduler, dict) else None
+    return params.get("total_num_steps") if isinstance(params, dict) else None
+
+
 def _check_consistent(ds_config: dict[str, Any], swarm: SwarmConfig, where: str) -> None:
     """Refuse what each key allows, and the rule does not."""
     rule, mode = swarm.build_rule(), swarm.sync_mode
     if rule is None:
         return
     if rule.uses_progress and swarm.total_steps is None:
-        steps = (ds_config.get("scheduler") or {}).get("params", {}).get("total_num_steps")
+        steps = _total_num_steps(ds_config)
         if steps is None:
             raise ConfigError(
                 f"{where}: swarm.{mode} changes over training, and its length is not known; "
@@ -205,4 +210,6 @@ def _explain(item: Any, where: str, known: list[str]) -> str:
         hint = f'did you mean "{close[0]}"?' if close else f"known keys: {', '.join(known)}"
         return f"{name}: unknown key; {hint}"
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if not key:  # about several keys together
+        return f"{name}: {message}"
     return f"{name} = {item['input']!r}: {message if message.startswith('must') else 'must be ' + message}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 
 from ds_pso.rules.base import Place, Plan, Rule, RuleConfig, SyncPoint
 from ds_pso.rules.diloco import DiLoCo
@@ -44,6 +45,11 @@ def find_rule(name: str) -> type[Rule]:
         ) from error
     if not (isinstance(found, type) and issubclass(found, Rule)):
         raise ValueError(f"must name a subclass of ds_pso.rules.Rule, and {module_name} has none called {class_name}")
+    if inspect.isabstract(found):
+        missing = " and ".join(sorted(found.__abstractmethods__))
+        raise ValueError(f"must name a complete rule, and {class_name} does not define {missing}")
+    if not (isinstance(found.Config, type) and issubclass(found.Config, RuleConfig)):
+        raise ValueError(f"must name a rule whose Config is a subclass of ds_pso.rules.RuleConfig, and {name} is not one")
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ds_pso.rules.base import Place, Plan, Rule, RuleConfig, State, SyncPoint
@@ -29,6 +29,15 @@ class NoSyncConfig(RuleConfig):
         ge=0,
         description="If asynchronous: ignore what a peer sent more sync points ago than this, by its count and ours.",
     )
+
+    @model_validator(mode="after")
+    def _exponential_growth_is_positive(self) -> NoSyncConfig:
+        if self.growth == "exponential" and not (self.pressure > 0 and self.final_pressure > 0):
+            raise ValueError(
+                f'growth "exponential" needs pressure and final_pressure above 0, and they are {self.pressure:g} '
+                f'and {self.final_pressure:g}; raise them, or use growth "linear"'
+            )
+        return self
 
 
 class NoSync(Rule):
@@ -61,7 +70,7 @@ class NoSync(Rule):
         start, final = self.options.pressure, self.options.final_pressure
         if self.options.growth == "constant":
             return start
-        if self.options.growth == "linear" or start == 0:
+        if self.options.growth == "linear":
             return start + (final - start) * sync.progress
         return float(start * (final / start) ** sync.progress)
 
