@@ -133,6 +133,12 @@ class Exchange:
             )
             yield from self._unpack(bucket if source == me else arrived, pieces, tensors)
 
+    def from_self(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Piece, Tensor]]:
+        """Yield, piece by piece, the particle's own tensors: for work that must not need much memory at once."""
+        for pieces in plan_buckets([t.numel() for t in tensors], max(1, self.bucket_bytes // 4)):
+            for piece in pieces:
+                yield piece, piece.of(tensors[piece.tensor])
+
     def all_gather(self, values: Sequence[float]) -> list[list[float]]:
         """A few float64 of every particle, exactly, in the order of particles."""
         if self.num_particles == 1:

@@ -207,7 +207,7 @@ class Synchronizer:
             note["sources"] = plan.sources
             arriving = self.exchange.from_each(outgoing, plan.sources)
         else:
-            arriving = iter([(Piece(i, 0, x.numel(), 0), x) for i, x in enumerate(shards)])
+            arriving = self.exchange.from_self(shards)
         for piece, received in arriving:
             self._update(shards[piece.tensor], piece, received, plan)
         return note
@@ -228,7 +228,10 @@ class Synchronizer:
                 self.rule.update(x[start:stop], arrived, state, plan, Place(me, name))
 
     def _take_letter(self, mailbox: Mailbox, point: SyncPoint) -> dict[str, Any]:
-        """Send the particle's state to a peer, and use what came meanwhile. Waits for no other particle."""
+        """Send the particle's state to a peer, and use what came meanwhile.
+
+        Waits for no other particle, nor for the store: that may lie in a process that is frozen or gone.
+        """
         me, shards = self.exchange.particle, self.shards.tensors
         others = self.exchange.num_particles - 1
         peer = (me + 1 + point.index % others) % (others + 1)  # each in turn
@@ -251,8 +254,8 @@ class Synchronizer:
                 return {"from": None}
             parts = letter.flat.split([t.numel() for t in tensors])
             plan = self.rule.plan(point, self.memory)
-            for i, (x, received) in enumerate(zip(shards, parts, strict=False)):
-                self._update(x, Piece(i, 0, x.numel(), 0), received.to(x.device), plan)
+            for piece, x in self.exchange.from_self(shards):
+                self._update(shards[piece.tensor], piece, piece.of(parts[piece.tensor]).to(x.device), plan)
             self.memory = plan.memory
             if not point.alive[me]:
                 self._replace(buffers, parts[len(shards) :])

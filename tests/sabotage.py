@@ -160,14 +160,14 @@ def wait_for_letters() -> None:
 
     from ds_pso.letters import GlooMailbox
 
-    real = GlooMailbox.take
+    real = GlooMailbox.newest
 
-    def take(self: Any, sizes: Any) -> Any:
-        while (letter := real(self, sizes)) is None:
+    def newest(self: Any) -> Any:
+        while (letter := real(self)) is None:
             time.sleep(0.01)
         return letter
 
-    GlooMailbox.take = take
+    GlooMailbox.newest = newest
 
 
 @sabotage("faults/test_nobody_waits.py")
@@ -191,7 +191,8 @@ def average_moments_unevenly() -> None:
 
     def average(self: Any, point: Any) -> None:
         first, *others = point.mean_weights()
-        real(self, SimpleNamespace(mean_weights=lambda: (first + 0.01, others[0] - 0.01, *others[1:])))
+        leaning = (first + 0.01, others[0] - 0.01, *others[1:])
+        real(self, SimpleNamespace(alive=point.alive, mean_weights=lambda: leaning))
 
     Synchronizer._average_moments = average
 

@@ -49,7 +49,7 @@ def find_rule(name: str) -> type[Rule]:
         missing = " and ".join(sorted(found.__abstractmethods__))
         raise ValueError(f"must name a complete rule, and {class_name} does not define {missing}")
     if not (isinstance(found.Config, type) and issubclass(found.Config, RuleConfig)):
-        raise ValueError(f"must name a rule whose Config is a subclass of ds_pso.rules.RuleConfig, and {name} is not one")
+        raise ValueError(f"must name a rule whose Config is a ds_pso.rules.RuleConfig, and that of {class_name} is not")
     return found
 
 

@@ -170,6 +170,7 @@ class SwarmRule(Rule):
             carry=_Trial("settle", mean_in="received" if believed else "trial"),
             note={
                 "guard": "weighted" if believed else "mean",
+                "weights": plan.weights if believed else trial.sync.mean_weights(),
                 "guard_scores": {"mean": trial.mean_score, "weighted": score},
             },
         )
