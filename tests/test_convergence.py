@@ -99,7 +99,7 @@ def test_rows_survive_and_half_a_row_does_not(tmp_path):
 
 def test_statistics():
     assert str(Stat.of([1.0, 2.0, 3.0], ".2f")) == "2.00 +- 1.00"
-    assert str(Stat.of([1.0, math.nan], ".2f")) == "diverged"
+    assert str(Stat.of([1.0, math.nan], ".2f")) == "1 of 2 diverged"
     assert str(Stat.of([1.0], ".1f")) == "1.0"
     assert steps_to(0.6, OUTCOME.curve) == 128
     assert steps_to(0.8, OUTCOME.curve) == math.inf

@@ -73,7 +73,8 @@ def _report(arguments: argparse.Namespace) -> list[Path]:
     results = Results(path_of(arguments.table, real=arguments.real, scale=arguments.scale))
     cells = with_rates(cells_of(arguments.table, arguments.scale), _rates(_tuning(arguments.scale)))
     rows = {cell: results.rows[cell] for cell in cells if cell in results.rows}
-    return write_report(arguments.table, results.path, rows, len(cells)) if rows else []
+    real = {} if arguments.real else Results(path_of(arguments.table, real=True, scale=arguments.scale)).rows
+    return write_report(arguments.table, results.path, rows, len(cells), real) if rows else []
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.convergence.cells import RULES, SITUATIONS
-from benchmarks.convergence.grids import Grid, Rows, Stat, equal_steps_of, grids_of
+from benchmarks.convergence.grids import Grid, Rows, Stat, equal_steps_of, grids_of, main_measure
 from ds_pso.files import write_atomically
 
 _TUNED = (
@@ -48,11 +48,12 @@ _COLORS = dict(zip(RULES, ["0.1", *(f"C{i}" for i in (0, 1, 2, 3, 4, 5, 8)), "0.
 _MARKERS = dict(zip(RULES, "so^v<>DPxX", strict=True))
 
 
-def write_report(table: str, csv: Path, rows: Rows, num_cells: int) -> list[Path]:
+def write_report(table: str, csv: Path, rows: Rows, num_cells: int, real: Rows) -> list[Path]:
     """Write ``<csv's name>.md`` and ``.png`` beside the CSV; returns both paths.
 
     Args:
         num_cells: of the whole table.
+        real: the same or other cells, run by a process per rank, to compare with.
     """
     grids = list(grids_of(table, rows))
     extra = list(equal_steps_of(rows)) if table == "papers" else []
@@ -65,6 +66,7 @@ def write_report(table: str, csv: Path, rows: Rows, num_cells: int) -> list[Path
             first[grid.title] = grid
             lines += [f"## {grid.title}", ""]
         lines.append(grid.markdown())
+    lines += _confirmed(rows, real)
     write_atomically(page, "\n".join(lines).rstrip() + "\n")
     draw([grid for grid in first.values() if grid not in extra], picture)
     return [page, picture]
@@ -86,6 +88,27 @@ def _head(table: str, rows: Rows, num_cells: int) -> list[str]:
     if len(rows) < num_cells:
         lines += [f"**Not finished: {num_cells - len(rows)} of {num_cells} runs are missing.**", ""]
     return lines
+
+
+def _confirmed(rows: Rows, real: Rows) -> list[str]:
+    """Runs that were made both ways, side by side."""
+    both = [cell for cell in real if cell in rows]
+    if not both:
+        return []
+    lines = [
+        "## Real runs",
+        "",
+        "The same runs with a process per rank, gloo and ZeRO 2, instead of a simulation at ZeRO 0. Sums are added in "
+        "another order, and training multiplies such differences.",
+        "",
+        "| run | measure | simulated | real |",
+        "| --- | --- | --- | --- |",
+    ]
+    for cell in both:
+        measure, what, spec = main_measure(cell.task)
+        values = (f"{measure(cell, outcomes[cell]):{spec}}" for outcomes in (rows, real))
+        lines.append(f"| {cell} | {what} | {' | '.join(values)} |")
+    return [*lines, ""]
 
 
 def _listed(values: Any) -> str:
