@@ -14,8 +14,9 @@ from benchmarks.convergence.tasks import TASKS
 
 Rows = Mapping[Cell, Outcome]
 Measure = Callable[[Cell, Outcome], float]
-_PAIRED = "mean over pairs of equal seed"
+_PAIRED = "mean over pairs of equal seed; bold: beyond noise"
 CHANCE = 0.1  # accuracy of a guess among ten classes
+_STUDENT_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # two-sided quantiles of Student's t, by the number of values
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,19 @@ class Stat:
     deviation: float  # NaN with one seed
     spec: str  # how to format the mean
     diverged: str = ""  # "1 of 3"
+    count: int = 1
 
     @classmethod
     def of(cls, values: Sequence[float], spec: str) -> Stat:
         several = len(values) > 1 and all(map(math.isfinite, values))
         bad = sum(map(math.isnan, values))
         deviation = statistics.stdev(values) if several else math.nan
-        return cls(statistics.fmean(values), deviation, spec, f"{bad} of {len(values)}" if bad else "")
+        return cls(statistics.fmean(values), deviation, spec, f"{bad} of {len(values)}" if bad else "", len(values))
+
+    @property
+    def beyond_noise(self) -> bool:
+        """Whether the mean differs from zero by Student's t-test at 95 %."""
+        return self.count > 1 and abs(self.mean) > _STUDENT_95[self.count] * self.deviation / math.sqrt(self.count)
 
     def __str__(self) -> str:
         if math.isnan(self.mean):
@@ -52,14 +59,20 @@ class Grid:
     rows: list[str]
     columns: list[str]
     stats: Mapping[tuple[str, str], Stat]  # (row, column)
+    paired: bool = False  # of differences; then those beyond noise are bold
 
     def markdown(self) -> str:
         lines = [f"**{self.what}**", "", f"| | {' | '.join(self.columns)} |"]
         lines.append("| --- |" + " --- |" * len(self.columns))
         for row in self.rows:
-            texts = [str(self.stats.get((row, column), "")) for column in self.columns]
-            lines.append(f"| {row} | {' | '.join(texts)} |")
+            lines.append(f"| {row} | {' | '.join(self._text(row, column) for column in self.columns)} |")
         return "\n".join([*lines, ""])
+
+    def _text(self, row: str, column: str) -> str:
+        stat = self.stats.get((row, column))
+        if stat is None:
+            return ""
+        return f"**{stat}**" if self.paired and stat.beyond_noise else str(stat)
 
 
 # -- measures -----------------------------------------------------------------------------------
@@ -149,7 +162,8 @@ def make_grid(
         if numbers:
             stats[place] = Stat.of(numbers, spec)
     rules = sorted({rule for rule, _ in stats}, key=RULES.index)
-    return Grid(title, what, rules, list(dict.fromkeys(name for _, name in stats)), stats)
+    columns = list(dict.fromkeys(name for _, name in stats))
+    return Grid(title, what, rules, columns, stats, paired=against is not None)
 
 
 def grids_of(table: str, rows: Rows) -> Iterable[Grid]:
@@ -163,19 +177,18 @@ def grids_of(table: str, rows: Rows) -> Iterable[Grid]:
         measure, what, spec = main_measure(task)
         grid = functools.partial(make_grid, title, functools.partial(condition, table=table))
         yield grid(part, what, measure, spec)
+        if table == "optimizer_state":
+            to = f"{what}: difference to keep, {_PAIRED}"
+            yield grid(part, to, measure, "+" + spec, lambda rule, _: (rule, "keep"))
+        else:
+            to = f"{what}: difference to local_sgd, {_PAIRED}"
+            yield grid(part, to, measure, "+" + spec, lambda _, condition: ("local_sgd", condition))
         if table == "papers":
             exchanged = {cell: outcome for cell, outcome in part.items() if outcome.megabytes}
             yield grid(part, "test loss, nats", loss, ".4f")
             yield grid(part, "accuracy on training data - test accuracy, percentage points", accuracy_gap, "+.2f")
             yield grid(exchanged, "received by each particle, MB", megabytes, ".3g")
             yield grid(exchanged, "accuracy above chance per MB, percentage points", points_per_megabyte, ".3g")
-        elif table == "optimizer_state":
-            yield grid(
-                part, f"{what}: difference to keep, {_PAIRED}", measure, "+" + spec, lambda rule, _: (rule, "keep")
-            )
-        else:
-            to = f"{what}: difference to local_sgd, {_PAIRED}"
-            yield grid(part, to, measure, "+" + spec, lambda _, condition: ("local_sgd", condition))
         if table == "transformers":
             yield grid(part, "held-out loss - loss on training data, nats", loss_gap, "+.3f")
             yield grid(part, "received by each particle, MB", megabytes, ".3g")
