@@ -140,9 +140,10 @@ def _grid(
     scale: float,
     rules: Iterable[str] = RULES,
     share: float = 1.0,
+    seeds: Iterable[int] = SEEDS,
 ) -> Iterator[Cell]:
     """All combinations; ``share`` of the samples of each task."""
-    for task, rule, num, seed in product(tasks, rules, particles, SEEDS):
+    for task, rule, num, seed in product(tasks, rules, particles, seeds):
         num = 1 if rule == "single" else num
         for interval in [0] if rule in APART else intervals:
             yield Cell(task, rule, num, interval, _steps(task, num, scale * share), seed, scale=scale)
@@ -164,13 +165,11 @@ def _transformers(scale: float) -> Iterator[Cell]:
 
 
 def _unequal(scale: float) -> Iterator[Cell]:
-    for task, share in (("mnist", 1 / 4), ("gpt_small", 1 / 2)):
-        for cell in _grid((task,), (4,), (32,), scale, ("allreduce", *MEETING), share):
+    for task, share, seeds in (("mnist", 1 / 4, (*SEEDS, 4, 5)), ("gpt_small", 1 / 2, SEEDS)):
+        for cell in _grid((task,), (4,), (32,), scale, ("allreduce", *MEETING), share, seeds):
             for situation in SITUATIONS:
                 if cell.rule != "allreduce" or situation not in NOT_FOR_ALLREDUCE:
                     yield replace(cell, situation=situation)
-            if cell.seed == SEEDS[0]:
-                yield from (replace(cell, seed=seed) for seed in (4, 5))
 
 
 def _optimizer_state(scale: float) -> Iterator[Cell]:

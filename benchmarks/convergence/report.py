@@ -14,6 +14,7 @@ from benchmarks.convergence.cells import RULES, SITUATIONS
 from benchmarks.convergence.grids import Grid, Rows, Stat, equal_steps_of, grids_of, main_measure
 from ds_pso.files import write_atomically
 
+CLAIMS = Path(__file__).parent / "claims"
 _TUNED = (
     "Learning rates were chosen among five, a factor of two apart, for each task and rule, by the validation data, "
     "with P = 4 and a seed that is not among the table's; rates for n = 8 and n = 128 are those of n = 32."
@@ -66,7 +67,7 @@ def write_report(table: str, csv: Path, rows: Rows, num_cells: int, real: Rows) 
             first[grid.title] = grid
             lines += [f"## {grid.title}", ""]
         lines.append(grid.markdown())
-    lines += _confirmed(rows, real)
+    lines += [*_confirmed(rows, real), *_claims(table, csv)]
     write_atomically(page, "\n".join(lines).rstrip() + "\n")
     draw([grid for grid in first.values() if grid not in extra], picture)
     return [page, picture]
@@ -109,6 +110,12 @@ def _confirmed(rows: Rows, real: Rows) -> list[str]:
         values = (f"{measure(cell, outcomes[cell]):{spec}}" for outcomes in (rows, real))
         lines.append(f"| {cell} | {what} | {' | '.join(values)} |")
     return [*lines, ""]
+
+
+def _claims(table: str, csv: Path) -> list[str]:
+    """What people concluded from the full table of this name."""
+    text = CLAIMS / f"{table}.md"
+    return text.read_text(encoding="utf-8").splitlines() if csv.stem == table and text.exists() else []
 
 
 def _listed(values: Any) -> str:
