@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from hypothesis import HealthCheck, settings
@@ -15,38 +16,92 @@ from ds_pso.rules import RULES, Place, Plan, Rule, SyncPoint
 
 
 class Simulation:
-    """Holds every particle's weights and state, and lets them meet."""
+    """Holds every particle's weights and state, and lets them meet.
 
-    def __init__(self, rule: Rule, start: Tensor, num_particles: int) -> None:
+    Args:
+        start: weights of all particles, shape (n,).
+        score: loss of weights (n,) on the probe batch.
+        total: sync points of the whole training; 20 for rules that must know it.
+        parameters: names and sizes of the parameters of which ``start`` consists.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        start: Tensor,
+        num_particles: int,
+        *,
+        score: Callable[[np.ndarray], float] = lambda x: float(np.square(x).sum()),
+        total: int | None = None,
+        parameters: Mapping[str, int] | None = None,
+    ) -> None:
         self.rule = rule
+        self.score = score
+        self.total = 20 if total is None and rule.uses_progress else total
+        self.parameters = dict(parameters or {"all": start.numel()})
         self.x = [start.clone() for _ in range(num_particles)]
         self.state = [rule.init_state(x) for x in self.x]
+        self.lr_factors: tuple[float, ...] = (1.0,) * num_particles
         self.memory: dict = {}
         self.index = 0
+        self.plans: list[Plan] = []  # of the last sync point
 
-    def sync(self, fitness: Sequence[float], alive: Sequence[bool] | None = None) -> Plan:
-        point = SyncPoint(self.index, tuple(fitness), tuple(alive or [True] * len(self.x)))
-        plan, *others = [self.rule.plan(point, self.memory) for _ in self.x]
+    def sync(self, fitness: Sequence[float], alive: Sequence[bool] | None = None, steps: Sequence[int] = ()) -> Plan:
+        """Meet; returns the last plan."""
+        point = SyncPoint(self.index, tuple(fitness), tuple(alive or [True] * len(self.x)), self.total, tuple(steps))
+        plan = self._agreed(lambda: self.rule.plan(point, self.memory))
+        self.plans = [plan]
+        self._carry_out(plan)
+        while plan.score:
+            scores = tuple(self._score(x) for x in self.x)
+            plan = self._agreed(lambda plan=plan, scores=scores: self.rule.proceed(plan, scores))
+            self.plans.append(plan)
+            self._carry_out(plan)
+        # Memory goes through a checkpoint after every sync.
+        self.memory = json.loads(json.dumps(plan.memory))
+        assert self.memory == plan.memory
+        self.lr_factors = plan.lr_factors or self.lr_factors
+        self.index += 1
+        return plan
+
+    def _agreed(self, make: Callable[[], Plan]) -> Plan:
+        plan, *others = [make() for _ in self.x]
         assert all(other == plan for other in others), "ranks disagree"
+        return plan
+
+    def _score(self, x: Tensor) -> float:
+        loss = self.score(x.numpy())
+        return loss if math.isfinite(loss) else math.inf
+
+    def _carry_out(self, plan: Plan) -> None:
         particles = list(enumerate(zip(self.x, self.state, strict=True)))
         for i, (x, state) in particles:
             self.rule.before_exchange(x, state, plan, Place(i))
         outgoing = self.x if plan.send == "x" else [state[plan.send] for state in self.state]
         if plan.receive == "mean":
-            received = sum(w * x for w, x in zip(plan.weights, outgoing, strict=True) if w != 0)
+            mean = sum(w * x for w, x in zip(plan.weights, outgoing, strict=True) if w != 0)
+            received = [mean.clone() for _ in self.x]
+        elif plan.receive == "one":
+            received = [outgoing[source].clone() for source in plan.sources]
         else:
-            received = outgoing[plan.source].clone()
+            assert plan.receive == "nothing"
+            received = self.x
         for i, (x, state) in particles:
-            self.rule.update(x, received.clone(), state, plan, Place(i))
-        # Memory goes through a checkpoint after every sync.
-        self.memory = json.loads(json.dumps(plan.memory))
-        assert self.memory == plan.memory
-        self.index += 1
-        return plan
+            for name, cut in self._cuts().items():
+                piece = {key: value.view(-1)[cut] for key, value in state.items()}
+                self.rule.update(x.view(-1)[cut], received[i].view(-1)[cut], piece, plan, Place(i, name))
+
+    def _cuts(self) -> dict[str, slice]:
+        stops = np.cumsum(list(self.parameters.values())).tolist()
+        return {name: slice(stop - n, stop) for (name, n), stop in zip(self.parameters.items(), stops, strict=True)}
 
     def array(self) -> np.ndarray:
         """All weights, shape (P, n)."""
         return np.stack([x.numpy() for x in self.x])
+
+    def states(self, name: str) -> np.ndarray:
+        """A state tensor of all particles, shape (P, n)."""
+        return np.stack([state[name].numpy() for state in self.state])
 
 
 def make_rule(name: str, seed: int = 0, **options: object) -> Rule:
@@ -60,6 +115,7 @@ relaxed = settings(deadline=None, max_examples=60, suppress_health_check=[Health
 # -- strategies -----------------------------------------------------------------------------
 
 losses = st.one_of(st.floats(-5, 5), st.sampled_from([0.0, 1.0, math.nan, math.inf]))
+seeds = st.integers(0, 2**32 - 1)
 
 
 @st.composite
@@ -71,20 +127,65 @@ def meetings(draw: st.DrawFn, num_particles: int) -> tuple[list[float], list[boo
     return fitness, alive
 
 
+# Several sync points of the same 1 to 5 particles.
+histories = st.integers(1, 5).flatmap(lambda p: st.lists(meetings(p), min_size=1, max_size=6))
+
+
+@st.composite
+def _pso_options(draw: st.DrawFn) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "best": draw(st.sampled_from(["window", "all_time"])),
+        "randomness": draw(st.sampled_from(["none", "per_sync", "per_tensor"])),
+        "topology": draw(st.sampled_from(["global", "ring"])),
+        "velocity_clamp": draw(st.sampled_from([None, 0.1, 100.0])),
+        "constriction": draw(st.booleans()),
+    }
+    if options["constriction"]:
+        return options | {"cognitive": draw(st.sampled_from([2.05, 3.0])), "social": 2.05, "final_social": 2.5}
+    return options | {
+        "inertia": draw(st.sampled_from([0.0, 0.3, 0.9])),
+        "cognitive": draw(st.sampled_from([0.0, 0.5, 1.5])),
+        "social": draw(st.sampled_from([0.0, 1.0, 1.5])),
+        "final_inertia": draw(st.sampled_from([None, 0.0, 0.5])),
+        "final_cognitive": draw(st.sampled_from([None, 0.0, 1.0])),
+        "final_social": draw(st.sampled_from([None, 0.5])),
+    }
+
+
 diloco_rules = st.builds(
     make_rule,
     st.just("diloco"),
     outer_lr=st.floats(0.01, 2),
     outer_momentum=st.one_of(st.just(0.0), st.floats(0, 0.95)),
 )
-pso_rules = st.builds(
+pso_rules = st.builds(lambda seed, options: make_rule("pso", seed, **options), st.integers(0, 2**70), _pso_options())
+easgd_rules = st.builds(make_rule, st.just("easgd"), beta=st.floats(0.01, 1))
+nosync_rules = st.builds(
     make_rule,
-    st.just("pso"),
+    st.just("nosync"),
+    pressure=st.floats(0.01, 1),
+    final_pressure=st.floats(0.01, 1),
+    growth=st.sampled_from(["linear", "exponential", "constant"]),
+)
+swarm_rules = st.builds(
+    make_rule,
+    st.just("swarm"),
     seed=st.integers(0, 2**70),
     inertia=st.sampled_from([0.0, 0.3, 0.9]),
-    cognitive=st.sampled_from([0.0, 0.5, 1.5]),
-    social=st.sampled_from([0.0, 1.0, 1.5]),
-    best=st.sampled_from(["window", "all_time"]),
-    randomness=st.sampled_from(["none", "per_sync"]),
+    guard=st.booleans(),
+    fitness_steps=st.integers(1, 3),
+    unequal_above=st.sampled_from([0.0, 0.1]),
+    lr_spread=st.sampled_from([1.0, 1.5]),
 )
-any_rule = st.one_of(st.builds(make_rule, st.just("local_sgd")), diloco_rules, pso_rules)
+line_search_rules = st.builds(
+    make_rule, st.just("line_search"), inertia=st.floats(0.1, 1), longest=st.floats(0.5, 2), margin=st.floats(0, 0.5)
+)
+any_rule = st.one_of(
+    st.builds(make_rule, st.just("local_sgd")),
+    diloco_rules,
+    pso_rules,
+    easgd_rules,
+    nosync_rules,
+    swarm_rules,
+    line_search_rules,
+)

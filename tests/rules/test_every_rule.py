@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from ds_pso.rules import RULES, SyncPoint
+from ds_pso.rules import RULES, Place, SyncPoint
 
-from .simulation import Simulation, any_rule, make_rule, meetings, relaxed
+from .simulation import Simulation, any_rule, histories, make_rule, meetings, relaxed, seeds
 
 
 def bits(tensor):
@@ -20,26 +21,40 @@ def bits(tensor):
     return tensor.view(torch.int32)
 
 
-@relaxed
-@given(any_rule, st.integers(1, 5).flatmap(meetings), st.integers(0, 1000))
-def test_a_plan_can_be_carried_out(rule, meeting, index):
+def scattered(rule, meeting, seed=0, numel=3):
+    """Particles in random places, the dead ones at NaN, after a sync point with this fitness."""
     fitness, alive = meeting
-    plan = rule.plan(SyncPoint(index, tuple(fitness), tuple(alive)), {})
+    swarm = Simulation(rule, torch.zeros(numel), len(alive))
+    generator = torch.Generator().manual_seed(seed)
+    for x, living in zip(swarm.x, alive, strict=True):
+        x += torch.randn(numel, generator=generator) if living else math.nan
+    swarm.sync(fitness, alive)
+    return swarm
+
+
+@relaxed
+@given(any_rule, st.integers(1, 5).flatmap(meetings), seeds)
+def test_a_plan_can_be_carried_out(rule, meeting, seed):
+    _, alive = meeting
     state = rule.init_state(torch.zeros(3))
-    assert plan.send == "x" or plan.send in state
-    if plan.receive == "mean":
-        assert sum(plan.weights) == pytest.approx(1.0)
-        assert all(w == 0 for w, living in zip(plan.weights, alive, strict=True) if not living)
-    else:
-        assert alive[plan.source], "a dead particle would send NaN to everybody"
+    for plan in scattered(rule, meeting, seed).plans:
+        assert plan.send == "x" or plan.send in state
+        assert plan.alive == tuple(alive)
+        if plan.receive == "mean":
+            assert sum(plan.weights) == pytest.approx(1.0)
+            assert all(w == 0 for w, living in zip(plan.weights, alive, strict=True) if not living)
+        elif plan.receive == "one":
+            assert all(alive[source] for source in plan.sources), "a dead particle would send NaN"
+        assert all(factor > 0 and math.isfinite(factor) for factor in plan.lr_factors)
+        assert not plan.score or rule.uses_probe
 
 
 @relaxed
 @given(any_rule, st.integers(1, 4).flatmap(meetings), st.integers(0, 1000))
 def test_a_plan_depends_on_its_arguments_alone(rule, meeting, index):
-    point = SyncPoint(index, tuple(meeting[0]), tuple(meeting[1]))
+    point = SyncPoint(index, tuple(meeting[0]), tuple(meeting[1]), total=2000)
     twin = type(rule)(rule.options, seed=rule.seed)
-    twin.plan(SyncPoint(index + 1, point.fitness, point.alive), {})  # other calls in between change nothing
+    twin.plan(replace(point, index=index + 1), {})  # other calls in between change nothing
     assert rule.plan(point, {}) == twin.plan(point, {})
 
 
@@ -49,7 +64,7 @@ def test_a_plan_depends_on_its_arguments_alone(rule, meeting, index):
     st.integers(2, 4).flatmap(meetings),
     st.sampled_from([150, 33, 8, 1, 0]),
     st.integers(1, 6),
-    st.integers(0, 2**32 - 1),
+    seeds,
 )
 def test_updating_in_pieces_equals_updating_at_once(rule, meeting, numel, num_pieces, seed):
     rng = np.random.default_rng(seed)
@@ -57,19 +72,22 @@ def test_updating_in_pieces_equals_updating_at_once(rule, meeting, numel, num_pi
     def noise():
         return torch.from_numpy(rng.normal(size=numel).astype(np.float32))
 
-    fitness, alive = meeting
-    plan = rule.plan(SyncPoint(3, tuple(fitness), tuple(alive)), {})
     edges = [0, *sorted(rng.integers(0, numel + 1, size=num_pieces)), numel]
-    for particle, living in enumerate(alive):
-        x, received = noise() if living else torch.full((numel,), math.nan), noise()
+    for plan, (particle, living) in itertools.product(scattered(rule, meeting, seed).plans, enumerate(meeting[1])):
+        place = Place(particle, "weight")
+        x, arrived = noise() if living else torch.full((numel,), math.nan), noise()
         state = {name: noise() for name in rule.init_state(x)}
         x_cut, state_cut = x.clone(), {name: value.clone() for name, value in state.items()}
-        rule.before_exchange(x, state, plan, particle)
-        rule.update(x, received.clone(), state, plan, particle)
+
+        def received(x, cut=slice(None), plan=plan, arrived=arrived):
+            return x if plan.receive == "nothing" else arrived.clone()[cut]
+
+        rule.before_exchange(x, state, plan, place)
+        rule.update(x, received(x), state, plan, place)
         for start, stop in itertools.pairwise(edges):
             piece = {name: value[start:stop] for name, value in state_cut.items()}
-            rule.before_exchange(x_cut[start:stop], piece, plan, particle)
-            rule.update(x_cut[start:stop], received[start:stop], piece, plan, particle)
+            rule.before_exchange(x_cut[start:stop], piece, plan, place)
+            rule.update(x_cut[start:stop], received(x_cut[start:stop], slice(start, stop)), piece, plan, place)
         assert torch.equal(bits(x), bits(x_cut))
         assert state.keys() == state_cut.keys()
         assert all(torch.equal(bits(value), bits(state_cut[name])) for name, value in state.items())
@@ -87,7 +105,7 @@ def test_a_dead_particle_comes_back_finite(rule, meeting, rounds_before):
     for x, state, living in zip(swarm.x, swarm.state, alive, strict=True):
         if not living:
             x.fill_(math.nan)
-            # DiLoCo's state is common to all particles: training cannot touch it.
+            # What is common to all particles, such as an anchor, training cannot touch.
             for name in {"velocity", "best_position"} & state.keys():
                 state[name].fill_(math.nan)
     swarm.sync(fitness, alive)
@@ -129,7 +147,7 @@ def test_options_are_strict_and_have_defaults(name):
 
 
 @relaxed
-@given(st.integers(2, 4).flatmap(lambda p: st.lists(meetings(p), min_size=2, max_size=4)), any_rule)
+@given(histories, any_rule)
 def test_what_lives_on_is_state_and_memory(rounds, rule):
     """A rule object made anew between two sync points goes on as the old one would have."""
     swarms = [Simulation(rule, torch.ones(4), len(rounds[0][0])) for _ in range(2)]
@@ -140,6 +158,17 @@ def test_what_lives_on_is_state_and_memory(rounds, rule):
                 x += i
             swarm.sync(fitness, alive)
     assert np.array_equal(swarms[0].array(), swarms[1].array())
+    assert swarms[0].lr_factors == swarms[1].lr_factors
+
+
+@relaxed
+@given(any_rule, st.integers(2, 5).flatmap(meetings), seeds)
+def test_rules_that_use_no_fitness_ignore_it(rule, meeting, seed):
+    if rule.uses_fitness:
+        return
+    fitness, alive = meeting
+    a, b = scattered(rule, meeting, seed), scattered(rule, ([0.0] * len(fitness), alive), seed)
+    assert np.array_equal(a.array(), b.array())
 
 
 def test_make_rule_builds_what_the_registry_names():

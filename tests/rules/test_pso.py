@@ -2,80 +2,102 @@
 
 import itertools
 import math
+import zlib
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_pso.rules import SyncPoint
 
-from .simulation import Simulation, make_rule, meetings, pso_rules, relaxed
+from .simulation import Simulation, histories, make_rule, pso_rules, relaxed, seeds
 
 NAN, INF = math.nan, math.inf
 
 
 class NumpyPso:
-    """Particle swarm optimisation as Kennedy and Eberhart, and arXiv 2009.03816, write it."""
+    """Particle swarm optimisation as Kennedy and Eberhart, Clerc, and arXiv 2009.03816, write it."""
 
-    def __init__(self, start: np.ndarray, num_particles: int, inertia: float, all_time: bool) -> None:
+    def __init__(self, start: np.ndarray, num_particles: int, options: Any, total: int) -> None:
         self.velocity = np.zeros((num_particles, start.size))
         self.best_position = np.tile(start, (num_particles, 1))
         self.best_loss = [INF] * num_particles
-        self.inertia, self.all_time = inertia, all_time
+        self.options, self.total, self.index = options, total, 0
 
-    def sync(self, x: np.ndarray, fitness: list[float], alive: list[bool], pulls: list[tuple[float, float]]):
-        """``pulls``: (c1 r1, c2 r2) of each particle."""
+    def coefficients(self) -> tuple[float, float, float]:
+        o, t = self.options, (self.index + 1) / self.total
+        names = ("inertia", "cognitive", "social")
+        ends = [(getattr(o, name), getattr(o, f"final_{name}")) for name in names]
+        w, c1, c2 = (a if b is None else (1 - t) * a + t * b for a, b in ends)
+        if not o.constriction:
+            return w, c1, c2
+        chi = 2 / abs(2 - (c1 + c2) - math.sqrt((c1 + c2) ** 2 - 4 * (c1 + c2)))  # Clerc and Kennedy, equation 4
+        return chi, chi * c1, chi * c2
+
+    def sync(self, x: np.ndarray, fitness: list[float], alive: list[bool], r: np.ndarray) -> list[int]:
+        """``r``: r1 and r2 of each particle and weight, shape (P, 2, n). Returns whom each follows."""
+        num_particles, o = len(alive), self.options
         loss = [INF if math.isnan(f) or not living else f for f, living in zip(fitness, alive, strict=True)]
         for i, living in enumerate(alive):
             if not living:
                 self.best_loss[i] = INF  # it forgets
             elif loss[i] < self.best_loss[i]:
                 self.best_loss[i], self.best_position[i] = loss[i], x[i]
-        living = [i for i, yes in enumerate(alive) if yes]
-        ranking = self.best_loss if self.all_time else loss
-        source = min(living, key=lambda i: ranking[i])
-        swarm_best = (self.best_position if self.all_time else x)[source].copy()
-        for i, (own, social) in enumerate(pulls):
+        ranking = self.best_loss if o.best == "all_time" else loss
+        places = (self.best_position if o.best == "all_time" else x).copy()
+        sources = []
+        for i in range(num_particles):
+            everybody = [j for j in range(num_particles) if alive[j]]
+            near = [j for j in everybody if (i - j) % num_particles in (0, 1, num_particles - 1)]
+            sources.append(min(near if o.topology == "ring" and near else everybody, key=lambda j: ranking[j]))
+        w, c1, c2 = self.coefficients()
+        limit = INF if o.velocity_clamp is None else o.velocity_clamp
+        for i, source in enumerate(sources):
             if alive[i]:
-                self.velocity[i] = (
-                    self.inertia * self.velocity[i]
-                    + own * (self.best_position[i] - x[i])
-                    + social * (swarm_best - x[i])
-                )
+                pull = c1 * r[i, 0] * (self.best_position[i] - x[i]) + c2 * r[i, 1] * (places[source] - x[i])
+                self.velocity[i] = np.clip(w * self.velocity[i] + pull, -limit, limit)
                 x[i] = x[i] + self.velocity[i]
             else:
-                x[i], self.velocity[i], self.best_position[i] = swarm_best, 0.0, swarm_best
-        return source
+                x[i], self.velocity[i], self.best_position[i] = places[source], 0.0, places[source]
+        self.index += 1
+        return sources
 
 
-@relaxed
-@given(
-    pso_rules,
-    st.integers(1, 5).flatmap(lambda p: st.lists(meetings(p), min_size=1, max_size=6)),
-    st.integers(0, 20),
-    st.integers(0, 2**32 - 1),
-)
-def test_follows_the_equations(rule, rounds, numel, seed):
-    rng, options = np.random.default_rng(seed), rule.options
-    start, num_particles = rng.normal(size=numel), len(rounds[0][0])
-    oracle = NumpyPso(start, num_particles, options.inertia, options.best == "all_time")
-    swarm = Simulation(rule, torch.from_numpy(start.copy()), num_particles)
-    for fitness, alive in rounds:
+def random_factors(rule, index: int, num_particles: int, parameters: dict[str, int]) -> np.ndarray:
+    """r1 and r2 as docs/concepts.md describes them, shape (P, 2, n)."""
+    values = np.full((num_particles, 2, sum(parameters.values())), 0.5)
+    for i in range(num_particles):
+        if rule.options.randomness == "per_sync":
+            values[i] = np.random.default_rng([rule.seed, index, i]).random(2)[:, None]
+        elif rule.options.randomness == "per_tensor":
+            keys = [[rule.seed, index, i, zlib.crc32(name.encode())] for name in parameters]
+            pairs = [np.random.default_rng(key).random(2) for key in keys]
+            values[i] = np.repeat(np.stack(pairs, axis=1), list(parameters.values()), axis=1)
+    return values
+
+
+@settings(relaxed, max_examples=200)
+@given(pso_rules, histories, st.integers(0, 10), st.integers(0, 10), seeds)
+def test_follows_the_equations(rule, rounds, numel, more, seed):
+    rng = np.random.default_rng(seed)
+    parameters = {"weight": numel, "bias": more}
+    start, num_particles = rng.normal(size=numel + more), len(rounds[0][0])
+    oracle = NumpyPso(start, num_particles, rule.options, total=8)
+    swarm = Simulation(rule, torch.from_numpy(start.copy()), num_particles, total=8, parameters=parameters)
+    for index, (fitness, alive) in enumerate(rounds):
         for x, living in zip(swarm.x, alive, strict=True):
-            x += torch.from_numpy(rng.normal(size=numel)) if living else NAN
+            x += torch.from_numpy(rng.normal(size=numel + more)) if living else NAN
         expected = swarm.array()
         plan = swarm.sync(fitness, alive)
-        pulls = [factors[1:] for factors in plan.factors]
-        if options.randomness == "none":
-            assert pulls == [(options.cognitive / 2, options.social / 2)] * num_particles
-        assert oracle.sync(expected, fitness, alive, pulls) == plan.source
+        factors = random_factors(rule, index, num_particles, parameters)
+        assert oracle.sync(expected, fitness, alive, factors) == list(plan.sources)
         np.testing.assert_allclose(swarm.array(), expected, rtol=1e-9, atol=1e-9)
         for name, values in {"velocity": oracle.velocity, "best_position": oracle.best_position}.items():
-            for state, value in zip(swarm.state, values, strict=True):
-                if name in state:
-                    np.testing.assert_allclose(state[name].numpy(), value, rtol=1e-9, atol=1e-9)
+            if name in swarm.state[0]:
+                np.testing.assert_allclose(swarm.states(name), values, rtol=1e-9, atol=1e-9)
 
 
 # -- who is best ----------------------------------------------------------------------------
@@ -94,7 +116,7 @@ def test_follows_the_equations(rule, rounds, numel, seed):
     ],
 )
 def test_the_source_is_the_first_living_particle_with_the_lowest_loss(best, fitness, alive, source):
-    assert make_rule("pso", best=best).plan(SyncPoint(0, fitness, alive), {}).source == source
+    assert make_rule("pso", best=best).plan(SyncPoint(0, fitness, alive), {}).sources == (source,) * 3
 
 
 def test_window_forgets_and_all_time_remembers():
@@ -102,7 +124,7 @@ def test_window_forgets_and_all_time_remembers():
     sources = {}
     for best in ("window", "all_time"):
         swarm = Simulation(make_rule("pso", best=best), torch.zeros(1), 2)
-        sources[best] = [swarm.sync(fitness).source for fitness in [(5.0, 1.0), (2.0, 3.0)]]
+        sources[best] = [swarm.sync(fitness).sources[0] for fitness in [(5.0, 1.0), (2.0, 3.0)]]
     assert sources == {"window": [1, 0], "all_time": [1, 1]}
 
 
@@ -120,8 +142,31 @@ def test_a_dead_particle_forgets_its_best():
     swarm = Simulation(make_rule("pso", best="all_time", cognitive=1.0), torch.zeros(1), 2)
     swarm.sync((1.0, 2.0))
     plan = swarm.sync((NAN, 3.0), (False, True))
-    assert plan.source == 1
+    assert plan.sources == (1, 1)
     assert plan.memory["best_fitness"] == [INF, 2.0]
+
+
+def test_in_a_ring_news_travels_one_neighbour_at_a_time():
+    swarm = Simulation(make_rule("pso", topology="ring", best="all_time", social=2.0), torch.zeros(1), 6)
+    swarm.x[0] += 1.0
+    reached = []
+    for fitness in [[0.0, *[9.0] * 5], *[[9.0] * 6] * 2]:
+        plan = swarm.sync(fitness)
+        reached.append([i for i, x in enumerate(swarm.x) if x.item() == 1.0])
+        swarm.memory = plan.memory | {"best_fitness": [0.0 if x.item() == 1.0 else 9.0 for x in swarm.x]}
+        for x, state in zip(swarm.x, swarm.state, strict=True):
+            state["best_position"].copy_(x)
+    assert reached == [[0, 1, 5], [0, 1, 2, 4, 5], [0, 1, 2, 3, 4, 5]]
+
+
+def test_coefficients_end_at_their_final_values():
+    rule = make_rule(
+        "pso", inertia=0.9, final_inertia=0.4, cognitive=2.5, final_cognitive=0.5, social=0.5, final_social=2.5
+    )
+    plans = [rule.plan(SyncPoint(i, (1.0,), (True,), total=10), {}) for i in range(12)]
+    assert plans[4].factors[0][1:] == pytest.approx((0.65, 0.75, 0.75))  # half-way; r1 = r2 = 1/2
+    assert plans[9].factors[0][1:] == pytest.approx((0.4, 0.25, 1.25))
+    assert plans[11].factors == plans[9].factors  # training that goes on longer than was said
 
 
 # -- random factors -------------------------------------------------------------------------
@@ -132,7 +177,7 @@ def draws(seed=0, num_rounds=20, num_particles=4):
     rule = make_rule("pso", seed=seed, cognitive=1.0, social=1.0, randomness="per_sync")
     alive = (True,) * num_particles
     plans = [rule.plan(SyncPoint(i, (0.0,) * num_particles, alive), {}) for i in range(num_rounds)]
-    return np.array([[factors[1:] for factors in plan.factors] for plan in plans])
+    return np.array([[factors[2:] for factors in plan.factors] for plan in plans])
 
 
 def test_factors_are_uniform_and_differ_by_seed_sync_particle_and_term():
@@ -160,6 +205,9 @@ def test_factors_depend_on_seed_sync_and_particle_alone():
         ({"cognitive": 0.5}, {"best_position"}),
         ({"best": "all_time"}, {"best_position"}),
         ({"inertia": 0.5, "cognitive": 0.5}, {"velocity", "best_position"}),
+        ({"final_inertia": 0.5}, {"velocity"}),
+        ({"final_cognitive": 0.5}, {"best_position"}),
+        ({"constriction": True, "cognitive": 2.05, "social": 2.05}, {"velocity", "best_position"}),
     ],
 )
 def test_keeps_only_the_state_its_options_need(options, names):
@@ -176,6 +224,8 @@ def test_keeps_only_the_state_its_options_need(options, names):
         {"cognitive": 0.5},
         {"best": "all_time", "cognitive": 0.5, "inertia": 0.3},
         {"randomness": "per_sync", "cognitive": 0.5},
+        {"topology": "ring"},
+        {"constriction": True, "cognitive": 2.05, "social": 2.05},
     ],
 )
 def test_particles_that_descend_and_meet_converge(options):

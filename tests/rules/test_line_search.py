@@ -1,0 +1,89 @@
+"""Line search against its equations in NumPy, and when it keeps to the mean."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ds_pso.rules import SyncPoint
+
+from .simulation import Simulation, histories, line_search_rules, make_rule, relaxed, seeds
+
+
+@relaxed
+@given(line_search_rules, histories, st.integers(1, 20), seeds)
+def test_follows_the_equations(rule, rounds, numel, seed):
+    rng, o = np.random.default_rng(seed), rule.options
+    target = rng.normal(size=numel)
+    num_particles = len(rounds[0][0])
+
+    def score(x):
+        return float(np.square(x - target).sum())
+
+    swarm = Simulation(rule, torch.zeros(numel, dtype=torch.float64), num_particles, score=score)
+    anchor = step = np.zeros(numel)
+    for fitness, alive in rounds:
+        for x, living in zip(swarm.x, alive, strict=True):
+            x += torch.from_numpy(rng.normal(size=numel)) if living else math.nan
+        mean = swarm.array()[np.array(alive)].mean(axis=0)
+        candidates = [mean - s * o.inertia * step for s in np.linspace(0, o.longest, num_particles)]
+        scores = [score(candidate) for candidate in candidates]
+        best = int(np.argmin(scores))
+        if scores[best] >= (1 - o.margin) * scores[0]:
+            best = 0
+        step, anchor = anchor - candidates[best], candidates[best]
+        swarm.sync(fitness, alive)
+        np.testing.assert_allclose(swarm.array(), np.tile(anchor, (num_particles, 1)), rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(swarm.states("momentum")[0], step, rtol=1e-9, atol=1e-9)
+
+
+def proceed(scores, **options):
+    """The inertia that is taken, given these scores."""
+    rule = make_rule("line_search", inertia=1.0, longest=len(scores) - 1, **options)
+    first = rule.plan(SyncPoint(1, (0.0,) * len(scores), (True,) * len(scores)), {})
+    assert first.score
+    last = rule.proceed(first, tuple(scores))
+    assert not last.score
+    assert len(set(last.factors)) == 1, "all must arrive at the same weights"
+    return last.factors[0][0]
+
+
+@pytest.mark.parametrize(
+    ("scores", "margin", "taken"),
+    [
+        ([3.0, 1.0, 2.0], 0.0, 1),
+        ([1.0, 1.0, 1.0], 0.0, 0),
+        ([2.0, 1.0, 1.0], 0.0, 1),
+        ([1.0, 0.95, 0.99], 0.1, 0),
+        ([1.0, 0.85, 0.84], 0.1, 2),
+        ([-1.0, -1.05, -1.2], 0.1, 2),  # a log-likelihood of densities
+        ([-1.0, -1.05, -1.08], 0.1, 0),
+        ([math.inf, 5.0, 4.0], 0.1, 2),
+        ([1.0, math.inf, math.inf], 0.0, 0),
+        ([math.inf, math.inf, math.inf], 0.0, 0),
+    ],
+)
+def test_a_candidate_must_be_better_by_the_margin(scores, margin, taken):
+    assert proceed(scores, margin=margin) == taken
+
+
+def test_there_is_nothing_to_search_at_the_first_sync_point():
+    plan = make_rule("line_search").plan(SyncPoint(0, (0.0, 0.0), (True, True)), {})
+    assert not plan.score
+    assert {factor for (factor,) in plan.factors} == {0.0}
+
+
+def test_a_candidate_that_is_not_finite_reaches_nobody():
+    """Weights that explode along the last step: only the mean itself can be evaluated."""
+    swarm = Simulation(
+        make_rule("line_search"), torch.zeros(2), 3, score=lambda x: math.nan if np.abs(x).max() > 2 else float(x.sum())
+    )
+    for _ in range(3):
+        for x in swarm.x:
+            x += 0.9
+        swarm.sync([1.0] * 3)
+        assert np.isfinite(swarm.array()).all()
+    np.testing.assert_allclose(swarm.array(), 2.7, rtol=1e-6)

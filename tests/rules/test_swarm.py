@@ -1,0 +1,271 @@
+"""The swarm rule against its equations in NumPy, stage by stage, and what its guard is there for."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from .simulation import Simulation, histories, make_rule, relaxed, seeds, swarm_rules
+
+NAN, INF = math.nan, math.inf
+TARGET = 3.0
+
+
+def distance(x):
+    """Loss on the probe batch: how far the weights are from a target."""
+    return float(np.square(x - TARGET).mean()) if np.isfinite(x).all() else NAN
+
+
+class NumpySwarm:
+    """Written from the section on ``swarm`` of docs/sync-modes.md."""
+
+    def __init__(self, options, num_particles, numel, total, seed):
+        self.o, self.total, self.seed, self.index = options, total, seed, 0
+        self.anchor = self.step = np.zeros(numel)
+        self.window, self.mu, self.sigma, self.z = [], 0.0, 0.0, None
+        self.lr_factors = np.ones(num_particles)
+
+    def softmax(self, losses):
+        weights = np.exp(-(losses - losses.min()) / self.o.temperature)
+        return weights / weights.sum()
+
+    def unequal(self, losses):
+        finite = losses[np.isfinite(losses)]
+        if not len(finite):
+            return False
+        return 1 / (len(finite) * np.square(self.softmax(finite)).sum()) < 1 - self.o.unequal_above
+
+    def sync(self, x, fitness, alive):
+        """x: shape (P, n). Returns what the guard did."""
+        alive, o = np.array(alive), self.o
+        losses = np.where(alive & ~np.isnan(fitness), fitness, INF)
+        self.window.append(losses)
+        compared = len(self.window) >= o.fitness_steps  # a step each
+        if compared:
+            losses, self.window = np.mean(self.window, axis=0), []
+        mean = x[alive].mean(axis=0)
+        guard, ranked = None, losses if compared and not o.guard and self.unequal(losses) else None
+        finite = losses[np.isfinite(losses)]
+        if compared and o.guard and (self.unequal(losses) or distance(mean) > (finite.mean() if len(finite) else 0)):
+            own = np.array([distance(row) if living else INF for row, living in zip(x, alive, strict=True)])
+            guard = "equal"
+            if self.unequal(own):
+                weights = self.softmax(own)
+                weights[weights < 0.1 / len(weights)] = 0
+                weighted = np.average(x[weights > 0], axis=0, weights=weights[weights > 0])
+                guard = "mean"
+                if distance(weighted) < distance(mean):
+                    guard, mean, ranked = "weighted", weighted, own
+        beta = 0 if self.total and (self.total <= 10 or self.index + 1 >= self.total) else o.inertia
+        self.step = beta * self.step + self.anchor - mean
+        self.anchor = self.anchor - self.step
+        self.set_rates(ranked, alive, compared)
+        self.index += 1
+        return guard
+
+    def set_rates(self, ranked, alive, compared):
+        if ranked is not None and self.z is not None:
+            order = [i for i in np.argsort(ranked, kind="stable") if alive[i]]
+            utility = np.zeros(len(alive))
+            utility[order] = np.linspace(1, -1, len(order)) if len(order) > 1 else 0.0
+            size = np.abs(utility).sum() or 1.0
+            self.mu += self.o.lr_step * self.sigma * (utility / size) @ self.z
+        shrink = min(1, 2 * (1 - (self.index + 1) / self.total)) if self.total else 1
+        self.sigma = np.log(self.o.lr_spread) * max(0, shrink)
+        if self.z is None or compared:
+            even = np.linspace(-1, 1, len(alive)) if len(alive) > 1 else np.zeros(1)
+            self.z = np.random.default_rng([self.seed, self.index]).permutation(even)
+        self.lr_factors = np.exp(self.mu + self.sigma * self.z)
+
+
+@settings(relaxed, max_examples=300)
+@given(swarm_rules, histories, st.sampled_from([None, 4, 12]), st.integers(1, 5), st.floats(0.1, 3), seeds)
+def test_follows_the_equations(rule, rounds, total, numel, scale, seed):
+    rng, num_particles = np.random.default_rng(seed), len(rounds[0][0])
+    oracle = NumpySwarm(rule.options, num_particles, numel, total, rule.seed)
+    start = torch.zeros(numel, dtype=torch.float64)
+    swarm = Simulation(rule, start, num_particles, score=distance, total=total)
+    for fitness, alive in rounds:
+        for x, living in zip(swarm.x, alive, strict=True):
+            x += torch.from_numpy(scale * rng.normal(size=numel)) if living else NAN
+        before = swarm.array()
+        plan = swarm.sync(fitness, alive, steps=[1] * num_particles)
+        assert plan.note.get("guard") == oracle.sync(before, np.array(fitness), alive)
+        np.testing.assert_allclose(swarm.array(), np.tile(oracle.anchor, (num_particles, 1)), rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(swarm.lr_factors, oracle.lr_factors, rtol=1e-9)
+
+
+def plain(**options):
+    """No guard and no learning rates of one's own."""
+    return make_rule("swarm", guard=False, lr_spread=1.0, **options)
+
+
+def test_without_fitness_it_is_the_heavy_ball_of_torch():
+    """SGD with momentum on the pseudo-gradient a - m; velocities of torch begin at the first gradient."""
+    rng = np.random.default_rng(0)
+    swarm = Simulation(plain(inertia=0.6), torch.zeros(6, dtype=torch.float64), 3)
+    outer = torch.zeros(6, dtype=torch.float64).requires_grad_()
+    optimizer = torch.optim.SGD([outer], lr=1.0, momentum=0.6)
+    for _ in range(20):
+        for x in swarm.x:
+            x += torch.from_numpy(rng.normal(size=6))
+        outer.grad = outer.detach() - sum(swarm.x) / 3
+        optimizer.step()
+        swarm.sync([1.0] * 3)
+        torch.testing.assert_close(swarm.x[0], outer.detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("total", "index", "coasts"), [(None, 5, True), (12, 5, True), (12, 11, False), (10, 5, False)]
+)
+def test_inertia_ends_with_training_and_is_not_for_short_ones(total, index, coasts):
+    swarm = Simulation(plain(inertia=0.5), torch.zeros(1), 2, total=total)
+    for _ in range(index):
+        for x in swarm.x:
+            x += 1.0
+        swarm.sync([1.0, 1.0])
+    before = swarm.x[0].item()
+    swarm.sync([1.0, 1.0])  # nobody has moved
+    assert (swarm.x[0].item() > before) == coasts
+
+
+# -- the guard --------------------------------------------------------------------------------
+
+
+def meeting(places, fitness, **options):
+    """One sync point of particles at these distances from the target; returns the swarm and the last plan."""
+    rule = make_rule("swarm", inertia=0.0, fitness_steps=1, **options)
+    swarm = Simulation(rule, torch.zeros(1, dtype=torch.float64), len(places), score=distance)
+    swarm.sync([1.0] * len(places))  # nothing to see: all at the start, and of one opinion
+    for x, place in zip(swarm.x, places, strict=True):
+        x.fill_(TARGET + place)
+    return swarm, swarm.sync(fitness)
+
+
+def test_equal_losses_and_a_good_mean_cost_one_score():
+    swarm, plan = meeting([1.0, -1.0, 1.0, -1.0], [1.0, 1.0, 1.01, 1.0])
+    assert len(swarm.plans) == 2
+    assert [p.score for p in swarm.plans] == [True, False]
+    assert "guard" not in plan.note
+    np.testing.assert_allclose(swarm.array(), TARGET)
+
+
+@pytest.mark.parametrize("fitness", [[0.1, 0.1, 0.1, 5.0], [0.1, 0.1, 0.1, 0.1]], ids=["its loss", "the mean's score"])
+def test_a_spoilt_particle_is_noticed_by(fitness):
+    """Its own training loss may say nothing, as when its labels are wrong and it has learned them."""
+    swarm, plan = meeting([0.1, -0.1, 0.1, 8.0], fitness)
+    assert plan.note["guard"] == "weighted"
+    assert np.abs(swarm.array() - TARGET).max() < 0.11
+    assert plan.note["weights"][3] == 0.0
+    assert plan.note["guard_scores"]["weighted"] < plan.note["guard_scores"]["mean"]
+
+
+def test_losses_that_the_probe_does_not_confirm_change_nothing():
+    """Particles with other data have other losses, and are all equally good."""
+    swarm, plan = meeting([1.0, -1.0, 1.0, -1.0], [0.1, 2.0, 4.0, 6.0])
+    assert plan.note["guard"] == "equal"
+    np.testing.assert_allclose(swarm.array(), TARGET)
+
+
+def test_the_weighted_mean_must_be_better():
+    """The worst particle may be what balances the others."""
+    swarm, plan = meeting([1.0, 1.0, -2.0], [0.1, 0.1, 4.0])
+    assert plan.note["guard"] == "mean"
+    np.testing.assert_allclose(swarm.array(), TARGET)
+    assert plan.note["weights"] == pytest.approx((1 / 3,) * 3)
+
+
+def test_a_false_alarm_leaves_the_common_learning_rate():
+    _, false = meeting([1.0, -1.0, 1.0, -1.0], [0.1, 2.0, 4.0, 6.0])
+    _, true = meeting([0.1, -0.1, 0.1, 8.0], [0.1, 0.1, 0.1, 5.0])
+    assert false.memory["mu"] == 0.0
+    assert true.memory["mu"] != 0.0
+
+
+@pytest.mark.parametrize("place", [1e3, 1e30, NAN])
+def test_exploded_weights_are_poison_in_no_dose(place):
+    """Also with a temperature at which softmax alone would leave them a small weight."""
+    swarm, plan = meeting([0.1, -0.1, 0.1, place], [0.1, 0.1, 0.1, 0.1], temperature=1e5)
+    assert np.abs(swarm.array() - TARGET).max() < 0.11, plan
+
+
+def test_a_share_below_a_tenth_of_the_equal_one_becomes_nothing():
+    rule = make_rule("swarm", temperature=1.0)
+    for p in (2, 4, 8):
+        edge = -math.log(0.1 / p)  # with softmax weights (1 - 0.1 / P, ..., 0.1 / P) or nearly so
+        assert rule._weigh([0.0] + [INF] * (p - 2) + [edge + 0.5])[-1] == 0.0
+        assert rule._weigh([0.0] + [INF] * (p - 2) + [edge - 0.5])[-1] > 0.0
+
+
+# -- losses over several sync points -----------------------------------------------------------
+
+
+def test_losses_are_compared_over_enough_steps():
+    """8 steps a sync point and 32 to compare: the fourth, and again the eighth."""
+    rule = make_rule("swarm", fitness_steps=32)
+    swarm = Simulation(rule, torch.zeros(2), 4, score=distance)
+    scored = []
+    for _ in range(8):
+        swarm.sync([1.0, 2.0, 3.0, 4.0], steps=[8, 8, 8, 8])
+        scored.append(swarm.plans[0].score)
+    assert scored == [False, False, False, True] * 2
+
+
+def test_the_noise_of_short_windows_cancels():
+    """Losses that differ at each sync point, in turns, and not over two of them."""
+    noted = []
+    for steps in (1, 2):
+        swarm = Simulation(make_rule("swarm", fitness_steps=steps, guard=False, lr_step=1.0), torch.zeros(1), 2)
+        for i in range(6):
+            swarm.sync([1.0, 3.0] if i % 2 else [3.0, 1.0], steps=[1, 1])
+        noted.append(swarm.memory["mu"])
+    assert noted[0] != 0.0
+    assert noted[1] == 0.0
+
+
+# -- learning rates ------------------------------------------------------------------------------
+
+
+@given(st.integers(2, 8), st.integers(0, 2**70))
+@relaxed
+def test_rates_are_spread_evenly_and_dealt_by_chance(num_particles, seed):
+    swarm = Simulation(
+        make_rule("swarm", seed, lr_spread=2.0, guard=False, fitness_steps=1), torch.zeros(1), num_particles
+    )
+    orders = set()
+    for _ in range(12):
+        swarm.sync([1.0] * num_particles)
+        logs = np.log2(swarm.lr_factors)
+        np.testing.assert_allclose(np.sort(logs), np.linspace(-1, 1, num_particles), atol=1e-12)
+        orders.add(swarm.lr_factors)
+    assert len(orders) > 1
+
+
+def test_the_spread_shrinks_in_the_second_half_and_ends_at_zero():
+    swarm = Simulation(make_rule("swarm", lr_spread=2.0, guard=False), torch.zeros(1), 4, total=20)
+    widths = []
+    for _ in range(20):
+        swarm.sync([1.0] * 4)
+        widths.append(math.log2(max(swarm.lr_factors)))
+    np.testing.assert_allclose(widths[:10], 1.0)
+    np.testing.assert_allclose(np.diff(widths[9:]), -0.1)
+    assert widths[-1] == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("guard", [True, False])
+@pytest.mark.parametrize("better", ["higher", "lower"])
+def test_the_common_rate_moves_to_that_of_the_better_particles(guard, better):
+    """Those with the better rates are closer to the target, and have lower losses."""
+    sign = 1 if better == "higher" else -1
+    rule = make_rule("swarm", inertia=0.0, guard=guard, fitness_steps=1)
+    swarm = Simulation(rule, torch.zeros(1, dtype=torch.float64), 4, score=distance)
+    swarm.sync([1.0] * 4)
+    for _ in range(10):
+        for x, factor in zip(swarm.x, swarm.lr_factors, strict=True):
+            x.fill_(TARGET + 2.0 - sign * 2 * math.log(factor / math.exp(swarm.memory["mu"])))
+        swarm.sync([distance(x.numpy()) for x in swarm.x])
+    assert sign * swarm.memory["mu"] > 1.0
+    assert np.mean(np.log(swarm.lr_factors)) == pytest.approx(swarm.memory["mu"])
