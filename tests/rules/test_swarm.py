@@ -178,6 +178,14 @@ def test_the_weighted_mean_must_be_better():
     assert plan.note["weights"] == pytest.approx((1 / 3,) * 3)
 
 
+@pytest.mark.parametrize(("weighted", "winner"), [(0.999, "weighted"), (1.0, "mean"), (INF, "mean")])
+def test_a_tie_goes_to_the_mean(weighted, winner):
+    scores = iter([1.0] * 4 + [0.5, 0.5, 0.5, 9.0] + [weighted] * 4)  # of the mean, of each, of the weighted mean
+    rule = make_rule("swarm", fitness_steps=1)
+    swarm = Simulation(rule, torch.zeros(2), 4, score=lambda x: next(scores))
+    assert swarm.sync([0.1, 0.1, 0.1, 5.0]).note["guard"] == winner
+
+
 def test_a_false_alarm_leaves_the_common_learning_rate():
     _, false = meeting([1.0, -1.0, 1.0, -1.0], [0.1, 2.0, 4.0, 6.0])
     _, true = meeting([0.1, -0.1, 0.1, 8.0], [0.1, 0.1, 0.1, 5.0])
