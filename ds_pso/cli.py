@@ -38,3 +38,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
     from ds_pso.simulate import simulate_script
 
     return simulate_script(arguments.script, arguments.arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -76,7 +76,7 @@ class SwarmConfig(StrictModel):
         """Validated options of the active rule; None for ``allreduce``."""
         if self.sync_mode == ALLREDUCE:
             return None
-        return self._rule_options.get(self.sync_mode) or find_rule(self.sync_mode).Config()
+        return self._rule_options[self.sync_mode]
 
     def build_rule(self) -> Rule | None:
         """The rule that ``sync_mode`` names; None for ``allreduce``."""
@@ -122,6 +122,8 @@ def load_config(source: ConfigSource) -> tuple[dict[str, Any], SwarmConfig]:
     modes = [*RULES, str(section.get("sync_mode"))] if ":" in str(section.get("sync_mode")) else [*RULES]
     options = {name: section.pop(name) for name in modes if name in section}
     swarm = _validate(SwarmConfig, section, f"{where}: swarm", known=[*SwarmConfig.model_fields, *RULES])
+    if swarm.sync_mode != ALLREDUCE:
+        options.setdefault(swarm.sync_mode, {})
     swarm._rule_options = {
         name: _validate(find_rule(name).Config, value, f"{where}: swarm.{name}") for name, value in options.items()
     }
@@ -209,6 +211,8 @@ def _explain(item: Any, where: str, known: list[str]) -> str:
         close = difflib.get_close_matches(key, known, n=1)
         hint = f'did you mean "{close[0]}"?' if close else f"known keys: {', '.join(known)}"
         return f"{name}: unknown key; {hint}"
+    if item["type"] == "missing":
+        return f"{name}: is missing, and has no default; add it"
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if not key:  # about several keys together
         return f"{name}: {message}"

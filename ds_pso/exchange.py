@@ -184,7 +184,7 @@ class Exchange:
                 torch.cuda.current_stream().synchronize()
             else:
                 work.wait()
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, PeerError):  # a simulation knows who is missing
             raise
         except RuntimeError as error:
             layout = self.world.layout

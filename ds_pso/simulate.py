@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -54,30 +55,34 @@ def simulate_script(script: str | Path, arguments: Sequence[str] = ()) -> int:
     """
     path = Path(script)
     try:
-        code = compile(path.read_bytes(), str(path), "exec")
+        code = compile(path.read_bytes(), str(path), "exec", dont_inherit=True)
     except (OSError, SyntaxError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be run ({error}); give a Python script") from error
 
     def live() -> int:
+        main = types.ModuleType("__main__")
+        main.__file__ = str(path.absolute())
+        sys.modules["__main__"] = main
         try:
-            exec(code, {"__name__": "__main__", "__file__": str(path), "__builtins__": __builtins__})
+            exec(code, vars(main))
         except SystemExit as end:
-            if isinstance(end.code, str):
+            if end.code is not None and not isinstance(end.code, int):
                 print(end.code, file=sys.stderr)
-            return end.code if isinstance(end.code, int) else int(end.code is not None)
+                return 1
+            return end.code or 0
         return 0
 
     with _as_main(path, arguments):
-        return max(Crew(live).run())
+        return next(filter(None, Crew(live).run()), 0)
 
 
 @contextlib.contextmanager
 def _as_main(path: Path, arguments: Sequence[str]) -> Iterator[None]:
     """What ``python script.py arguments`` finds in ``sys``."""
-    argv, modules = sys.argv, sys.path[:]
+    argv, folders, main = sys.argv, sys.path[:], sys.modules["__main__"]
     sys.argv = [str(path), *arguments]
     sys.path.insert(0, str(path.resolve().parent))
     try:
         yield
     finally:
-        sys.argv, sys.path[:] = argv, modules
+        sys.argv, sys.path[:], sys.modules["__main__"] = argv, folders, main

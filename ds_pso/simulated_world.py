@@ -11,7 +11,9 @@ import json
 import os
 import random
 import socket
+import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -30,7 +32,9 @@ class Room:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.letters: dict[int, Letter] = {}  # by addressee
+        self.mailboxes: Counter[int] = Counter()  # that each particle has opened
+        self.letters: dict[tuple[int, int], Letter] = {}  # the newest, by mailbox and addressee
+        self.letter_bytes: Counter[tuple[int, int]] = Counter()  # of all, likewise
         self._turn = threading.Condition()
         self._running = 0
         self._waiting: dict[int, Any] = {}  # what those brought who wait for the meeting to be complete
@@ -91,10 +95,10 @@ class Room:
             self._pass_on(me)
 
     def _hand_over(self, me: int) -> None:
-        saved = _random_state()
+        saved = _state()
         self._pass_on(me)
         self._turn.wait_for(lambda: self._running == me)
-        _set_random_state(saved)
+        _set_state(saved)
 
     def _pass_on(self, me: int) -> None:
         order = [(me + 1 + k) % self.size for k in range(self.size)]
@@ -106,13 +110,14 @@ class Room:
         self._turn.notify_all()
 
 
-def _random_state() -> tuple[Any, ...]:
+def _state() -> tuple[Any, ...]:
+    """What a process has one of, and each particle shall have for itself: random numbers, and the main module."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda, sys.modules["__main__"]
 
 
-def _set_random_state(state: tuple[Any, ...]) -> None:
-    python, numpy, cpu, cuda = state
+def _set_state(state: tuple[Any, ...]) -> None:
+    python, numpy, cpu, cuda, sys.modules["__main__"] = state
     random.setstate(python)
     np.random.set_state(numpy)
     torch.set_rng_state(cpu)
@@ -193,27 +198,31 @@ class _RoomMailbox(Mailbox):
     """Letters arrive at once; the others then go on to their own next sync point."""
 
     def __init__(self, room: Room, particle: int) -> None:
-        self._room, self._me = room, particle
-        self._received = 0
+        room.mailboxes[particle] += 1  # an earlier one was for another training
+        self._room, self._number, self._me = room, room.mailboxes[particle], particle
 
     def busy(self, peer: int) -> bool:
         return False
 
     def send(self, tensors: Sequence[Tensor], index: int, peer: int) -> None:
         flat = torch.cat([t.detach().to("cpu", torch.float32).view(-1) for t in tensors])
-        self._room.letters[peer] = Letter(self._me, index, flat)
+        address = (self._number, peer)
+        self._room.letter_bytes[address] += 4 * flat.numel()
+        there = self._room.letters.get(address)
+        if there is None or index >= there.index:
+            self._room.letters[address] = Letter(self._me, index, flat)
         self._room.pause(self._me)
 
     def newest(self) -> Letter | None:
-        return self._room.letters.get(self._me)
+        return self._room.letters.get((self._number, self._me))
 
     def drop(self, letter: Letter) -> None:
-        self._received += 4 * letter.flat.numel()
-        self._room.letters.pop(self._me)
+        if self.newest() is letter:
+            del self._room.letters[self._number, self._me]
 
     @property
     def bytes_received(self) -> int:
-        return self._received
+        return self._room.letter_bytes[self._number, self._me]
 
 
 class Crew:
@@ -230,7 +239,8 @@ class Crew:
         self._threads: list[threading.Thread] = []
         self._results: dict[int, Any] = {}
         self._errors: list[BaseException] = []  # in the order in which they were raised
-        self._random = _random_state()
+        self._state = _state()
+        self._stopped = False
 
     @classmethod
     def world(cls, particles: int | Literal["node"], timeout_s: float) -> World | None:
@@ -265,7 +275,7 @@ class Crew:
         self._here.crew, self._here.particle = self, particle
         if self._room is not None:
             self._room.enter(particle)
-        _set_random_state(self._random)
+        _set_state(self._state)
         try:
             self._results[particle] = self._body()
         except BaseException as error:
@@ -276,12 +286,15 @@ class Crew:
                 self._room.leave(particle)
 
     def _stop(self) -> None:
+        self._stopped = True
         if self._room is not None:
             self._room.stop()
 
     def _join(self, particle: int, particles: int | Literal["node"], timeout_s: float) -> World:
         if particles == "node":
             raise ConfigError('swarm.particles = "node": a simulation has no nodes; give a number')
+        if self._stopped:
+            raise PeerError(f"particle {particle}: the simulation was stopped")
         if self._room is None:
             self._room = Room(particles)
             for other in range(1, particles):

@@ -393,7 +393,7 @@ def share_a_random_state() -> None:
     """Simulated particles draw from one another's random numbers."""
     from ds_pso import simulated_world
 
-    simulated_world._set_random_state = do_nothing
+    simulated_world._set_state = do_nothing
 
 
 # -- peers --------------------------------------------------------------------------------------

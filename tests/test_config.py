@@ -18,6 +18,8 @@ from ds_pso.rules import RULES
 
 ALL_KEYS = [*SwarmConfig.model_fields, *RULES]
 NOT_A_NUMBER = 'must be a whole number of at least 1, or "node" for one particle per node'
+A_MODE = f"must be one of allreduce, {', '.join(RULES)}, or your own as my_module:MyRule"
+LENGTH = {"nosync": {"total_steps": 320}}  # of training, for the rules that must know it
 
 
 def load(section: Any) -> SwarmConfig:
@@ -44,6 +46,8 @@ def test_defaults():
         "sync_mode": "local_sgd",
         "sync_interval": 32,
         "fitness": "train",
+        "optimizer_state": "keep",
+        "total_steps": None,
         "bucket_mb": 64.0,
         "peer_backend": "auto",
         "timeout_s": 600.0,
@@ -73,7 +77,8 @@ def test_a_file_reads_like_a_mapping(tmp_path, convert):
 
 @pytest.mark.parametrize("mode", [ALLREDUCE, *RULES])
 def test_sync_mode_alone_chooses_the_rule(mode):
-    config = load({"sync_mode": mode, "seed": 7, "pso": {"social": 0.25}, "diloco": {"outer_lr": 0.1}})
+    section = {"sync_mode": mode, "seed": 7, "pso": {"social": 0.25}, "diloco": {"outer_lr": 0.1}}
+    config = load(section | LENGTH.get(mode, {}))
     rule = config.build_rule()
     if mode == ALLREDUCE:
         assert rule is None
@@ -93,6 +98,9 @@ def test_sync_mode_alone_chooses_the_rule(mode):
         {"particles": 8, "sync_mode": "diloco", "diloco": {"outer_lr": 1, "outer_momentum": 0}},
         {"particles": "node", "sync_mode": "pso", "fitness": "probe", "pso": {"best": "all_time"}},
         {"bucket_mb": 1, "timeout_s": 5, "seed": 3, "peer_backend": "gloo", "sync_interval": 1},
+        {"sync_mode": "nosync", "total_steps": 320, "nosync": {"growth": "exponential"}, "optimizer_state": "reset"},
+        {"sync_mode": "pso", "pso": {"constriction": True, "cognitive": 2.05, "social": 2.05, "velocity_clamp": 0.1}},
+        {"sync_mode": "swarm", "swarm": {"guard": False, "lr_spread": 1, "fitness_steps": 1}},
     ],
 )
 def test_resolved_reads_back_as_the_same_config(section, tmp_path):
@@ -116,6 +124,15 @@ def test_resolved_reads_back_as_the_same_config(section, tmp_path):
         ("seed", 2**70),
         ("pso", {"inertia": 0, "cognitive": 0, "social": 0}),
         ("diloco", {"outer_lr": 1e-9, "outer_momentum": 0}),
+        ("easgd", {"beta": 1}),
+        ("nosync", {"pressure": 0, "final_pressure": 0, "max_staleness": 0}),
+        ("nosync", {"pressure": 1e-9, "final_pressure": 1e-9, "growth": "exponential"}),
+        ("swarm", {"inertia": 0, "unequal_above": 0, "lr_spread": 1, "lr_step": 0}),
+        ("line_search", {"inertia": 1, "longest": 1e-9, "margin": 0}),
+        ("pso", {"final_inertia": 0, "final_cognitive": 0, "final_social": 0}),
+        ("pso", {"constriction": True, "cognitive": 2, "social": 2.0001}),
+        ("pso", {"constriction": True, "cognitive": 0, "social": 5, "final_cognitive": 5, "final_social": 0}),
+        ("total_steps", 32),  # one sync point
     ],
 )
 def test_the_edges_of_what_is_allowed(key, value):
@@ -126,11 +143,17 @@ def test_the_edges_of_what_is_allowed(key, value):
 
 BAD_VALUES = [
     *[("particles", value, NOT_A_NUMBER) for value in (0, -1, 2.0, True, "4", "nodes", None, [2], math.nan)],
-    *[("sync_mode", value, "must be one of allreduce, local_sgd, diloco, pso") for value in ("PSO", "ddp", "")],
+    *[("sync_mode", value, A_MODE) for value in ("PSO", "ddp", "")],
     *[("sync_mode", value, "must be a valid string") for value in (3, None, True, ["pso"])],
     *[("sync_interval", value, "must be greater than or equal to 1") for value in (0, -32)],
     *[("sync_interval", value, "must be a valid integer") for value in (32.0, "32", True, None, math.nan)],
     *[("fitness", value, "must be 'train' or 'probe'") for value in ("loss", 1, None)],
+    *[
+        ("optimizer_state", value, "must be 'keep', 'average' or 'reset'")
+        for value in ("mean", "", None, True, ["keep"])
+    ],
+    *[("total_steps", value, "must be greater than or equal to 1") for value in (0, -320)],
+    *[("total_steps", value, "must be a valid integer") for value in (320.0, "320", True, math.inf)],
     *[("bucket_mb", value, "must be greater than 0") for value in (0, -1, 0.0)],
     ("bucket_mb", 4097, "must be less than or equal to 4096"),
     *[("bucket_mb", value, "must be a finite number") for value in (math.nan, math.inf, -math.inf)],
@@ -156,7 +179,44 @@ BAD_OPTIONS = [
     ("pso", "social", math.inf, "must be a finite number"),
     ("pso", "social", None, "must be a valid number"),
     ("pso", "best", "global", "must be 'window' or 'all_time'"),
-    ("pso", "randomness", False, "must be 'none' or 'per_sync'"),
+    ("pso", "randomness", False, "must be 'none', 'per_sync' or 'per_tensor'"),
+    ("pso", "randomness", "per_element", "must be 'none', 'per_sync' or 'per_tensor'"),
+    ("pso", "final_inertia", 1, "must be less than 1"),
+    ("pso", "final_inertia", "0.4", "must be a valid number"),
+    ("pso", "final_cognitive", -0.5, "must be greater than or equal to 0"),
+    ("pso", "final_social", math.nan, "must be a finite number"),
+    ("pso", "constriction", 1, "must be a valid boolean"),
+    ("pso", "constriction", None, "must be a valid boolean"),
+    ("pso", "velocity_clamp", 0, "must be greater than 0"),
+    ("pso", "velocity_clamp", math.inf, "must be a finite number"),
+    ("pso", "topology", "star", "must be 'global' or 'ring'"),
+    ("easgd", "beta", 0, "must be greater than 0"),
+    ("easgd", "beta", 1.1, "must be less than or equal to 1"),
+    ("easgd", "beta", None, "must be a valid number"),
+    ("nosync", "pressure", -0.1, "must be greater than or equal to 0"),
+    ("nosync", "pressure", "high", "must be a valid number"),
+    ("nosync", "final_pressure", 1.01, "must be less than or equal to 1"),
+    ("nosync", "growth", "cosine", "must be 'linear', 'exponential' or 'constant'"),
+    ("nosync", "asynchronous", "true", "must be a valid boolean"),
+    ("nosync", "asynchronous", 1, "must be a valid boolean"),
+    ("nosync", "max_staleness", -1, "must be greater than or equal to 0"),
+    ("nosync", "max_staleness", None, "must be a valid integer"),
+    ("nosync", "max_staleness", 4.0, "must be a valid integer"),
+    ("swarm", "inertia", 1, "must be less than 1"),
+    ("swarm", "guard", 0, "must be a valid boolean"),
+    ("swarm", "fitness_steps", 0, "must be greater than or equal to 1"),
+    ("swarm", "fitness_steps", 32.0, "must be a valid integer"),
+    ("swarm", "temperature", 0, "must be greater than 0"),
+    ("swarm", "unequal_above", 1, "must be less than 1"),
+    ("swarm", "unequal_above", -0.1, "must be greater than or equal to 0"),
+    ("swarm", "lr_spread", 0.9, "must be greater than or equal to 1"),
+    ("swarm", "lr_spread", math.inf, "must be a finite number"),
+    ("swarm", "lr_step", -1, "must be greater than or equal to 0"),
+    ("line_search", "inertia", 0, "must be greater than 0"),
+    ("line_search", "inertia", 1.5, "must be less than or equal to 1"),
+    ("line_search", "longest", 0, "must be greater than 0"),
+    ("line_search", "margin", 1, "must be less than 1"),
+    ("line_search", "margin", True, "must be a valid number"),
 ]
 
 
@@ -177,6 +237,131 @@ def test_bad_values_of_every_field_are_tried():
     assert {(rule, key) for rule, key, _, _ in BAD_OPTIONS} == {
         (name, key) for name, rule in RULES.items() for key in rule.Config.model_fields
     }
+
+
+# -- keys that do not go together -----------------------------------------------------------
+
+EXPONENTIAL = 'growth "exponential" needs pressure and final_pressure above 0, and they are '
+FOUR = "constriction needs cognitive + social > 4 and they are "
+FINAL_FOUR = "constriction needs final_cognitive + final_social > 4 and they are "
+SETS_INERTIA = "constriction sets the inertia; remove inertia and final_inertia, or constriction"
+CLERC = {"constriction": True, "cognitive": 2.05, "social": 2.05}
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "said"),
+    [
+        ("pso", CLERC | {"inertia": 0.5}, SETS_INERTIA),
+        ("pso", CLERC | {"final_inertia": 0.5}, SETS_INERTIA),
+        ("pso", {"constriction": True}, f"{FOUR}1; Clerc and Kennedy take 2.05 each"),
+        ("pso", CLERC | {"cognitive": 1.95}, f"{FOUR}4; "),
+        ("pso", CLERC | {"final_cognitive": 1, "final_social": 1}, f"{FINAL_FOUR}2; "),
+        ("pso", CLERC | {"final_social": 0}, f"{FINAL_FOUR}2.05; "),
+        ("pso", CLERC | {"final_cognitive": 0}, f"{FINAL_FOUR}2.05; "),
+        ("nosync", {"growth": "exponential", "pressure": 0}, f"{EXPONENTIAL}0 and 1; raise them"),
+        ("nosync", {"growth": "exponential", "final_pressure": 0}, f"{EXPONENTIAL}0.1 and 0; raise them"),
+    ],
+)
+@pytest.mark.parametrize("active", [False, True], ids=["another rule is active", "active"])
+def test_options_that_do_not_go_together_are_named(rule, options, said, active):
+    section = {"sync_mode": rule if active else ALLREDUCE, "total_steps": 320, rule: options}
+    assert message_of({"swarm": section}).startswith(f"config: swarm.{rule}: {said}")
+
+
+PROGRESSIVE = [
+    {"sync_mode": "nosync"},
+    {"sync_mode": "nosync", "nosync": {"growth": "exponential"}},
+    {"sync_mode": "nosync", "nosync": {"asynchronous": True}},
+    *({"sync_mode": "pso", "pso": {f"final_{key}": 0}} for key in ("inertia", "cognitive", "social")),
+]
+NO_LENGTH = [
+    {},
+    {"scheduler": None},
+    {"scheduler": 5},
+    {"scheduler": "WarmupLR"},
+    {"scheduler": []},
+    {"scheduler": {}},
+    {"scheduler": {"type": "WarmupLR"}},
+    {"scheduler": {"params": None}},
+    {"scheduler": {"params": 5}},
+    {"scheduler": {"params": ["total_num_steps"]}},
+    {"scheduler": {"params": {"warmup_num_steps": 5}}},
+    {"scheduler": {"params": {"total_num_steps": None}}},
+]
+
+
+def schedule(steps: Any) -> dict[str, Any]:
+    return {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": steps}}}
+
+
+@pytest.mark.parametrize("section", PROGRESSIVE, ids=str)
+@pytest.mark.parametrize("deepspeed", NO_LENGTH, ids=str)
+def test_a_rule_that_changes_over_training_needs_its_length(section, deepspeed):
+    assert message_of(deepspeed | {"swarm": section}) == (
+        f"config: swarm.{section['sync_mode']} changes over training, and its length is not known; "
+        "set swarm.total_steps, or scheduler.params.total_num_steps"
+    )
+    swarm = load_config(deepspeed | {"swarm": section | {"total_steps": 70}})[1]
+    assert swarm.total_syncs(deepspeed) == 2
+
+
+@pytest.mark.parametrize("section", PROGRESSIVE, ids=str)
+def test_the_schedulers_length_does_as_well(section):
+    _, swarm = load_config(schedule(100) | {"swarm": section})
+    assert swarm.total_syncs(schedule(100)) == 3
+    _, swarm = load_config(schedule(100) | {"swarm": section | {"total_steps": 64}})
+    assert swarm.total_syncs(schedule(100)) == 2, "the swarm section's own has precedence"
+    _, swarm = load_config(schedule(5) | {"swarm": section | {"total_steps": 64}})
+    assert swarm.total_syncs(schedule(5)) == 2, "also where the scheduler's would be too short"
+
+
+@pytest.mark.parametrize("section", PROGRESSIVE, ids=str)
+@pytest.mark.parametrize("steps", [31, 0, -1])
+def test_a_schedule_without_a_sync_point_is_refused(section, steps):
+    assert message_of(schedule(steps) | {"swarm": section}) == (
+        f"config: scheduler.params.total_num_steps = {steps}: no sync point falls in so short a training; "
+        "lower swarm.sync_interval"
+    )
+    if steps > 0:
+        load_config(schedule(steps) | {"swarm": section | {"sync_interval": steps}})
+
+
+@pytest.mark.parametrize("mode", [*RULES])
+def test_a_training_without_a_sync_point_is_refused_whatever_the_rule(mode):
+    assert message_of({"swarm": {"sync_mode": mode, "sync_interval": 8, "total_steps": 7}}) == (
+        "config: swarm.total_steps = 7: no sync point falls in so short a training; lower swarm.sync_interval"
+    )
+    assert load({"sync_mode": mode, "sync_interval": 8, "total_steps": 8}).total_syncs({}) == 1
+
+
+@pytest.mark.parametrize("deepspeed", [*NO_LENGTH, schedule(5), schedule("auto"), schedule([])], ids=str)
+@pytest.mark.parametrize("section", [{"sync_mode": ALLREDUCE, "total_steps": 5}, {"sync_mode": "pso"}, {}], ids=str)
+def test_who_needs_no_length_leaves_the_scheduler_to_deepspeed(deepspeed, section):
+    ds_config, _ = load_config(deepspeed | {"swarm": section})
+    assert ds_config == deepspeed
+
+
+@pytest.mark.parametrize("steps", ["auto", 100.0, [100], {}, math.nan], ids=str)
+def test_a_length_that_is_no_whole_number_is_left_to_deepspeed_and_counts_as_unknown(steps):
+    ds_config, swarm = load_config(schedule(steps) | {"swarm": {"sync_mode": "nosync"}})
+    assert swarm.total_syncs(ds_config) is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("optimizer_state", "average", "particles that wait for nobody keep their own; use"),
+        ("optimizer_state", "reset", "particles that wait for nobody keep their own; use"),
+        ("fitness", "probe", "particles that wait for nobody are not ranked; use"),
+    ],
+)
+def test_what_needs_all_particles_is_refused_where_nobody_waits(key, value, said):
+    section = {"sync_mode": "nosync", "total_steps": 320, key: value}
+    message = message_of({"swarm": section | {"nosync": {"asynchronous": True}}})
+    assert message.startswith(f'config: swarm.{key} = "{value}": {said}')
+    assert message.endswith("or set swarm.nosync.asynchronous to false")
+    load(section | {"nosync": {"asynchronous": False}})
+    load(section | {"sync_mode": "local_sgd", "nosync": {"asynchronous": True}})
 
 
 def test_all_mistakes_of_a_section_are_told_at_once():
@@ -270,13 +455,20 @@ sections = st.dictionaries(
 )
 
 
+lengths = st.fixed_dictionaries({}, optional={"total_num_steps": values | st.integers(1, 99)})
+schedulers = st.fixed_dictionaries({}, optional={"params": values | lengths})
+deepspeeds = st.fixed_dictionaries({}, optional={"scheduler": values | schedulers})
+
+
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
-@given(sections | values)
-def test_any_json_is_accepted_or_refused_in_one_line(section):
+@given(sections | values, deepspeeds)
+def test_any_json_is_accepted_or_refused_in_one_line(section, deepspeed):
     try:
-        config = load(section)
+        ds_config, config = load_config(deepspeed | {"swarm": section})
     except ConfigError:
-        assert "swarm" in message_of({"swarm": section})
+        assert "swarm" in message_of(deepspeed | {"swarm": section})
     else:
-        assert load(config.resolved()).resolved() == config.resolved()
+        again = load_config(deepspeed | {"swarm": config.resolved()})[1]
+        assert again.resolved() == config.resolved()
+        assert again.total_syncs(ds_config) == config.total_syncs(ds_config)
         config.build_rule()

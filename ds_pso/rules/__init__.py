@@ -38,7 +38,7 @@ def find_rule(name: str) -> type[Rule]:
         raise ValueError(f"must be one of allreduce, {', '.join(RULES)}, or your own as my_module:MyRule")
     try:
         found = getattr(importlib.import_module(module_name), class_name, None)
-    except Exception as error:  # whatever the user's module does when it is imported
+    except (Exception, SystemExit) as error:  # whatever the user's module does when it is imported
         raise ValueError(
             f"must name a module that can be imported ({type(error).__name__}: {error}); "
             "is it installed, or its folder in PYTHONPATH?"
