@@ -76,7 +76,7 @@ def test_the_unequal_table_has_every_situation():
 def test_the_best_rate_is_taken_when_all_were_tried():
     runs = [replace(CELL, lr=lr, seed=TUNING_SEED, split="validation") for lr in (0.1, 0.2, 0.3, 0.4, 0.5)]
     scores = dict(zip(runs, [3.0, 1.0, 2.0, math.nan, 1.0], strict=True))
-    assert tuned_rates(scores) == {("mnist", "local_sgd", 32): 0.2}
+    assert tuned_rates(scores) == {("mnist", "local_sgd", 32, 128): 0.2}
     assert with_rates([replace(CELL, lr=0.0, interval=128)], tuned_rates(scores))[0].lr == 0.2
     assert tuned_rates(dict(list(scores.items())[:4])) == {}
     assert with_rates([CELL], {})[0].lr == 0.0

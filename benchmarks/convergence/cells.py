@@ -36,7 +36,8 @@ TUNING_PARTICLES = 4
 TUNING_INTERVAL = 32  # stands for all but 1, which is as good as synchronous
 LR_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 
-Rates = Mapping[tuple[str, str, int], float]  # (task, rule, interval) -> learning rate
+RateKey = tuple[str, str, int, int]  # task, rule, interval, steps of the tuning runs
+Rates = Mapping[RateKey, float]
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,14 @@ class Cell:
         return self.particles * TASKS[self.task].batch
 
     @property
-    def rate_key(self) -> tuple[str, str, int]:
-        """The task, rule and interval of the runs that its learning rate comes from."""
-        return self.task, self.rule, self.interval if self.interval <= 1 else TUNING_INTERVAL
+    def rate_key(self) -> RateKey:
+        """Tells which runs its learning rate comes from: those with as many samples."""
+        particles = _tuning_particles(self.rule)
+        # Rows of equal steps have different numbers of samples, and share the rate of the others.
+        steps = (
+            _steps(self.task, particles, self.scale) if self.eval_every else self.steps * self.particles // particles
+        )
+        return self.task, self.rule, self.interval if self.interval <= 1 else TUNING_INTERVAL, steps
 
     def __str__(self) -> str:
         parts = [self.task, self.rule, f"P={self.particles}"]
@@ -91,16 +97,16 @@ def tuning_of(cells: Iterable[Cell]) -> list[Cell]:
     """The runs that find the learning rates of ``cells``."""
     found: dict[Cell, None] = {}
     for cell in cells:
-        particles = 1 if cell.rule == "single" else TUNING_PARTICLES
+        task, rule, interval, steps = cell.rate_key
         for factor in LR_FACTORS:
             run = Cell(
-                cell.task,
-                cell.rule,
-                particles,
-                cell.rate_key[2],
-                _steps(cell.task, particles, cell.scale),
+                task,
+                rule,
+                _tuning_particles(rule),
+                interval,
+                steps,
                 TUNING_SEED,
-                lr=TASKS[cell.task].lr * factor,
+                lr=TASKS[task].lr * factor,
                 split="validation",
                 scale=cell.scale,
             )
@@ -114,9 +120,9 @@ def tuned_rates(scores: Mapping[Cell, float]) -> Rates:
     Args:
         scores: what each tuning run reached on the validation data; lower is better, NaN is worst.
     """
-    runs: dict[tuple[str, str, int], dict[float, float]] = {}
+    runs: dict[RateKey, dict[float, float]] = {}
     for cell, score in scores.items():
-        runs.setdefault((cell.task, cell.rule, cell.interval), {})[cell.lr] = score
+        runs.setdefault(cell.rate_key, {})[cell.lr] = score
     return {
         key: min(found, key=lambda lr: (math.isnan(found[lr]), found[lr], lr))
         for key, found in runs.items()
@@ -127,6 +133,10 @@ def tuned_rates(scores: Mapping[Cell, float]) -> Rates:
 def with_rates(cells: Iterable[Cell], rates: Rates) -> list[Cell]:
     """The cells with their learning rates; those whose rate is not known keep 0."""
     return [replace(cell, lr=rates.get(cell.rate_key, 0.0)) for cell in cells]
+
+
+def _tuning_particles(rule: str) -> int:
+    return 1 if rule == "single" else TUNING_PARTICLES
 
 
 def _steps(task: str, particles: int, scale: float) -> int:
