@@ -37,8 +37,8 @@ _NOTES = {
     "unequal": [
         "All rules meet every 32 steps, but `allreduce` at every step. The particle in trouble is the same throughout.",
         "\n".join(f"- `{name}`: {meaning}" for name, meaning in SITUATIONS.items()),
-        "Learning rates were tuned with all particles well: five, a factor of two apart, for each task and rule, by the "
-        "validation data, with a seed that is not among the table's.",
+        "Learning rates were chosen with all particles well, among five, a factor of two apart, for each task and rule "
+        "by the validation data and with a seed that is not among the table's.",
         _PROBE,
     ],
     "optimizer_state": [
