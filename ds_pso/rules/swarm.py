@@ -15,6 +15,7 @@ from torch import Tensor
 from ds_pso.rules.base import Place, Plan, Rule, RuleConfig, State, SyncPoint
 
 _NO_WEIGHT_BELOW = 0.1  # times 1 / P
+_FARTHEST = math.log(1000)  # of the common learning rate from the one in the JSON
 _FEW_ROUNDS = 10  # inertia built up over so few sync points has no time to pay
 
 
@@ -37,7 +38,7 @@ class SwarmRuleConfig(RuleConfig):
     )
     unequal_above: float = Field(
         default=0.1,
-        ge=0,
+        gt=0,
         lt=1,
         description="Losses count as unequal when a mean weighted by them would do without more than this share of "
         "the particles: 1 - 1 / (P sum of squared weights).",
@@ -45,6 +46,7 @@ class SwarmRuleConfig(RuleConfig):
     lr_spread: float = Field(
         default=1.5,
         ge=1,
+        le=10,
         description="Learning rates of the particles lie between 1 / this and this times a common one; 1: all equal.",
     )
     lr_step: float = Field(
@@ -93,7 +95,7 @@ class SwarmRule(Rule):
     shuffled when losses have been compared, sigma = ln(lr_spread), shrinking to 0 in the second half of training if
     its length is known. When m_w has won, with u_i the utilities of the ranks of q (sum |u_i| = 1)::
 
-        mu <- mu + eta sigma sum u_i z_i
+        mu <- mu + eta sigma sum u_i z_i    within +-ln(1000)
 
     Without the guard there is no m_w, and mu moves by the ranks of f, when those are clearly unequal.
 
@@ -242,6 +244,7 @@ class SwarmRule(Rule):
             utilities = _rank_utilities(losses, sync.alive)
             step = sum(u * z for u, z in zip(utilities, memory["z"], strict=True))
             mu += self.options.lr_step * memory["sigma"] * step
+            mu = min(max(mu, -_FARTHEST), _FARTHEST)
         sigma = math.log(self.options.lr_spread) * (min(1.0, 2 - 2 * sync.progress) if sync.total else 1)
         even = np.linspace(-1, 1, sync.num_particles) if sync.num_particles > 1 else np.zeros(1)
         if "z" in memory and not shuffle:  # the losses are still being collected

@@ -83,6 +83,8 @@ class Simulation:
             received = [mean.clone() for _ in self.x]
         elif plan.receive == "one":
             received = [outgoing[source].clone() for source in plan.sources]
+        elif plan.receive == "newest":  # in place of letters: what the next living particle has sent just now
+            received = [outgoing[self._next_living(i, plan.alive)].clone() for i in range(len(self.x))]
         else:
             assert plan.receive == "nothing"
             received = self.x
@@ -91,7 +93,15 @@ class Simulation:
                 piece = {key: value.view(-1)[cut] for key, value in state.items()}
                 self.rule.update(x.view(-1)[cut], received[i].view(-1)[cut], piece, plan, Place(i, name))
 
+    @staticmethod
+    def _next_living(particle: int, alive: Sequence[bool]) -> int:
+        """A lone one gets its own letter."""
+        others = [(particle + step) % len(alive) for step in range(1, len(alive) + 1)]
+        return next(other for other in others if alive[other])
+
     def _cuts(self) -> dict[str, slice]:
+        if not self.rule.per_parameter:
+            return {"": slice(None)}  # nobody tells such a rule what parameter it updates
         stops = np.cumsum(list(self.parameters.values())).tolist()
         return {name: slice(stop - n, stop) for (name, n), stop in zip(self.parameters.items(), stops, strict=True)}
 
@@ -167,6 +177,7 @@ nosync_rules = st.builds(
     final_pressure=st.floats(0.01, 1),
     growth=st.sampled_from(["linear", "exponential", "constant"]),
 )
+asynchronous_rules = st.builds(make_rule, st.just("nosync"), asynchronous=st.just(True), pressure=st.floats(0, 1))
 swarm_rules = st.builds(
     make_rule,
     st.just("swarm"),
@@ -174,8 +185,10 @@ swarm_rules = st.builds(
     inertia=st.sampled_from([0.0, 0.3, 0.9]),
     guard=st.booleans(),
     fitness_steps=st.integers(1, 3),
-    unequal_above=st.sampled_from([0.0, 0.1]),
-    lr_spread=st.sampled_from([1.0, 1.5]),
+    temperature=st.sampled_from([0.05, 0.3, 5.0]),
+    unequal_above=st.sampled_from([0.01, 0.1, 0.6]),
+    lr_spread=st.sampled_from([1.0, 1.5, 3.0]),
+    lr_step=st.sampled_from([0.0, 0.5, 2.0]),
 )
 line_search_rules = st.builds(
     make_rule, st.just("line_search"), inertia=st.floats(0.1, 1), longest=st.floats(0.5, 2), margin=st.floats(0, 0.5)
@@ -186,6 +199,7 @@ any_rule = st.one_of(
     pso_rules,
     easgd_rules,
     nosync_rules,
+    asynchronous_rules,
     swarm_rules,
     line_search_rules,
 )

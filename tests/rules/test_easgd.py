@@ -28,6 +28,12 @@ def test_follows_the_equations(rule, rounds, numel, seed):
         np.testing.assert_allclose(swarm.states("center"), np.tile(center, (num_particles, 1)), rtol=1e-9, atol=1e-9)
 
 
+def test_the_center_is_the_model():
+    rule = make_rule("easgd")
+    assert rule.model_in == "center"
+    assert rule.init_state(torch.ones(3))["center"].tolist() == [1.0] * 3
+
+
 @pytest.mark.parametrize("beta", [0.1, 0.9, 1.0])
 def test_springs_pull_all_ends_together(beta):
     """Without training, what particles and centre hold together stays the same, and they end in one place."""

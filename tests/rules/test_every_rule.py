@@ -1,6 +1,7 @@
 """What every registered rule must keep, whatever its options."""
 
 import itertools
+import json
 import math
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 
 from ds_pso.rules import RULES, Place, SyncPoint
 
-from .simulation import Simulation, any_rule, histories, make_rule, meetings, relaxed, seeds
+from .simulation import Simulation, any_rule, histories, losses, make_rule, meetings, relaxed, seeds
 
 
 def bits(tensor):
@@ -21,13 +22,13 @@ def bits(tensor):
     return tensor.view(torch.int32)
 
 
-def scattered(rule, meeting, seed=0, numel=3):
-    """Particles in random places, the dead ones at NaN, after a sync point with this fitness."""
+def scattered(rule, meeting, seed=0, numel=3, dead=math.nan):
+    """Particles in random places, the dead ones at NaN or elsewhere, after a sync point with this fitness."""
     fitness, alive = meeting
     swarm = Simulation(rule, torch.zeros(numel), len(alive))
     generator = torch.Generator().manual_seed(seed)
     for x, living in zip(swarm.x, alive, strict=True):
-        x += torch.randn(numel, generator=generator) if living else math.nan
+        x += torch.randn(numel, generator=generator) if living else dead
     swarm.sync(fitness, alive)
     return swarm
 
@@ -47,6 +48,8 @@ def test_a_plan_can_be_carried_out(rule, meeting, seed):
             assert all(alive[source] for source in plan.sources), "a dead particle would send NaN"
         assert all(factor > 0 and math.isfinite(factor) for factor in plan.lr_factors)
         assert not plan.score or rule.uses_probe
+        json.dumps(plan.note)  # goes to metrics.jsonl
+    assert rule.model_in == "x" or rule.model_in in state
 
 
 @relaxed
@@ -111,6 +114,18 @@ def test_a_dead_particle_comes_back_finite(rule, meeting, rounds_before):
     swarm.sync(fitness, alive)
     for x, state in zip(swarm.x, swarm.state, strict=True):
         assert all(tensor.isfinite().all() for tensor in (x, *state.values()))
+
+
+@settings(relaxed, max_examples=200)
+@given(any_rule, st.integers(2, 5).flatmap(meetings), st.sampled_from([0.0, 0.5, 1e15, math.inf]), losses, seeds)
+def test_what_the_dead_hold_and_report_reaches_nobody(rule, meeting, held, reported, seed):
+    """They may have died of their loss, with weights that look well."""
+    fitness, alive = meeting
+    told = [loss if living else reported for loss, living in zip(fitness, alive, strict=True)]
+    a, b = scattered(rule, meeting, seed), scattered(rule, (told, alive), seed, dead=held)
+    assert np.array_equal(a.array(), b.array())
+    assert all(np.array_equal(a.states(name), b.states(name)) for name in a.state[0])
+    assert (a.lr_factors, a.memory) == (b.lr_factors, b.memory)
 
 
 @relaxed

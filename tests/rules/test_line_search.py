@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_pso.rules import SyncPoint
@@ -13,11 +13,13 @@ from ds_pso.rules import SyncPoint
 from .simulation import Simulation, histories, line_search_rules, make_rule, relaxed, seeds
 
 
-@relaxed
+@settings(relaxed, max_examples=200)
 @given(line_search_rules, histories, st.integers(1, 20), seeds)
 def test_follows_the_equations(rule, rounds, numel, seed):
+    """All drift towards a place some sync points away, so that now one length of the step is best, now another."""
     rng, o = np.random.default_rng(seed), rule.options
-    target = rng.normal(size=numel)
+    drift = rng.normal(size=numel)
+    target = 4 * drift
     num_particles = len(rounds[0][0])
 
     def score(x):
@@ -27,7 +29,7 @@ def test_follows_the_equations(rule, rounds, numel, seed):
     anchor = step = np.zeros(numel)
     for fitness, alive in rounds:
         for x, living in zip(swarm.x, alive, strict=True):
-            x += torch.from_numpy(rng.normal(size=numel)) if living else math.nan
+            x += torch.from_numpy(drift + rng.normal(size=numel)) if living else math.nan
         mean = swarm.array()[np.array(alive)].mean(axis=0)
         candidates = [mean - s * o.inertia * step for s in np.linspace(0, o.longest, num_particles)]
         scores = [score(candidate) for candidate in candidates]
@@ -38,6 +40,20 @@ def test_follows_the_equations(rule, rounds, numel, seed):
         swarm.sync(fitness, alive)
         np.testing.assert_allclose(swarm.array(), np.tile(anchor, (num_particles, 1)), rtol=1e-9, atol=1e-9)
         np.testing.assert_allclose(swarm.states("momentum")[0], step, rtol=1e-9, atol=1e-9)
+
+
+def test_far_from_the_target_the_longest_step_is_taken_again_and_again():
+    """All go 1 per sync point; the consensus goes 1 and 0.5 x 2 times its last step."""
+    swarm = Simulation(
+        make_rule("line_search", inertia=0.5, longest=2.0), torch.zeros(1), 3, score=lambda x: float(1e3 - x[0])
+    )
+    places = []
+    for _ in range(5):
+        for x in swarm.x:
+            x += 1.0
+        swarm.sync([1.0] * 3)
+        places.append(swarm.x[0].item())
+    assert places == [1.0, 3.0, 6.0, 10.0, 15.0]
 
 
 def proceed(scores, **options):

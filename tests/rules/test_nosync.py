@@ -54,6 +54,12 @@ def test_pressure_grows_to_its_end_and_then_all_agree(growth):
     np.testing.assert_allclose(swarm.array(), np.tile(swarm.array()[0], (3, 1)), atol=1e-6)
 
 
+@pytest.mark.parametrize("growth", ["linear", "exponential"])
+def test_pressure_stays_at_its_end_when_training_goes_on(growth):
+    rule = make_rule("nosync", final_pressure=0.5, growth=growth)
+    assert rule.plan(SyncPoint(30, (1.0,), (True,), total=10), {}).note["pressure"] == pytest.approx(0.5)
+
+
 def test_linear_grows_by_equal_differences_and_exponential_by_equal_ratios():
     linear, exponential = (np.array(pressures(8, pressure=0.1, growth=g)) for g in ("linear", "exponential"))
     np.testing.assert_allclose(np.diff(linear), np.diff(linear)[0])

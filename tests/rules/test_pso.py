@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_pso.rules import SyncPoint
+from ds_pso.rules import Place, SyncPoint
 
 from .simulation import Simulation, histories, make_rule, pso_rules, relaxed, seeds
 
@@ -159,6 +159,41 @@ def test_in_a_ring_news_travels_one_neighbour_at_a_time():
     assert reached == [[0, 1, 5], [0, 1, 2, 4, 5], [0, 1, 2, 3, 4, 5]]
 
 
+@pytest.mark.parametrize(
+    ("dead", "sources"),
+    [
+        ((), (0, 0, 3, 3, 3, 0)),
+        ((0,), (5, 1, 3, 3, 3, 4)),
+        ((0, 1, 5), (3, 2, 3, 3, 3, 4)),  # 0 knows no living particle, and takes the best of all
+        ((0, 1, 2, 3, 4), (5,) * 6),
+    ],
+)
+def test_in_a_ring_each_knows_its_living_neighbours(dead, sources):
+    alive = tuple(i not in dead for i in range(6))
+    point = SyncPoint(0, (0.0, 9.0, 9.0, 3.0, 4.0, 5.0), alive)
+    assert make_rule("pso", topology="ring").plan(point, {}).sources == sources
+
+
+def test_constriction_is_that_of_the_textbook():
+    """Clerc and Kennedy: with phi = 4.1, chi = 0.7298; then w = 0.7298 and c1 = c2 = 1.49618."""
+    rule = make_rule("pso", constriction=True, cognitive=2.05, social=2.05)
+    _, *factors = rule.plan(SyncPoint(0, (1.0,), (True,)), {}).factors[0]
+    assert factors == pytest.approx([0.72984, 1.49618 / 2, 1.49618 / 2], abs=1e-5)  # r1 = r2 = 1/2
+
+
+@relaxed
+@given(pso_rules, histories, seeds)
+def test_no_living_weight_moves_further_than_the_clamp(rule, rounds, seed):
+    rng, limit = np.random.default_rng(seed), rule.options.velocity_clamp or INF
+    swarm = Simulation(rule, torch.zeros(3, dtype=torch.float64), len(rounds[0][0]))
+    for fitness, alive in rounds:
+        for x in swarm.x:
+            x += torch.from_numpy(rng.normal(size=3))
+        before = swarm.array()
+        swarm.sync(fitness, alive)
+        assert np.abs(swarm.array() - before)[np.array(alive)].max() <= limit + 1e-9
+
+
 def test_coefficients_end_at_their_final_values():
     rule = make_rule(
         "pso", inertia=0.9, final_inertia=0.4, cognitive=2.5, final_cognitive=0.5, social=0.5, final_social=2.5
@@ -195,6 +230,35 @@ def test_factors_are_uniform_and_differ_by_seed_sync_particle_and_term():
 def test_factors_depend_on_seed_sync_and_particle_alone():
     assert np.array_equal(draws(seed=5), draws(seed=5))
     assert np.array_equal(draws(num_particles=2), draws(num_particles=4)[:, :2])
+
+
+def test_each_tensor_has_factors_of_its_own():
+    rule = make_rule("pso", randomness="per_tensor", best="all_time")
+    swarm = Simulation(rule, torch.zeros(6), 3, parameters={"a": 2, "b": 3, "c": 1})
+    swarm.x[1] += 1.0
+    swarm.sync([2.0, 1.0, 3.0])
+    for moved in swarm.array()[[0, 2]]:  # from 0 towards 1, by r2
+        assert len({*moved[:2]}) == len({*moved[2:5]}) == 1
+        assert len({*moved}) == 3
+    assert not set(swarm.array()[0]) & set(swarm.array()[2])
+
+
+@relaxed
+@given(pso_rules, st.lists(st.integers(0, 12), max_size=6), seeds)
+def test_factors_of_tensors_do_not_depend_on_shards(rule, edges, seed):
+    """Shards and pieces end anywhere, also in the middle of a tensor; each part knows its tensor's name."""
+    names = np.repeat(["a", "b", "c"], 4)
+    rng, starts = np.random.default_rng(seed), sorted({0, 4, 8, *edges} - {12})
+    plan = rule.plan(SyncPoint(3, (1.0, 2.0), (True, True), total=9), {})
+    start, received = (torch.from_numpy(rng.normal(size=12)) for _ in range(2))
+    results = []
+    for cuts in ([0, 4, 8, 12], [*starts, 12]):
+        x, state = start.clone(), rule.init_state(torch.zeros_like(start))
+        for a, b in itertools.pairwise(cuts):
+            part = {key: value[a:b] for key, value in state.items()}
+            rule.update(x[a:b], received[a:b], part, plan, Place(1, str(names[a])))
+        results.append(x)
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize(

@@ -38,12 +38,12 @@ class NumpySwarm:
             return False
         return 1 / (len(finite) * np.square(self.softmax(finite)).sum()) < 1 - self.o.unequal_above
 
-    def sync(self, x, fitness, alive):
-        """x: shape (P, n). Returns what the guard did."""
+    def sync(self, x, fitness, alive, steps):
+        """x: shape (P, n); steps: since the last sync point. Returns what the guard did."""
         alive, o = np.array(alive), self.o
         losses = np.where(alive & ~np.isnan(fitness), fitness, INF)
-        self.window.append(losses)
-        compared = len(self.window) >= o.fitness_steps  # a step each
+        self.window += [losses] * steps
+        compared = len(self.window) >= o.fitness_steps
         if compared:
             losses, self.window = np.mean(self.window, axis=0), []
         mean = x[alive].mean(axis=0)
@@ -82,20 +82,31 @@ class NumpySwarm:
 
 
 @settings(relaxed, max_examples=300)
-@given(swarm_rules, histories, st.sampled_from([None, 4, 12]), st.integers(1, 5), st.floats(0.1, 3), seeds)
-def test_follows_the_equations(rule, rounds, total, numel, scale, seed):
+@given(
+    swarm_rules,
+    histories,
+    st.sampled_from([None, 4, 12]),
+    st.integers(1, 5),
+    st.floats(0.1, 3),
+    st.lists(st.integers(1, 3), min_size=6, max_size=6),
+    seeds,
+)
+def test_follows_the_equations(rule, rounds, total, numel, scale, steps, seed):
     rng, num_particles = np.random.default_rng(seed), len(rounds[0][0])
     oracle = NumpySwarm(rule.options, num_particles, numel, total, rule.seed)
     start = torch.zeros(numel, dtype=torch.float64)
     swarm = Simulation(rule, start, num_particles, score=distance, total=total)
-    for fitness, alive in rounds:
+    for (fitness, alive), n in zip(rounds, steps, strict=False):
         for x, living in zip(swarm.x, alive, strict=True):
             x += torch.from_numpy(scale * rng.normal(size=numel)) if living else NAN
         before = swarm.array()
-        plan = swarm.sync(fitness, alive, steps=[1] * num_particles)
-        assert plan.note.get("guard") == oracle.sync(before, np.array(fitness), alive)
+        plan = swarm.sync(fitness, alive, steps=[n] * num_particles)
+        assert plan.note.get("guard") == oracle.sync(before, np.array(fitness), alive, n)
         np.testing.assert_allclose(swarm.array(), np.tile(oracle.anchor, (num_particles, 1)), rtol=1e-9, atol=1e-9)
         np.testing.assert_allclose(swarm.lr_factors, oracle.lr_factors, rtol=1e-9)
+        if "momentum" in swarm.state[0]:
+            np.testing.assert_allclose(swarm.states("momentum")[-1], oracle.step, rtol=1e-9, atol=1e-9)
+        assert all(np.isfinite(swarm.states(name)).all() for name in swarm.state[0])
 
 
 def plain(**options):
@@ -118,8 +129,33 @@ def test_without_fitness_it_is_the_heavy_ball_of_torch():
         torch.testing.assert_close(swarm.x[0], outer.detach(), rtol=1e-12, atol=1e-12)
 
 
+def test_without_inertia_and_guard_it_is_local_sgd_bit_for_bit():
+    rng = np.random.default_rng(1)
+    swarms = [Simulation(rule, torch.zeros(50), 3) for rule in (plain(inertia=0.0), make_rule("local_sgd"))]
+    for _ in range(10):
+        moves = torch.from_numpy(rng.normal(size=(3, 50)).astype(np.float32))
+        for swarm in swarms:
+            for x, move in zip(swarm.x, moves, strict=True):
+                x += move
+            swarm.sync([1.0] * 3)
+        assert np.array_equal(swarms[0].array(), swarms[1].array())
+
+
+def test_the_last_sync_point_gives_the_mean_bit_for_bit():
+    """Also when inertia has built up."""
+    rng = np.random.default_rng(2)
+    swarm = Simulation(plain(inertia=0.5), torch.zeros(50), 3, total=12)
+    for _ in range(12):
+        for x in swarm.x:
+            x += torch.from_numpy(rng.normal(size=50).astype(np.float32))
+        mean = sum(x * (1 / 3) for x in swarm.x)
+        swarm.sync([1.0] * 3)
+    assert torch.equal(swarm.x[0], mean)
+
+
 @pytest.mark.parametrize(
-    ("total", "index", "coasts"), [(None, 5, True), (12, 5, True), (12, 11, False), (10, 5, False)]
+    ("total", "index", "coasts"),
+    [(None, 5, True), (12, 5, True), (12, 11, False), (12, 14, False), (11, 5, True), (10, 5, False)],
 )
 def test_inertia_ends_with_training_and_is_not_for_short_ones(total, index, coasts):
     swarm = Simulation(plain(inertia=0.5), torch.zeros(1), 2, total=total)
@@ -135,14 +171,14 @@ def test_inertia_ends_with_training_and_is_not_for_short_ones(total, index, coas
 # -- the guard --------------------------------------------------------------------------------
 
 
-def meeting(places, fitness, **options):
+def meeting(places, fitness, alive=None, **options):
     """One sync point of particles at these distances from the target; returns the swarm and the last plan."""
     rule = make_rule("swarm", inertia=0.0, fitness_steps=1, **options)
     swarm = Simulation(rule, torch.zeros(1, dtype=torch.float64), len(places), score=distance)
     swarm.sync([1.0] * len(places))  # nothing to see: all at the start, and of one opinion
     for x, place in zip(swarm.x, places, strict=True):
         x.fill_(TARGET + place)
-    return swarm, swarm.sync(fitness)
+    return swarm, swarm.sync(fitness, alive)
 
 
 def test_equal_losses_and_a_good_mean_cost_one_score():
@@ -200,6 +236,33 @@ def test_exploded_weights_are_poison_in_no_dose(place):
     assert np.abs(swarm.array() - TARGET).max() < 0.11, plan
 
 
+def test_the_dead_are_not_heard_even_with_good_weights():
+    """A loss that is not finite is enough to be dead; the weights may still be the best of all."""
+    swarm, plan = meeting([1.0, 1.2, 8.0, 0.0], [0.1, 0.1, 0.1, NAN], [True, True, True, False])
+    assert plan.note["guard"] == "weighted"
+    assert plan.note["weights"][2:] == (0.0, 0.0)
+    assert (swarm.array() > TARGET + 1.0).all()
+
+
+def test_a_probe_that_gives_no_number_leaves_the_mean():
+    swarm = Simulation(make_rule("swarm", inertia=0.0, fitness_steps=1), torch.zeros(2), 2, score=lambda x: NAN)
+    for x in swarm.x:
+        x += 1.0
+    assert swarm.sync([0.1, 0.2]).note["guard"] == "equal"
+    np.testing.assert_array_equal(swarm.array(), 1.0)
+
+
+@relaxed
+@given(st.integers(3, 8), st.floats(10, 1e30), st.floats(0.01, 1e3), seeds)
+def test_an_exploded_particle_is_left_out_whatever_the_temperature(num_particles, place, temperature, seed):
+    """Exploded means a loss far above the temperature, of weights that are still finite."""
+    places = np.random.default_rng(seed).uniform(-0.1, 0.1, num_particles)
+    places[seed % num_particles] = place * math.sqrt(1 + 10 * temperature)
+    swarm, plan = meeting(places.tolist(), [0.1] * num_particles, temperature=temperature)
+    assert plan.note["weights"][seed % num_particles] == 0.0
+    assert np.abs(swarm.array() - TARGET).max() <= 0.1 + 1e-9
+
+
 def test_a_share_below_a_tenth_of_the_equal_one_becomes_nothing():
     rule = make_rule("swarm", temperature=1.0)
     for p in (2, 4, 8):
@@ -220,6 +283,25 @@ def test_losses_are_compared_over_enough_steps():
         swarm.sync([1.0, 2.0, 3.0, 4.0], steps=[8, 8, 8, 8])
         scored.append(swarm.plans[0].score)
     assert scored == [False, False, False, True] * 2
+
+
+def test_a_particle_that_skips_its_steps_holds_up_nobody():
+    swarm = Simulation(make_rule("swarm", fitness_steps=16), torch.zeros(2), 2, score=distance)
+    scored = []
+    for _ in range(4):
+        swarm.sync([1.0, 1.0], steps=[8, 0])
+        scored.append(swarm.plans[0].score)
+    assert scored == [False, True] * 2
+
+
+@pytest.mark.parametrize(("score", "alarm"), [(0.9, False), (1.1, True)])
+def test_a_sync_point_right_after_another_does_not_raise_the_losses(score, alarm):
+    """It has no steps of its own, and the losses of the one before."""
+    swarm = Simulation(make_rule("swarm", fitness_steps=8), torch.zeros(2), 2, score=lambda x: score)
+    swarm.sync([1.0, 1.0], steps=[0, 0])
+    plan = swarm.sync([1.0, 1.0], steps=[8, 8])
+    assert swarm.plans[0].score
+    assert ("guard" in plan.note) == alarm
 
 
 def test_the_noise_of_short_windows_cancels():
@@ -244,7 +326,7 @@ def test_rates_are_spread_evenly_and_dealt_by_chance(num_particles, seed):
         make_rule("swarm", seed, lr_spread=2.0, guard=False, fitness_steps=1), torch.zeros(1), num_particles
     )
     orders = set()
-    for _ in range(12):
+    for _ in range(40):  # two particles are dealt the same way each time once in 2^39
         swarm.sync([1.0] * num_particles)
         logs = np.log2(swarm.lr_factors)
         np.testing.assert_allclose(np.sort(logs), np.linspace(-1, 1, num_particles), atol=1e-12)
@@ -263,6 +345,42 @@ def test_the_spread_shrinks_in_the_second_half_and_ends_at_zero():
     assert widths[-1] == pytest.approx(0.0)
 
 
+@relaxed
+@given(swarm_rules, histories, seeds)
+def test_rates_and_their_changes_are_bounded(rule, rounds, seed):
+    """Between 1 / lr_spread and lr_spread times a common rate, whose log moves by lr_step times that of lr_spread."""
+    rng, spread = np.random.default_rng(seed), math.log(rule.options.lr_spread) + 1e-9
+    num_particles, common = len(rounds[0][0]), 0.0
+    swarm = Simulation(rule, torch.zeros(2, dtype=torch.float64), num_particles, score=distance)
+    for fitness, alive in rounds:
+        for x in swarm.x:
+            x += torch.from_numpy(rng.normal(size=2))
+        swarm.sync(fitness, alive)
+        logs = np.log(swarm.lr_factors)
+        assert np.abs(logs - logs.mean()).max() <= spread
+        assert abs(logs.mean() - common) <= rule.options.lr_step * spread + 1e-9
+        common = logs.mean()
+
+
+def test_rates_are_those_of_the_seed():
+    def rates(seed):
+        swarm = Simulation(make_rule("swarm", seed, guard=False, fitness_steps=1), torch.zeros(1), 8)
+        return [(swarm.sync([float(i) for i in range(8)]), swarm.lr_factors)[1] for _ in range(5)]
+
+    assert rates(7) == rates(7)
+    assert all(a != b for a, b in zip(rates(7), rates(8), strict=True))
+
+
+@pytest.mark.parametrize("winner", ["mean", "weighted"])
+def test_the_common_rate_moves_only_when_the_weighted_mean_wins(winner):
+    swarm = Simulation(make_rule("swarm", fitness_steps=1), torch.zeros(2), 4, score=lambda x: next(scores))
+    scores = iter([0.0] * 4)  # no cause for doubt
+    swarm.sync([1.0] * 4)
+    scores = iter([2.0] * 4 + [0.1, 0.2, 0.3, 9.0] + [3.0 if winner == "mean" else 1.0] * 4)
+    assert swarm.sync([1.0] * 4).note["guard"] == winner
+    assert (abs(np.log(swarm.lr_factors).mean()) > 1e-3) == (winner == "weighted")
+
+
 @pytest.mark.parametrize("guard", [True, False])
 @pytest.mark.parametrize("better", ["higher", "lower"])
 def test_the_common_rate_moves_to_that_of_the_better_particles(guard, better):
@@ -277,3 +395,14 @@ def test_the_common_rate_moves_to_that_of_the_better_particles(guard, better):
         swarm.sync([distance(x.numpy()) for x in swarm.x])
     assert sign * swarm.memory["mu"] > 1.0
     assert np.mean(np.log(swarm.lr_factors)) == pytest.approx(swarm.memory["mu"])
+
+
+def test_the_common_rate_has_bounds():
+    """The highest rate wins every time, as it does where losses are compared after too few steps."""
+    rule = make_rule("swarm", guard=False, fitness_steps=1, lr_spread=10.0, lr_step=100.0)
+    swarm = Simulation(rule, torch.zeros(1), 2)
+    swarm.sync([1.0, 1.0])
+    for _ in range(50):
+        swarm.sync([1.0 if factor == max(swarm.lr_factors) else 5.0 for factor in swarm.lr_factors])
+    assert swarm.memory["mu"] == pytest.approx(math.log(1000))
+    assert max(swarm.lr_factors) == pytest.approx(10_000)
