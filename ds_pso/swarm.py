@@ -64,8 +64,8 @@ def init(config: ConfigSource, *, run_dir: str | Path | None = None, world: Worl
 class Swarm(SwarmState):
     """P particles that train apart and meet every ``sync_interval`` optimizer steps.
 
-    Usable as a context manager: leaving it in good order waits for the other ranks, leaving it
-    with an exception does not.
+    Usable as a context manager: leaving it in good order waits for the other ranks, and so does an error
+    that all ranks raise alike; any other exception does not.
     """
 
     # -- the training script's calls --------------------------------------------------------
@@ -198,8 +198,8 @@ class Swarm(SwarmState):
     def __enter__(self) -> Swarm:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if kind is None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: Any) -> None:
+        if kind is None or getattr(error, "agreed", False):  # all leave; who hosts the store must be the last
             self.close()
         else:
             self.world.abandon()

@@ -16,6 +16,7 @@ from ds_pso.rules.base import Place, Plan, Rule, RuleConfig, State, SyncPoint
 
 _NO_WEIGHT_BELOW = 0.1  # times 1 / P
 _FARTHEST = math.log(1000)  # of the common learning rate from the one in the JSON
+_MEMORY, _CLEARLY = 0.7, 2.5  # how evidence for a higher learning rate is kept, and how much is enough
 _FEW_ROUNDS = 10  # inertia built up over so few sync points has no time to pay
 
 
@@ -25,13 +26,13 @@ class SwarmRuleConfig(RuleConfig):
     inertia: float = Field(default=0.3, ge=0, lt=1, description="Heavy-ball momentum of the consensus (beta).")
     guard: bool = Field(
         default=True,
-        description="Score the mean on the probe batch; in doubt, let a mean weighted by the particles' own scores "
+        description="Score the particles on the probe batch; if they are unequal, let a mean weighted by their scores "
         "compete.",
     )
     fitness_steps: int = Field(
         default=32,
         ge=1,
-        description="Losses are compared over at least so many optimizer steps, if need be over several sync points.",
+        description="Particles are compared each time after so many optimizer steps, or at the next sync point.",
     )
     temperature: float = Field(
         default=0.3, gt=0, description="Of the loss-weighted mean (tau): weights are softmax(-loss / tau)."
@@ -67,37 +68,38 @@ class _Trial:
     """How far a guarded sync point has come. Each stage but the last ends with a score."""
 
     stage: Literal["mean", "own", "weighted", "settle"]
-    sync: SyncPoint | None = None
-    losses: Sequence[float] = ()
+    sync: SyncPoint
     memory: Mapping[str, Any] = field(default_factory=dict)  # of the last sync point
+    own: Sequence[float] = ()  # scores of what the particles brought
     mean_score: float = math.inf
-    rates: _Rates = _Rates()  # if the weighted mean wins
     mean_in: Literal["received", "trial"] = "received"  # where the mean to settle on lies
 
 
 class SwarmRule(Rule):
     """Mean of the living particles with heavy-ball inertia, a fitness guard and particle learning rates.
 
-    With a the last consensus, f_i the losses, sums over the living particles::
+    With a the last consensus, q_i the loss of particle i's own weights on the probe batch, sums over the
+    living particles::
 
         m   = mean of x_i
-        m_w = sum w_i x_i,  w = softmax(-q / tau),  q_i = loss of x_i on the probe batch;
-                            0 where that is below 0.1 / P
-        m <- m_w  if m_w has the lower loss on the probe batch
+        m_w = sum w_i x_i,  w = softmax(-q / tau), 0 where that is below 0.1 / P
+        m <- m_w  if the q_i are clearly unequal, and m_w has the lower loss on the probe batch
         u <- beta u + (a - m);  a <- a - u;  x_i <- a
 
-    m_w is tried when there is cause for doubt, which is when softmax(-f / tau) is clearly not uniform or
-    the loss of m on the probe batch is above the mean of the f_i, and w is clearly not uniform. beta
+    Losses are clearly unequal when softmax(-q / tau) is clearly not uniform, or one is not finite. beta
     is 0 at the last sync point, and throughout a training of 10 sync points or fewer, if the length of
     training is known.
 
     Each particle's learning rate is multiplied by exp(mu + sigma z_i), z evenly spaced in [-1, 1] and
     shuffled when losses have been compared, sigma = ln(lr_spread), shrinking to 0 in the second half of training if
-    its length is known. When m_w has won, with u_i the utilities of the ranks of q (sum |u_i| = 1)::
+    its length is known. With u_i the utilities of the ranks of q (sum |u_i| = 1)::
 
-        mu <- mu + eta sigma sum u_i z_i    within +-ln(1000)
+        s    = sum u_i z_i;  lean <- 0.7 lean + s / (standard deviation of s if ranks were dealt by chance)
+        mu  <- mu + eta sigma s    if m_w has won, or s > 0 and lean > 2.5; within +-ln(1000)
 
-    Without the guard there is no m_w, and mu moves by the ranks of f, when those are clearly unequal.
+    Upwards less evidence is enough, because over a few steps a lower rate nearly always looks better.
+    Without the guard there is no m_w; f, the training losses, stand for q, and being clearly unequal for
+    having won.
 
     Source: our own. The parts: B. Polyak, 1964 (heavy ball); rank utilities as in D. Wierstra et
     al., "Natural Evolution Strategies", 2014. Moves one all-reduce of the shard, two when in
@@ -109,7 +111,7 @@ class SwarmRule(Rule):
 
     @property
     def uses_fitness(self) -> bool:
-        return self.options.guard or self.options.lr_spread > 1
+        return not self.options.guard and self.options.lr_spread > 1
 
     @property
     def uses_probe(self) -> bool:
@@ -124,61 +126,57 @@ class SwarmRule(Rule):
         return state
 
     def plan(self, sync: SyncPoint, memory: Mapping[str, Any]) -> Plan:
-        losses, window = self._compare(sync, memory)
-        guarded = bool(losses) and self.options.guard
-        follow = bool(losses) and not guarded and self._unequal(losses)
-        rates = self._learning_rates(sync, memory, bool(losses), losses if follow else ())
-        beta = 0.0 if sync.is_last or (sync.total is not None and sync.total <= _FEW_ROUNDS) else self.options.inertia
+        losses, window = self._window(sync, memory)
+        if losses and self.options.guard:
+            return Plan(receive="nothing", alive=sync.alive, score=True, carry=_Trial("own", sync, memory))
+        rates = self._learning_rates(sync, memory, losses, self._unequal(losses))
+        return self._mean(sync, replace(rates, memory={**rates.memory, **window}))
+
+    def _mean(self, sync: SyncPoint, rates: _Rates, trial: _Trial | None = None) -> Plan:
+        """The plan for the mean: to settle on it, or to try it."""
+        last = sync.is_last or (sync.total is not None and sync.total <= _FEW_ROUNDS)
         return Plan(
             receive="mean",
             weights=sync.mean_weights(),
             alive=sync.alive,
-            factors=((beta,),) * sync.num_particles,
+            factors=((0.0 if last else self.options.inertia,),) * sync.num_particles,
             lr_factors=rates.factors,
-            score=guarded,
-            carry=_Trial("mean", sync, losses, memory) if guarded else _Trial("settle"),
-            memory={**window, **rates.memory},
+            score=trial is not None,
+            carry=trial or _Trial("settle", sync),
+            memory=rates.memory,
         )
 
     def proceed(self, plan: Plan, scores: tuple[float, ...]) -> Plan:
         trial: _Trial = plan.carry
-        assert trial.sync is not None
+        sync = trial.sync
         score = sum(scores) / len(scores)
-        if trial.stage == "mean":
-            finite = [loss for loss in trial.losses if math.isfinite(loss)]
-            if not self._unequal(trial.losses) and score <= sum(finite) / max(1, len(finite)):
-                return replace(plan, receive="nothing", score=False, carry=_Trial("settle"))
-            return replace(plan, receive="nothing", carry=replace(trial, stage="own", mean_score=score))
         if trial.stage == "own":
-            own = tuple(s if alive else math.inf for s, alive in zip(scores, trial.sync.alive, strict=True))
-            broken = any(math.isinf(s) for s, alive in zip(own, trial.sync.alive, strict=True) if alive)
+            own = tuple(s if alive else math.inf for s, alive in zip(scores, sync.alive, strict=True))
+            broken = any(math.isinf(s) for s, alive in zip(own, sync.alive, strict=True) if alive)
             if math.isinf(min(own)) or not (broken or self._unequal(own)):
-                # Nobody is to blame: a false alarm, as when the model overfits.
-                return replace(
-                    plan,
-                    receive="nothing",
-                    score=False,
-                    carry=_Trial("settle", mean_in="trial"),
-                    note={"guard": "equal"},
-                )
-            rates = self._learning_rates(trial.sync, trial.memory, True, own)
-            carry = replace(trial, stage="weighted", rates=rates)
-            return replace(plan, receive="mean", weights=self._weigh(own), carry=carry)
+                plan = self._mean(sync, self._learning_rates(sync, trial.memory, own, False))
+            else:
+                plan = self._mean(sync, _Rates(), replace(trial, stage="mean", own=own))
+            return replace(plan, note={"scores": own})
+        if trial.stage == "mean":
+            carry = replace(trial, stage="weighted", mean_score=score)
+            return replace(plan, send="trial", weights=self._weigh(trial.own), carry=carry)
         believed = score < trial.mean_score
-        settled = replace(
+        rates = self._learning_rates(sync, trial.memory, trial.own, believed)
+        return replace(
             plan,
             receive="nothing",
+            send="x",
             score=False,
-            carry=_Trial("settle", mean_in="received" if believed else "trial"),
+            lr_factors=rates.factors,
+            memory=rates.memory,
+            carry=_Trial("settle", sync, mean_in="received" if believed else "trial"),
             note={
                 "guard": "weighted" if believed else "mean",
-                "weights": plan.weights if believed else trial.sync.mean_weights(),
                 "guard_scores": {"mean": trial.mean_score, "weighted": score},
+                "weights": plan.weights if believed else sync.mean_weights(),
             },
         )
-        if not believed:
-            return settled
-        return replace(settled, lr_factors=trial.rates.factors, memory={**plan.memory, **trial.rates.memory})
 
     def _weigh(self, scores: Sequence[float]) -> tuple[float, ...]:
         """Weights of the particles in the mean that competes, shape (P,)."""
@@ -196,16 +194,14 @@ class SwarmRule(Rule):
         return 1 / (len(finite) * sum(w * w for w in weights)) < 1 - self.options.unequal_above
 
     def update(self, x: Tensor, received: Tensor, state: State, plan: Plan, place: Place) -> None:
-        if plan.carry.stage == "own":  # x holds the mean, and the trial what this particle brought
-            mean = x.clone()
-            x.copy_(state["trial"])
-            state["trial"].copy_(mean)
+        if plan.carry.stage == "own":
             return
-        if plan.carry.stage == "weighted":
+        if plan.carry.stage == "mean":  # keep what this particle brought
+            state["trial"].copy_(x)
             x.copy_(received)
             return
-        if plan.carry.stage == "mean":
-            state["trial"].copy_(x)
+        if plan.carry.stage == "weighted":
+            state["trial"].copy_(x)  # the mean
             x.copy_(received)
             return
         mean = state["trial"] if plan.carry.mean_in == "trial" else received
@@ -223,36 +219,42 @@ class SwarmRule(Rule):
         if "trial" in state:
             state["trial"].zero_()
 
-    def _compare(self, sync: SyncPoint, memory: Mapping[str, Any]) -> tuple[list[float], dict[str, Any]]:
+    def _window(self, sync: SyncPoint, memory: Mapping[str, Any]) -> tuple[list[float], dict[str, Any]]:
         """Mean losses of a full window, or none while it fills; and the window for the next sync point."""
-        steps = max(sync.steps, default=self.options.fitness_steps)
+        steps = max(1, max(sync.steps, default=self.options.fitness_steps))
         sums = memory.get("loss_sums") or [0.0] * sync.num_particles
-        sums = [total + loss * max(1, steps) for total, loss in zip(sums, sync.losses(), strict=True)]
-        steps = memory.get("steps", 0) + max(1, steps)
+        sums = [total + loss * steps for total, loss in zip(sums, sync.losses(), strict=True)]
+        steps += memory.get("steps", 0)
         if steps < self.options.fitness_steps:
             return [], {"loss_sums": sums, "steps": steps}
         return [total / steps for total in sums], {}
 
     def _learning_rates(
-        self, sync: SyncPoint, memory: Mapping[str, Any], shuffle: bool, losses: Sequence[float] = ()
+        self, sync: SyncPoint, memory: Mapping[str, Any], losses: Sequence[float], believed: bool
     ) -> _Rates:
-        """For the coming steps; the common rate follows ``losses``, if given."""
+        """For the coming steps.
+
+        Args:
+            losses: that have just been compared, or none.
+            believed: whether they tell more than which particle had the lower learning rate.
+        """
         if self.options.lr_spread == 1:
             return _Rates({}, (1.0,) * sync.num_particles)
-        mu = memory.get("mu", 0.0)
+        mu, lean = memory.get("mu", 0.0), memory.get("lean", 0.0)
         if "z" in memory and losses:
-            utilities = _rank_utilities(losses, sync.alive)
-            step = sum(u * z for u, z in zip(utilities, memory["z"], strict=True))
-            mu += self.options.lr_step * memory["sigma"] * step
-            mu = min(max(mu, -_FARTHEST), _FARTHEST)
+            step, by_chance = _go_with(losses, sync.alive, memory["z"])
+            lean = _MEMORY * lean + step / by_chance
+            if believed or (step > 0 and lean > _CLEARLY):
+                mu += self.options.lr_step * memory["sigma"] * step
+                mu = min(max(mu, -_FARTHEST), _FARTHEST)
         sigma = math.log(self.options.lr_spread) * (min(1.0, 2 - 2 * sync.progress) if sync.total else 1)
         even = np.linspace(-1, 1, sync.num_particles) if sync.num_particles > 1 else np.zeros(1)
-        if "z" in memory and not shuffle:  # the losses are still being collected
+        if "z" in memory and not losses:  # they are still being collected
             z = memory["z"]
         else:
             z = np.random.default_rng([self.seed, sync.index]).permutation(even).tolist()
         factors = tuple(math.exp(mu + sigma * value) for value in z)
-        return _Rates({"mu": mu, "sigma": sigma, "z": z}, factors)
+        return _Rates({"mu": mu, "lean": lean, "sigma": sigma, "z": z}, factors)
 
 
 def _softmax(losses: Sequence[float], temperature: float) -> tuple[float, ...]:
@@ -263,8 +265,19 @@ def _softmax(losses: Sequence[float], temperature: float) -> tuple[float, ...]:
 
 
 def _rank_utilities(losses: Sequence[float], alive: Sequence[bool]) -> list[float]:
-    """From the best living particle's, highest, to the worst's; their absolute values sum to one; the dead have 0."""
-    order = sorted((i for i in range(len(losses)) if alive[i]), key=lambda i: (losses[i], i))
-    raw = {i: (len(order) - 1) / 2 - rank for rank, i in enumerate(order)}
-    scale = sum(abs(value) for value in raw.values()) or 1.0
-    return [raw.get(i, 0.0) / scale for i in range(len(losses))]
+    """Highest for the best living particle; equal steps in between; the absolute values sum to one; the dead have 0."""
+    living = [loss for loss, lives in zip(losses, alive, strict=True) if lives]
+    raw = [
+        sum((other > loss) - (other < loss) for other in living) if lives else 0
+        for loss, lives in zip(losses, alive, strict=True)
+    ]
+    scale = sum(abs(value) for value in raw) or 1
+    return [value / scale for value in raw]
+
+
+def _go_with(losses: Sequence[float], alive: Sequence[bool], z: Sequence[float]) -> tuple[float, float]:
+    """How much low losses go with high z, in [-1, 1], and its standard deviation if ranks were dealt by chance."""
+    utilities = _rank_utilities(losses, alive)
+    step = sum(u * value for u, value in zip(utilities, z, strict=True))
+    squares = sum(u * u for u in utilities) * sum(value * value for value in z)
+    return step, math.sqrt(squares / max(1, len(z) - 1)) or 1.0

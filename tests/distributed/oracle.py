@@ -167,7 +167,7 @@ class SwarmOracle(Oracle):
     def begin(self, start: np.ndarray, **options: Any) -> None:
         self.options = options  # all of them: what the defaults are is no matter of these tests
         self.anchor, self.momentum = start, np.zeros_like(start)
-        self.mu, self.sigma, self.z = 0.0, 0.0, None
+        self.mu, self.lean, self.sigma, self.z = 0.0, 0.0, 0.0, None
         self.window: list[list[float]] = []  # losses of the sync points since the last comparison
         self.winners: list[str] = []  # of the sync points at which the guard acted
         self.scores: list[list[float]] = []  # there, of the mean and of the weighted mean
@@ -178,14 +178,13 @@ class SwarmOracle(Oracle):
         compared = len(self.window) * self.problem.interval >= o["fitness_steps"]
         if compared:
             losses, self.window = list(np.mean(self.window, axis=0)), []
-        unequal = compared and 1 / (len(x) * np.sum(self._softmax(losses) ** 2)) < 1 - o["unequal_above"]
         mean = np.mean(x, axis=0)
-        believed = unequal and not o["guard"]
-        if compared and o["guard"] and (unequal or self.problem.score(mean, self.index) > np.mean(losses)):
-            scores = [self.problem.score(own, self.index) for own in x]
-            weights = self._softmax(scores)
-            if 1 / (len(x) * np.sum(weights**2)) < 1 - o["unequal_above"]:
-                losses = scores
+        believed = compared and self._unequal(losses)
+        if compared and o["guard"]:
+            losses = [self.problem.score(own, self.index) for own in x]
+            believed = False
+            if self._unequal(losses):
+                weights = self._softmax(losses)
                 weights[weights < 0.1 / len(x)] = 0
                 weighted = np.tensordot(weights / weights.sum(), np.stack(x), 1)
                 self.scores.append([self.problem.score(candidate, self.index) for candidate in (mean, weighted)])
@@ -202,12 +201,19 @@ class SwarmOracle(Oracle):
         weights = np.exp((min(losses) - np.array(losses)) / self.options["temperature"])
         return weights / weights.sum()
 
+    def _unequal(self, losses: list[float]) -> bool:
+        return 1 / (len(losses) * np.sum(self._softmax(losses) ** 2)) < 1 - self.options["unequal_above"]
+
     def _set_learning_rates(self, losses: list[float], believed: bool, compared: bool) -> None:
-        """mu <- mu + eta sigma sum u_i z_i with the sigma and z of the steps that gave these losses."""
+        """mu <- mu + eta sigma s, s = sum u_i z_i with the sigma and z of the steps that gave these losses."""
         p = len(losses)
-        if believed and self.z is not None:
+        if compared and self.z is not None:
             utilities = (p - 1) / 2 - np.argsort(np.argsort(losses))
-            self.mu += self.options["lr_step"] * self.sigma * np.sum(utilities * self.z) / np.sum(np.abs(utilities))
+            utilities = utilities / np.sum(np.abs(utilities))
+            s = np.sum(utilities * self.z)
+            self.lean = 0.7 * self.lean + s / np.sqrt(np.sum(utilities**2) * np.sum(self.z**2) / (p - 1))
+            if believed or (s > 0 and self.lean > 2.5):
+                self.mu += self.options["lr_step"] * self.sigma * s
         shrink = 1.0 if self.problem.total is None else min(1.0, 2 * (1 - self.progress))
         self.sigma = np.log(self.options["lr_spread"]) * shrink
         if compared or self.z is None:

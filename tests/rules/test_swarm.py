@@ -1,5 +1,6 @@
 """The swarm rule against its equations in NumPy, stage by stage, and what its guard is there for."""
 
+import itertools
 import math
 
 import numpy as np
@@ -25,7 +26,7 @@ class NumpySwarm:
     def __init__(self, options, num_particles, numel, total, seed):
         self.o, self.total, self.seed, self.index = options, total, seed, 0
         self.anchor = self.step = np.zeros(numel)
-        self.window, self.mu, self.sigma, self.z = [], 0.0, 0.0, None
+        self.window, self.mu, self.lean, self.sigma, self.z = [], 0.0, 0.0, 0.0, None
         self.lr_factors = np.ones(num_particles)
 
     def softmax(self, losses):
@@ -46,36 +47,36 @@ class NumpySwarm:
         compared = len(self.window) >= o.fitness_steps
         if compared:
             losses, self.window = np.mean(self.window, axis=0), []
-        mean = x[alive].mean(axis=0)
-        guard, ranked = None, losses if compared and not o.guard and self.unequal(losses) else None
-        finite = losses[np.isfinite(losses)]
-        if compared and o.guard and (self.unequal(losses) or distance(mean) > (finite.mean() if len(finite) else 0)):
-            own = np.array([distance(row) if living else INF for row, living in zip(x, alive, strict=True)])
-            guard = "equal"
-            if self.unequal(own):
-                weights = self.softmax(own)
+        mean, guard, believed = x[alive].mean(axis=0), None, compared and self.unequal(losses)
+        if compared and o.guard:
+            losses = np.array([distance(row) if living else INF for row, living in zip(x, alive, strict=True)])
+            believed = False
+            if self.unequal(losses):
+                weights = self.softmax(losses)
                 weights[weights < 0.1 / len(weights)] = 0
                 weighted = np.average(x[weights > 0], axis=0, weights=weights[weights > 0])
-                guard = "mean"
-                if distance(weighted) < distance(mean):
-                    guard, mean, ranked = "weighted", weighted, own
+                believed = distance(weighted) < distance(mean)
+                guard, mean = ("weighted", weighted) if believed else ("mean", mean)
         beta = 0 if self.total and (self.total <= 10 or self.index + 1 >= self.total) else o.inertia
         self.step = beta * self.step + self.anchor - mean
         self.anchor = self.anchor - self.step
-        self.set_rates(ranked, alive, compared)
+        self.set_rates(losses if compared else None, believed, alive)
         self.index += 1
         return guard
 
-    def set_rates(self, ranked, alive, compared):
-        if ranked is not None and self.z is not None:
-            order = [i for i in np.argsort(ranked, kind="stable") if alive[i]]
-            utility = np.zeros(len(alive))
-            utility[order] = np.linspace(1, -1, len(order)) if len(order) > 1 else 0.0
-            size = np.abs(utility).sum() or 1.0
-            self.mu += self.o.lr_step * self.sigma * (utility / size) @ self.z
+    def set_rates(self, compared, believed, alive):
+        if compared is not None and self.z is not None:
+            ranks = np.array([(compared[alive] < v).sum() + (compared[alive] <= v).sum() for v in compared])
+            utility = np.where(alive, ranks[alive].mean() - ranks, 0.0)  # those who tie share the rank between them
+            utility /= np.abs(utility).sum() or 1.0
+            s = utility @ self.z
+            chance = np.sqrt(np.square(utility).sum() * np.square(self.z).sum() / max(1, len(alive) - 1))
+            self.lean = 0.7 * self.lean + (s / chance if chance > 0 else 0)
+            if believed or (s > 0 and self.lean > 2.5):
+                self.mu = np.clip(self.mu + self.o.lr_step * self.sigma * s, -np.log(1000), np.log(1000))
         shrink = min(1, 2 * (1 - (self.index + 1) / self.total)) if self.total else 1
         self.sigma = np.log(self.o.lr_spread) * max(0, shrink)
-        if self.z is None or compared:
+        if self.z is None or compared is not None:
             even = np.linspace(-1, 1, len(alive)) if len(alive) > 1 else np.zeros(1)
             self.z = np.random.default_rng([self.seed, self.index]).permutation(even)
         self.lr_factors = np.exp(self.mu + self.sigma * self.z)
@@ -181,29 +182,22 @@ def meeting(places, fitness, alive=None, **options):
     return swarm, swarm.sync(fitness, alive)
 
 
-def test_equal_losses_and_a_good_mean_cost_one_score():
-    swarm, plan = meeting([1.0, -1.0, 1.0, -1.0], [1.0, 1.0, 1.01, 1.0])
+def test_equal_particles_cost_one_score():
+    """Whatever their training losses are: those with other data have others."""
+    swarm, plan = meeting([1.0, -1.0, 1.0, -1.0], [0.1, 2.0, 4.0, 6.0])
     assert len(swarm.plans) == 2
     assert [p.score for p in swarm.plans] == [True, False]
     assert "guard" not in plan.note
     np.testing.assert_allclose(swarm.array(), TARGET)
 
 
-@pytest.mark.parametrize("fitness", [[0.1, 0.1, 0.1, 5.0], [0.1, 0.1, 0.1, 0.1]], ids=["its loss", "the mean's score"])
-def test_a_spoilt_particle_is_noticed_by(fitness):
+def test_a_spoilt_particle_is_noticed_and_left_out():
     """Its own training loss may say nothing, as when its labels are wrong and it has learned them."""
-    swarm, plan = meeting([0.1, -0.1, 0.1, 8.0], fitness)
+    swarm, plan = meeting([0.1, -0.1, 0.1, 8.0], [0.1, 0.1, 0.1, 0.1])
     assert plan.note["guard"] == "weighted"
     assert np.abs(swarm.array() - TARGET).max() < 0.11
     assert plan.note["weights"][3] == 0.0
     assert plan.note["guard_scores"]["weighted"] < plan.note["guard_scores"]["mean"]
-
-
-def test_losses_that_the_probe_does_not_confirm_change_nothing():
-    """Particles with other data have other losses, and are all equally good."""
-    swarm, plan = meeting([1.0, -1.0, 1.0, -1.0], [0.1, 2.0, 4.0, 6.0])
-    assert plan.note["guard"] == "equal"
-    np.testing.assert_allclose(swarm.array(), TARGET)
 
 
 def test_the_weighted_mean_must_be_better():
@@ -216,17 +210,10 @@ def test_the_weighted_mean_must_be_better():
 
 @pytest.mark.parametrize(("weighted", "winner"), [(0.999, "weighted"), (1.0, "mean"), (INF, "mean")])
 def test_a_tie_goes_to_the_mean(weighted, winner):
-    scores = iter([1.0] * 4 + [0.5, 0.5, 0.5, 9.0] + [weighted] * 4)  # of the mean, of each, of the weighted mean
+    scores = iter([0.5, 0.5, 0.5, 9.0] + [1.0] * 4 + [weighted] * 4)  # of each, of the mean, of the weighted mean
     rule = make_rule("swarm", fitness_steps=1)
     swarm = Simulation(rule, torch.zeros(2), 4, score=lambda x: next(scores))
     assert swarm.sync([0.1, 0.1, 0.1, 5.0]).note["guard"] == winner
-
-
-def test_a_false_alarm_leaves_the_common_learning_rate():
-    _, false = meeting([1.0, -1.0, 1.0, -1.0], [0.1, 2.0, 4.0, 6.0])
-    _, true = meeting([0.1, -0.1, 0.1, 8.0], [0.1, 0.1, 0.1, 5.0])
-    assert false.memory["mu"] == 0.0
-    assert true.memory["mu"] != 0.0
 
 
 @pytest.mark.parametrize("place", [1e3, 1e30, NAN])
@@ -248,7 +235,7 @@ def test_a_probe_that_gives_no_number_leaves_the_mean():
     swarm = Simulation(make_rule("swarm", inertia=0.0, fitness_steps=1), torch.zeros(2), 2, score=lambda x: NAN)
     for x in swarm.x:
         x += 1.0
-    assert swarm.sync([0.1, 0.2]).note["guard"] == "equal"
+    assert "guard" not in swarm.sync([0.1, 0.2]).note
     np.testing.assert_array_equal(swarm.array(), 1.0)
 
 
@@ -294,14 +281,12 @@ def test_a_particle_that_skips_its_steps_holds_up_nobody():
     assert scored == [False, True] * 2
 
 
-@pytest.mark.parametrize(("score", "alarm"), [(0.9, False), (1.1, True)])
-def test_a_sync_point_right_after_another_does_not_raise_the_losses(score, alarm):
+def test_a_sync_point_right_after_another_counts_as_one_step():
     """It has no steps of its own, and the losses of the one before."""
-    swarm = Simulation(make_rule("swarm", fitness_steps=8), torch.zeros(2), 2, score=lambda x: score)
-    swarm.sync([1.0, 1.0], steps=[0, 0])
-    plan = swarm.sync([1.0, 1.0], steps=[8, 8])
-    assert swarm.plans[0].score
-    assert ("guard" in plan.note) == alarm
+    swarm = Simulation(make_rule("swarm", fitness_steps=8, guard=False), torch.zeros(2), 2)
+    swarm.sync([1.0, 2.0], steps=[0, 0])
+    assert swarm.memory["loss_sums"] == [1.0, 2.0]
+    assert swarm.memory["steps"] == 1
 
 
 def test_the_noise_of_short_windows_cancels():
@@ -371,14 +356,66 @@ def test_rates_are_those_of_the_seed():
     assert all(a != b for a, b in zip(rates(7), rates(8), strict=True))
 
 
-@pytest.mark.parametrize("winner", ["mean", "weighted"])
-def test_the_common_rate_moves_only_when_the_weighted_mean_wins(winner):
-    swarm = Simulation(make_rule("swarm", fitness_steps=1), torch.zeros(2), 4, score=lambda x: next(scores))
-    scores = iter([0.0] * 4)  # no cause for doubt
-    swarm.sync([1.0] * 4)
-    scores = iter([2.0] * 4 + [0.1, 0.2, 0.3, 9.0] + [3.0 if winner == "mean" else 1.0] * 4)
-    assert swarm.sync([1.0] * 4).note["guard"] == winner
-    assert (abs(np.log(swarm.lr_factors).mean()) > 1e-3) == (winner == "weighted")
+def compare(better: str, rounds: int, *, num_particles: int = 4, unequal: bool, weighted: float = 1.0) -> list[float]:
+    """The common rate after each of some sync points at which those with the higher or the lower rate were better.
+
+    Args:
+        unequal: whether the scores of the particles are clearly so.
+        weighted: score of the weighted mean; that of the mean is 2.
+    """
+    scores = iter(())
+    swarm = Simulation(make_rule("swarm", fitness_steps=1), torch.zeros(2), num_particles, score=lambda x: next(scores))
+    rates = []
+    for _ in range(rounds + 1):
+        order = np.argsort(np.argsort(swarm.lr_factors)) / num_particles
+        own = 1 + (10.0 if unequal else 0.001) * (order if better == "lower" else -order + 1)
+        scores = iter([*own.tolist(), *[2.0] * num_particles, *[weighted] * num_particles])
+        swarm.sync([1.0] * num_particles)
+        rates.append(float(np.exp(np.log(swarm.lr_factors).mean())))
+    return rates[1:]  # at the first there were no rates to compare
+
+
+@pytest.mark.parametrize("better", ["higher", "lower"])
+def test_where_the_weighted_mean_wins_the_common_rate_follows_at_once(better):
+    (rate,) = compare(better, 1, unequal=True)
+    assert rate > 1.3 if better == "higher" else rate < 1 / 1.3
+
+
+def test_where_the_weighted_mean_loses_a_lower_rate_is_not_believed():
+    assert compare("lower", 20, unequal=True, weighted=3.0) == pytest.approx([1.0] * 20)
+
+
+def test_a_lower_rate_nearly_always_looks_better_for_a_while_and_is_not_believed():
+    assert compare("lower", 20, unequal=False) == pytest.approx([1.0] * 20)
+
+
+@pytest.mark.parametrize(("num_particles", "patience"), [(2, 4), (4, 2), (8, 1)])
+def test_a_higher_rate_is_believed_when_it_is_better_again_and_again(num_particles, patience):
+    """The fewer the particles, the more often they stand in this order by chance."""
+    rates = compare("higher", 6, num_particles=num_particles, unequal=False)
+    assert rates[: patience - 1] == pytest.approx([1.0] * (patience - 1))
+    assert all(b > 1.2 * a for a, b in itertools.pairwise([1.0, *rates[patience - 1 :]]))
+
+
+def test_without_differences_the_common_rate_stays():
+    for guard in (True, False):
+        swarm = Simulation(make_rule("swarm", fitness_steps=1, guard=guard), torch.zeros(2), 5)
+        for _ in range(20):
+            swarm.sync([1.0] * 5)
+        assert swarm.memory["mu"] == 0.0
+
+
+def test_chance_seldom_moves_the_common_rate():
+    """Scores in random order, 8 particles: less often than once in 20 comparisons."""
+    rng = np.random.default_rng(0)
+    swarm = Simulation(
+        make_rule("swarm", fitness_steps=1), torch.zeros(2), 8, score=lambda x: 1 + 1e-3 * float(rng.random())
+    )
+    rates = []
+    for _ in range(400):
+        swarm.sync([1.0] * 8)
+        rates.append(swarm.memory["mu"])
+    assert np.count_nonzero(np.diff(rates)) < 20
 
 
 @pytest.mark.parametrize("guard", [True, False])
