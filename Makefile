@@ -7,7 +7,7 @@ MASTER_PORT ?= 29500
 CONFIG ?= ds_config_examples/zero2_pso.json
 ARGS ?=
 # The example has two particles; with an odd number of GPUs the built-in config makes each GPU one.
-WITH_CONFIG = $(if $(filter %1 %3 %5 %7 %9,$(NUM_GPUS)),,--deepspeed_config $(CONFIG))
+WITH_CONFIG = $(if $(and $(filter file,$(origin CONFIG)),$(filter %1 %3 %5 %7 %9,$(NUM_GPUS))),,--deepspeed_config $(CONFIG))
 
 # The deepspeed launcher and DeepSpeed's own builds look for python and ninja on PATH.
 export PATH := $(BIN):$(PATH)

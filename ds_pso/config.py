@@ -38,7 +38,7 @@ class SwarmConfig(StrictModel):
     optimizer_state: Literal["keep", "average", "reset"] = Field(
         default="keep",
         description="The optimizer's moments at a sync point: each particle keeps its own, all take their mean "
-        "(three times the bytes with Adam), or they become zero.",
+        "(with Adam 16 N (P - 1) / P bytes more), or they become zero.",
     )
     total_steps: int | None = Field(
         default=None,

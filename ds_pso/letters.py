@@ -129,6 +129,7 @@ class GlooMailbox(Mailbox):
                     return
                 for chunk in flat.split(self._chunk):
                     self._group.send([chunk], peer, 1).wait(_FOR_EVER)
+                del flat, chunk  # not to be kept until the next letter
                 with self._changed:
                     del self._outgoing[peer]
 
@@ -147,3 +148,4 @@ class GlooMailbox(Mailbox):
                     self._received += 4 * numel
                     if self._newest is None or index >= self._newest.index:
                         self._newest = Letter(peer, index, flat)
+                del flat, chunk

@@ -101,6 +101,12 @@ class Swarm(SwarmState):
                     "give swarm.attach a probe, or choose another mode or options"
                 )
             total = self.config.total_syncs(self.ds_config)
+            if total == 0 and self.is_leader:
+                warnings.warn(
+                    f"swarm.sync_interval = {self.config.sync_interval}: longer than the whole training, so that the "
+                    "particles never meet; lower it",
+                    stacklevel=2,
+                )
             if rule.uses_progress and not total:
                 raise ConfigError(
                     f"swarm.{self.config.sync_mode} changes over training, and scheduler.params.total_num_steps = "

@@ -167,7 +167,12 @@ class Synchronizer:
         )
 
     def _probe_loss(self) -> float:
-        assert self.probe is not None
+        if self.probe is None:
+            raise SwarmError(
+                "the rule scores weights on a probe batch, and swarm.attach got none; "
+                "let its uses_probe be true, so that this is told at once",
+                agreed=True,
+            )
         with torch.no_grad():
             return float(self.probe(self.totals.count))
 
@@ -270,12 +275,13 @@ class Synchronizer:
 
     def _average_moments(self, point: SyncPoint) -> None:
         """The moments of every particle, the dead included, become the mean of those of the living."""
-        if not point.alive[self.exchange.particle]:
-            self.shards.reset_optimizer_state()  # counts if there is no mean
         moments = self.shards.moments()
         alike = len({row[0] for row in self.exchange.all_gather([float(len(moments))])}) == 1  # peers, not mates
         if not all(row[0] for row in self.world.particle_gather([float(alike)])):
-            return  # a particle whose every step was skipped has none yet
+            # A particle whose every step was skipped has none yet.
+            if not point.alive[self.exchange.particle]:
+                self.shards.reset_optimizer_state()
+            return
         for piece, received in self.exchange.weighted_mean(moments, point.mean_weights()):
             piece.of(moments[piece.tensor]).copy_(received)
         self.shards.publish_moments()
@@ -349,7 +355,8 @@ class Synchronizer:
         alive = tuple(bool(row[0]) for row in self.exchange.all_gather([float(finite)]))
         if not any(alive):
             raise ConfigError("no particle has finite weights, so there is no model; resume an older checkpoint")
-        point = SyncPoint(self.totals.count, self.losses, alive)
+        losses = self.exchange.all_gather([self.losses[self.exchange.particle]])  # asynchronous: each knows its own
+        point = SyncPoint(self.totals.count, tuple(row[0] for row in losses), alive)
         weights = point.best_weights() if which == "best" else point.mean_weights()
         models = self.shards.tensors
         if which == "consensus" and self.rule.model_in != "x":

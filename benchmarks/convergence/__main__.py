@@ -38,10 +38,11 @@ def _run(arguments: argparse.Namespace, limits: Limits) -> int:
     tuning, results = _tuning(scale), Results(path_of(table, real=arguments.real, scale=scale))
     failed = 0
     if arguments.tune:
-        failed += run(_missing(tuning_of(cells_of(table, scale)), tuning, arguments.cells), tuning, limits)
+        wanted = [cell for cell in cells_of(table, scale) if arguments.cells in str(cell)]
+        failed += run(_missing(tuning_of(wanted), tuning), tuning, limits)
     cells = _missing(with_rates(cells_of(table, scale), _rates(tuning)), results, arguments.cells)
     known = [cell for cell in cells if cell.lr]
-    if len(known) < len(cells) and not arguments.tune:
+    if len(known) < len(cells):
         print(
             f"{len(cells) - len(known)} runs wait for their learning rates, such as {cells[0]}; first run\n"
             f"  python -m benchmarks.convergence {table} --tune{f' --scale {scale:g}' if scale != 1 else ''}",
@@ -52,7 +53,7 @@ def _run(arguments: argparse.Namespace, limits: Limits) -> int:
     return failed
 
 
-def _missing(cells: list[Cell], results: Results, text: str) -> list[Cell]:
+def _missing(cells: list[Cell], results: Results, text: str = "") -> list[Cell]:
     return [cell for cell in cells if cell not in results.rows and text in str(cell)]
 
 

@@ -117,7 +117,7 @@ class Rule(ABC):
 
     @property
     def uses_fitness(self) -> bool:
-        """Whether a sync point without any loss seen is an error."""
+        """Whether a first sync point without any loss is an error; later ones take the last losses again."""
         return False
 
     @property

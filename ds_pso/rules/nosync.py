@@ -15,7 +15,9 @@ class NoSyncConfig(RuleConfig):
     """``swarm.nosync``"""
 
     pressure: float = Field(default=0.1, ge=0, le=1, description="Pressure at the beginning of training.")
-    final_pressure: float = Field(default=1.0, ge=0, le=1, description="Pressure at the last sync point; 1: all agree.")
+    final_pressure: float = Field(
+        default=1.0, ge=0, le=1, description="Pressure at the last sync point; 1: all agree. Not for constant growth."
+    )
     growth: Literal["linear", "exponential", "constant"] = Field(
         default="linear",
         description="How the pressure goes from one to the other; constant: it stays what it is at the beginning.",
@@ -27,7 +29,7 @@ class NoSyncConfig(RuleConfig):
     max_staleness: int = Field(
         default=4,
         ge=0,
-        description="If asynchronous: ignore what a peer sent more sync points ago than this, by its count and ours.",
+        description="If asynchronous: ignore what a peer sent that had more sync points fewer behind it than this.",
     )
 
     @model_validator(mode="after")

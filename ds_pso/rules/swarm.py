@@ -42,7 +42,7 @@ class SwarmRuleConfig(RuleConfig):
         gt=0,
         lt=1,
         description="Losses count as unequal when a mean weighted by them would do without more than this share of "
-        "the particles: 1 - 1 / (P sum of squared weights).",
+        "the particles: 1 - 1 / (P sum of squared weights), never more than 1 - 1 / P.",
     )
     lr_spread: float = Field(
         default=1.5,
@@ -84,7 +84,7 @@ class SwarmRule(Rule):
         m   = mean of x_i
         m_w = sum w_i x_i,  w = softmax(-q / tau), 0 where that is below 0.1 / P
         m <- m_w  if the q_i are clearly unequal, and m_w has the lower loss on the probe batch
-        u <- beta u + (a - m);  a <- a - u;  x_i <- a
+        v <- beta v + (a - m);  a <- a - v;  x_i <- a
 
     Losses are clearly unequal when softmax(-q / tau) is clearly not uniform, or one is not finite. beta
     is 0 at the last sync point, and throughout a training of 10 sync points or fewer, if the length of
@@ -92,9 +92,9 @@ class SwarmRule(Rule):
 
     Each particle's learning rate is multiplied by exp(mu + sigma z_i), z evenly spaced in [-1, 1] and
     shuffled when losses have been compared, sigma = ln(lr_spread), shrinking to 0 in the second half of training if
-    its length is known. With u_i the utilities of the ranks of q (sum |u_i| = 1)::
+    its length is known. With h_i the utilities of the ranks of q (sum |h_i| = 1)::
 
-        s    = sum u_i z_i;  lean <- 0.7 lean + s / (standard deviation of s if ranks were dealt by chance)
+        s    = sum h_i z_i;  lean <- 0.7 lean + s / (standard deviation of s if ranks were dealt by chance)
         mu  <- mu + eta sigma s    if m_w has won, or s > 0 and lean > 2.5; within +-ln(1000)
 
     Upwards less evidence is enough, because over a few steps a lower rate nearly always looks better.
@@ -103,7 +103,7 @@ class SwarmRule(Rule):
 
     Source: our own. The parts: B. Polyak, 1964 (heavy ball); rank utilities as in D. Wierstra et
     al., "Natural Evolution Strategies", 2014. Moves one all-reduce of the shard, two when in
-    doubt; keeps a, u and, with the guard, one more. A particle that is not alive restarts at a.
+    doubt; keeps a, v and, with the guard, one more. A particle that is not alive restarts at a.
     """
 
     Config = SwarmRuleConfig
