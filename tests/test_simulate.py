@@ -10,6 +10,7 @@ import random
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -227,6 +228,45 @@ def test_the_first_error_wins_and_ends_all(pool: Pool):
     assert found["KeyboardInterrupt"] == ("KeyboardInterrupt", "in a particle", [])
     assert found["all"] == ("ValueError", "number 0", []), "it was the first to run"
     assert found["then"] == [[0.0, 1.0, 2.0]] * 3, "the next simulation knows nothing of it"
+
+
+def best_of_asynchronous(case: Case) -> list[tuple[Weights, Weights]]:
+    def life(swarm: Swarm) -> tuple[Weights, Weights]:
+        engine = attached(case, swarm)
+        train(case, engine, where=(swarm.particle, 0, 1))
+        own = working_weights(engine)
+        with swarm.consensus("best"):
+            return own, working_weights(engine)
+
+    return simulate(case, life)
+
+
+def test_the_best_of_asynchronous_particles_is_one_of_them(pool: Pool):
+    """Though each knows its own loss alone."""
+    case = replace(CASE, sync_mode="nosync", options={"asynchronous": True, "growth": "constant"})
+    (found,) = pool.run(best_of_asynchronous, case, world_size=1)
+    bests = [best for _, best in found]
+    for best in bests:
+        assert_equal(best, bests[0])
+    same = [all(np.array_equal(own[name], bests[0][name]) for name in own) for own, _ in found]
+    assert sum(same) == 1
+
+
+def warnings_of(case: Case) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        simulate(case, lambda swarm: attached(case, swarm))
+    return [str(item.message) for item in caught if "swarm." in str(item.message)]
+
+
+def test_a_training_too_short_to_meet_is_worth_a_warning(pool: Pool):
+    scheduler = {"type": "WarmupDecayLR", "params": {"total_num_steps": 5}}
+    cases = [replace(CASE, interval=interval, deepspeed={"scheduler": scheduler}) for interval in (5, 6)]
+    (enough,), (too_few,) = (pool.run(warnings_of, case, world_size=1) for case in cases)
+    assert enough == []
+    assert too_few == [
+        "swarm.sync_interval = 6: longer than the whole training, so that the particles never meet; lower it"
+    ]
 
 
 def leave_early(gone: set[int], after: int) -> tuple[str, str, list[str]]:

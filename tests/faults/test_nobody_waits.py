@@ -166,7 +166,6 @@ def test_letters_pull_the_models_together(pool: Pool, tmp_path: Path, stage: int
     assert drift < 0.3 * (particles - 1), ends
 
 
-@pytest.mark.xfail(reason="each rank takes the letter that is the newest where it is", strict=False)
 def test_all_ranks_of_a_particle_read_the_same_letter(pool: Pool, tmp_path: Path) -> None:
     """Shards of one model should not move towards states of different times, or of different peers."""
     case = replace(CASE, options=ASYNCHRONOUS | {"max_staleness": 10**6})
