@@ -24,6 +24,7 @@ from benchmarks.convergence.cells import (
     tuning_of,
     with_rates,
 )
+from benchmarks.convergence.data import SEQ_LENGTH, Data
 from benchmarks.convergence.grids import Stat, grids_of, steps_to
 from benchmarks.convergence.results import Outcome, Results
 from benchmarks.convergence.tasks import TASKS
@@ -133,6 +134,30 @@ def write_images(folder: Path) -> None:
     save_file(arrays, folder / "mnist.safetensors")
 
 
+def text() -> Data:
+    """A language of 64 words in which each may be followed by four others."""
+    generator = torch.Generator().manual_seed(0)
+    followers = torch.randint(64, (64, 4), generator=generator)
+    blocks = [torch.randint(64, (3000,), generator=generator)]
+    for _ in range(SEQ_LENGTH - 1):
+        blocks.append(followers[blocks[-1], torch.randint(4, (3000,), generator=generator)])
+    tokens = torch.stack(blocks, dim=1)
+    return Data(
+        train=(tokens[:2500],),
+        probe=(tokens[2500:2600],),
+        validation=(tokens[2600:2800],),
+        test=(tokens[2800:],),
+        tokenizer=Words(),
+    )
+
+
+class Words:
+    eos_token_id = 0
+
+    def __len__(self) -> int:
+        return 64
+
+
 def run_cells(folder: Path, cells: list[Cell]) -> dict[Cell, Outcome]:
     import ds_pso
     from benchmarks.convergence import data
@@ -141,6 +166,7 @@ def run_cells(folder: Path, cells: list[Cell]) -> dict[Cell, Outcome]:
 
     quieten()
     data.CACHE = folder
+    data._loaded["python"] = text()
     outcomes = {}
     for cell in cells:
         config = config_of(cell, cell.num_worlds, zero_stage=0)
@@ -169,3 +195,15 @@ def test_small_versions_of_the_tables(pool: Pool, tmp_path: Path) -> None:
     assert accuracy["local_sgd nan"] > accuracy["averaging"] - 0.05
     assert math.isnan(outcomes[wanted["allreduce nan"]].loss)
     assert outcomes[wanted["averaging"]].megabytes < 0.1 * outcomes[wanted["every step"]].megabytes
+
+
+def test_a_small_version_of_the_transformers(pool: Pool, tmp_path: Path) -> None:
+    cell = Cell("gpt_small", "local_sgd", 4, 32, 64, seed=1, lr=0.004)
+    rules = {"local_sgd": 32, "allreduce": 0, "easgd": 32, "none": 0}
+    cells = {rule: replace(cell, rule=rule, interval=interval) for rule, interval in rules.items()}
+    (outcomes,) = pool.run(run_cells, tmp_path, list(cells.values()), world_size=1, timeout=150)
+    loss = {rule: outcomes[cell].loss for rule, cell in cells.items()}
+    print(loss)
+    assert loss["allreduce"] < loss["local_sgd"] - 0.05
+    assert loss["local_sgd"] < loss["easgd"] - 0.05
+    assert loss["local_sgd"] < loss["none"] - 0.05
