@@ -60,7 +60,7 @@ def run(command: list[str], folder: Path, seconds: float, **environment: str) ->
         command,
         cwd=folder,
         timeout=seconds,
-        env={**os.environ, **environment},
+        env={**os.environ, "MAKEFLAGS": "", **environment},  # of the make that these tests may run under
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -42,6 +42,7 @@ def _no_module_stays() -> Iterator[None]:
 @pytest.fixture
 def recipes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(RECIPES)
+    monkeypatch.delitem(sys.modules, "own_rule", raising=False)
 
 
 Write = Callable[[str, str], None]

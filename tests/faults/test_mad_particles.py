@@ -26,7 +26,7 @@ APART = {"pso", "easgd", "nosync"}
 LATER_RULES: dict[str, Case] = {
     "easgd": Case(sync_mode="easgd"),
     "nosync": Case(sync_mode="nosync", swarm={"total_steps": 6}),
-    "swarm": Case(sync_mode="swarm", probe=True, options={"fitness_steps": 2, "unequal_above": 0.0}),
+    "swarm": Case(sync_mode="swarm", probe=True, options={"fitness_steps": 2, "unequal_above": 1e-6}),
     "line_search": Case(sync_mode="line_search", probe=True),
     "pso": Case(
         sync_mode="pso",
