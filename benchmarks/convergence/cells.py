@@ -175,7 +175,7 @@ def _transformers(scale: float) -> Iterator[Cell]:
 
 
 def _unequal(scale: float) -> Iterator[Cell]:
-    for task, share, seeds in (("mnist", 1 / 4, (*SEEDS, 4, 5)), ("gpt_small", 1 / 2, SEEDS)):
+    for task, share, seeds in (("mnist", 1 / 4, (*SEEDS, 4, 5)), ("gpt_small", 1.0, SEEDS)):
         for cell in _grid((task,), (4,), (32,), scale, ("allreduce", *MEETING), share, seeds):
             for situation in SITUATIONS:
                 if cell.rule != "allreduce" or situation not in NOT_FOR_ALLREDUCE:

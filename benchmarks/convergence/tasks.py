@@ -112,7 +112,7 @@ def _image_task(data: str, channels: list[int], image_size: int, lr: float) -> T
     )
 
 
-def _text_task(layers: int, width: int, lr: float, samples: int) -> Task:
+def _text_task(layers: int, width: int, lr: float) -> Task:
     return Task(
         data="python",
         build=_llama(layers, width),
@@ -121,7 +121,7 @@ def _text_task(layers: int, width: int, lr: float, samples: int) -> Task:
         optimizer=_ADAMW,
         lr=lr,
         batch=4,
-        samples=samples,
+        samples=4096,
         probe_batch=32,
         metric="loss",
         train_slice=slice(None, None, 100),  # the blocks are in the order of files
@@ -132,6 +132,6 @@ def _text_task(layers: int, width: int, lr: float, samples: int) -> Task:
 TASKS = {
     "mnist": _image_task("mnist", [1, 8, 16, 32], 28, lr=0.01),  # 11 thousand parameters
     "cifar10": _image_task("cifar10", [3, 24, 48, 64], 32, lr=0.01),  # 50 thousand
-    "gpt_small": _text_task(2, 64, lr=4e-3, samples=8192),  # 0.4 million
-    "gpt_medium": _text_task(3, 128, lr=4e-3, samples=4096),  # 1.1 million
+    "gpt_small": _text_task(2, 64, lr=4e-3),  # 0.4 million
+    "gpt_medium": _text_task(3, 128, lr=4e-3),  # 1.1 million
 }
