@@ -37,7 +37,7 @@ from ds_pso.errors import CheckpointError, SwarmError
 from ds_pso.files import hash_file, replace_folder, write_atomically
 from ds_pso.state import SwarmState
 
-FORMAT = 2
+FORMAT = 3
 LATEST = "latest"
 _DEEPSPEED_TAG = "deepspeed"
 
@@ -89,6 +89,7 @@ def _save_rank(swarm: SwarmState, folder: Path) -> None:
         "num_particles": layout.num_particles,
         "particle_size": layout.particle_size,
         "sync_mode": swarm.config.sync_mode,
+        "wire": swarm.config.wire,
         "zero_stage": swarm.engine.zero_optimization_stage(),
         "model": _model_fingerprint(swarm),
         "window": swarm.window.state(),
@@ -111,12 +112,16 @@ def _checksum(record: dict[str, Any]) -> str:
 
 
 def _own_tensors(swarm: SwarmState) -> dict[str, Tensor]:
-    """What differs from rank to rank and DeepSpeed does not keep: the rule's state and the buffers, live.
+    """What differs from rank to rank and DeepSpeed does not keep: state of rule and wire, and the buffers, live.
 
     Batch-norm statistics are a rank's own, and DeepSpeed saves those of one rank of each particle.
     """
     states = swarm.synchronizer.state if swarm.synchronizer else []
     tensors = {f"rule.{i}.{key}": value for i, state in enumerate(states) for key, value in state.items()}
+    if swarm.synchronizer and swarm.synchronizer.differences:
+        differences = swarm.synchronizer.differences
+        tensors |= {f"wire.{i}.common": value for i, value in enumerate(differences.common)}
+        tensors |= {f"wire.{i}.residual": value for i, value in enumerate(differences.residual)}
     persistent = swarm.engine.module.state_dict().keys()
     tensors |= {f"buffer.{n}": b for n, b in swarm.engine.module.named_buffers() if n in persistent}
     return tensors
@@ -206,6 +211,7 @@ def _check_fits(record: dict[str, Any], swarm: SwarmState, source: Path) -> None
         "num_particles": layout.num_particles,
         "particle_size": layout.particle_size,
         "sync_mode": swarm.config.sync_mode,
+        "wire": swarm.config.wire,
         "zero_stage": swarm.engine.zero_optimization_stage(),
         "model": _model_fingerprint(swarm),
     }
@@ -213,6 +219,7 @@ def _check_fits(record: dict[str, Any], swarm: SwarmState, source: Path) -> None
         "num_particles": "set swarm.particles to that number",
         "particle_size": "start that many ranks per particle",
         "sync_mode": "set swarm.sync_mode to that",
+        "wire": "set swarm.wire to that",
         "zero_stage": "set zero_optimization.stage to that",
         "model": "build the model, precision and parameter groups it was saved with",
     }

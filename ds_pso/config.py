@@ -46,6 +46,11 @@ class SwarmConfig(StrictModel):
         description="Optimizer steps of the whole training, for rules that change over it; unless given, "
         "`scheduler.params.total_num_steps`.",
     )
+    wire: Literal["fp32", "bf16", "int8", "int4"] = Field(
+        default="fp32",
+        description="How weights travel: as they are, or as differences to the last common state, rounded, and what "
+        "rounding loses sent with the next ones.",
+    )
     bucket_mb: float = Field(default=64.0, gt=0, le=4096, description="Exchange buffer, in MiB.")
     peer_backend: Literal["auto", "gloo", "nccl"] = Field(
         default="auto", description="Collectives between particles: NCCL on GPUs and gloo on CPU unless named."
@@ -160,6 +165,8 @@ def _check_consistent(ds_config: dict[str, Any], swarm: SwarmConfig, where: str)
             f"{where}: swarm.total_steps = {swarm.total_steps}: no sync point falls in so short a training; "
             "lower swarm.sync_interval"
         )
+    if swarm.wire != "fp32":
+        _check_wire(rule, swarm, where)
     if rule.max_staleness is not None:
         if swarm.optimizer_state != "keep":
             raise ConfigError(
@@ -171,6 +178,19 @@ def _check_consistent(ds_config: dict[str, Any], swarm: SwarmConfig, where: str)
                 f'{where}: swarm.fitness = "probe": particles that wait for nobody are not ranked; '
                 f'use "train", or set swarm.{mode}.asynchronous to false'
             )
+
+
+def _check_wire(rule: Rule, swarm: SwarmConfig, where: str) -> None:
+    if not rule.receives_alike:
+        raise ConfigError(
+            f'{where}: swarm.wire = "{swarm.wire}": with these options of swarm.{swarm.sync_mode} each particle '
+            'receives something else, and only what all receive can be sent as a difference; use "fp32"'
+        )
+    if swarm.optimizer_state == "average":
+        raise ConfigError(
+            f'{where}: swarm.wire = "{swarm.wire}": with swarm.optimizer_state = "average" the moments would travel in '
+            'fp32, and be more than what was saved; use "keep" or "reset"'
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_pso.errors import PeerError
+from ds_pso.wire import BLOCK, Differences
 from ds_pso.world import World
 
 
@@ -67,7 +68,7 @@ class Exchange:
     ``bytes_received`` counts what this rank receives under the bandwidth-optimal algorithm for
     each collective, N bytes in a group of P: 2 N (P - 1) / P for an all-reduce, N for a
     broadcast (0 at the source) or a part in an all-to-all, N (P - 1) for an all-gather. Summed over the group it is the
-    whole traffic.
+    whole traffic. Where differences are sent, N is their encoded size, padded to whole blocks.
     """
 
     def __init__(self, world: World, bucket_mb: float) -> None:
@@ -102,16 +103,79 @@ class Exchange:
             self._run("all-reduce", lambda group, bucket=bucket: group.allreduce([bucket]), share * _nbytes(bucket))
             yield from self._unpack(bucket, pieces, tensors)
 
+    def mean_by_differences(
+        self, tensors: Sequence[Tensor], weights: Sequence[float], differences: Differences, *, feedback: bool
+    ) -> Iterator[tuple[Piece, Tensor]]:
+        """``weighted_mean`` in few bytes: the same bits on every peer, up to what ``differences.format`` rounds.
+
+        Two phases: each peer sends every other one its part of the weighted differences to ``differences.common``,
+        sums the parts that it got, and sends the sum to all. So the bytes do not grow with P.
+
+        Args:
+            weights: sum to one.
+            feedback: whether what is rounded away here goes with the next message, and what is yielded is
+                common knowledge from then on; false for a mean that may be thrown away.
+        """
+        P, me, form = self.num_particles, self.particle, differences.format
+        for pieces, padded in self._blocks(tensors):
+            values = torch.zeros(padded, device=tensors[0].device)
+            for piece in pieces:
+                part = piece.in_bucket(values)
+                if weights[me] != 0:
+                    torch.sub(piece.of(tensors[piece.tensor]), piece.of(differences.common[piece.tensor]), out=part)
+                    part.mul_(weights[me])
+                if feedback:
+                    part.add_(piece.of(differences.residual[piece.tensor]))
+            parts, mine = values.view(P, -1), values.view(P, -1)[me]
+            others = [i for i in range(P) if i != me]
+            nbytes = form.nbytes(padded // P)
+
+            outgoing = torch.empty(len(others), nbytes, dtype=torch.uint8, device=values.device)
+            rounded = torch.empty_like(mine)
+            for row, other in zip(outgoing, others, strict=True):
+                form.encode(parts[other], row)
+                form.decode(row, rounded)
+                parts[other].sub_(rounded)  # is what remains here
+            for row in self._swap_parts(outgoing):
+                form.decode(row, rounded)
+                mine.add_(rounded)
+
+            encoded = torch.empty(nbytes, dtype=torch.uint8, device=values.device)
+            form.encode(mine, encoded)
+            form.decode(encoded, rounded)
+            mine.sub_(rounded)  # the second rounding is owed by who made it
+            if feedback:
+                for piece in pieces:
+                    piece.of(differences.residual[piece.tensor]).copy_(piece.in_bucket(values))
+            for part, row in zip(parts, self._gather_parts(encoded), strict=True):
+                form.decode(row, part)
+            yield from self._add_common(values, pieces, differences, become_common=feedback)
+
+    def from_one_by_differences(
+        self, tensors: Sequence[Tensor], source: int, differences: Differences
+    ) -> Iterator[tuple[Piece, Tensor]]:
+        """``from_one`` in few bytes: the same bits on every peer, the source too.
+
+        What is rounded away is part of the next difference, whoever sends it.
+        """
+        for pieces, padded in self._blocks(tensors):
+            values = torch.zeros(padded, device=tensors[0].device)
+            encoded = torch.empty(differences.format.nbytes(padded), dtype=torch.uint8, device=values.device)
+            if self.particle == source:
+                for piece in pieces:
+                    here, common = piece.of(tensors[piece.tensor]), piece.of(differences.common[piece.tensor])
+                    torch.sub(here, common, out=piece.in_bucket(values))
+                differences.format.encode(values, encoded)
+            encoded = self._broadcast(encoded.to(self.device), source).to(values.device)
+            differences.format.decode(encoded, values)
+            yield from self._add_common(values, pieces, differences, become_common=True)
+
     def from_one(self, tensors: Sequence[Tensor], source: int) -> Iterator[tuple[Piece, Tensor]]:
         """Yield, piece by piece, the tensors of particle ``source``."""
         for bucket, pieces in self._buckets(tensors):
             if self.particle == source:
                 self._fill(bucket, pieces, tensors)
-            options = dist.BroadcastOptions()
-            options.rootRank, options.rootTensor = source, 0
-            received = 0 if self.particle == source else _nbytes(bucket)
-            self._run("broadcast", lambda group, b=bucket, o=options: group.broadcast([b], o), received)
-            yield from self._unpack(bucket, pieces, tensors)
+            yield from self._unpack(self._broadcast(bucket, source), pieces, tensors)
 
     def from_each(self, tensors: Sequence[Tensor], sources: Sequence[int]) -> Iterator[tuple[Piece, Tensor]]:
         """Yield, piece by piece, the tensors of particle ``sources[i]`` to particle i."""
@@ -151,6 +215,48 @@ class Exchange:
             (self.num_particles - 1) * _nbytes(mine),
         )
         return [row.tolist() for row in rows]
+
+    def _broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = source, 0
+        received = 0 if self.particle == source else _nbytes(tensor)
+        self._run("broadcast", lambda group: group.broadcast([tensor], options), received)
+        return tensor
+
+    def _swap_parts(self, outgoing: Tensor) -> Tensor:
+        """Send a row (P - 1, n) to each other peer; returns those that they sent, in the order of particles."""
+        sizes = [outgoing.shape[1] * (i != self.particle) for i in range(self.num_particles)]
+        sent = outgoing.view(-1).to(self.device)
+        arrived = torch.empty_like(sent)
+        self._run("all-to-all", lambda group: group.alltoall_base(arrived, sent, sizes, sizes), _nbytes(arrived))
+        return arrived.to(outgoing.device).view_as(outgoing)
+
+    def _gather_parts(self, encoded: Tensor) -> list[Tensor]:
+        """The bytes (n,) of every particle, in the order of particles."""
+        sent = encoded.to(self.device)
+        rows = [torch.empty_like(sent) for _ in range(self.num_particles)]
+        received = (self.num_particles - 1) * _nbytes(sent)
+        self._run("all-gather", lambda group: group.allgather([rows], [sent]), received)
+        return [row.to(encoded.device) for row in rows]
+
+    def _blocks(self, tensors: Sequence[Tensor]) -> Iterator[tuple[list[Piece], int]]:
+        """Buckets of fp32, and their sizes padded to a whole number of blocks for each particle."""
+        unit = self.num_particles * BLOCK
+        capacity = max(1, self.bucket_bytes // (4 * unit)) * unit
+        for pieces in plan_buckets([t.numel() for t in tensors], capacity):
+            size = pieces[-1].offset + pieces[-1].stop - pieces[-1].start
+            yield pieces, -(-size // unit) * unit
+
+    @staticmethod
+    def _add_common(
+        values: Tensor, pieces: list[Piece], differences: Differences, *, become_common: bool
+    ) -> Iterator[tuple[Piece, Tensor]]:
+        for piece in pieces:
+            common, part = piece.of(differences.common[piece.tensor]), piece.in_bucket(values)
+            part.add_(common)
+            if become_common:
+                common.copy_(part)
+            yield piece, part
 
     def _buckets(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, list[Piece]]]:
         for dtype in sorted({wire_dtype(t.dtype) for t in tensors}, key=str):

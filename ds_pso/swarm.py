@@ -124,6 +124,7 @@ class Swarm(SwarmState):
                 rank_by=self.config.fitness,
                 total=total,
                 optimizer_state=self.config.optimizer_state,
+                wire=self.config.wire,
             )
         self._engine = engine
         self._follow(engine)

@@ -18,6 +18,7 @@ from ds_pso.fitness import FitnessWindow, combine
 from ds_pso.letters import Mailbox
 from ds_pso.rules import Place, Plan, Rule, SyncPoint
 from ds_pso.shards import Shards
+from ds_pso.wire import FORMATS, Differences
 from ds_pso.world import World
 
 Probe = Callable[[int], Tensor | float]
@@ -41,6 +42,7 @@ class Synchronizer:
         rank_by: whether that loss is the fitness, or the training loss since the last sync point.
         total: sync points of the whole training, if known.
         optimizer_state: what becomes of the optimizer's moments at a sync point.
+        wire: how weights travel.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Synchronizer:
         rank_by: Literal["train", "probe"] = "train",
         total: int | None = None,
         optimizer_state: Literal["keep", "average", "reset"] = "keep",
+        wire: Literal["fp32", "bf16", "int8", "int4"] = "fp32",
     ) -> None:
         self.world = world
         self.exchange = exchange
@@ -69,6 +72,7 @@ class Synchronizer:
         self.memory: Mapping[str, Any] = {}  # of the rule
         self._check_same_model()
         self._start_alike()
+        self.differences = None if wire == "fp32" else Differences(FORMATS[wire], shards.tensors)
         self._mailbox = world.open_mailbox() if rule.max_staleness is not None else None
         self._letter_bytes = 0
 
@@ -186,11 +190,15 @@ class Synchronizer:
         """Carry out the rule's plans, one after the other; returns what to log of them."""
         self._average_buffers(point)
         plan = self.rule.plan(point, self.memory)
-        note = self._carry_out(plan)
+        note = self._carry_out(plan, feedback=True)
+        moved = plan.receive != "nothing"
         while plan.score:
             self.shards.publish()
             plan = self.rule.proceed(plan, self._score())
-            note |= self._carry_out(plan)
+            note |= self._carry_out(plan, feedback=not moved)
+            moved = moved or plan.receive != "nothing"
+        if self.differences is not None and self.rule.ends_equal:
+            self.differences.agree_on(self.shards.tensors)
         self.memory = plan.memory
         if plan.lr_factors:
             self.shards.lr_factor = plan.lr_factors[self.exchange.particle]
@@ -198,8 +206,12 @@ class Synchronizer:
         self._treat_optimizer_state(point)
         return note
 
-    def _carry_out(self, plan: Plan) -> dict[str, Any]:
-        """Move what the plan asks for, and update the shards with it."""
+    def _carry_out(self, plan: Plan, *, feedback: bool) -> dict[str, Any]:
+        """Move what the plan asks for, and update the shards with it.
+
+        Args:
+            feedback: whether what the wire rounds away is owed: it is the first that moves at this sync point.
+        """
         shards, place = self.shards.tensors, Place(self.exchange.particle)
         for x, state in zip(shards, self.state, strict=True):
             self.rule.before_exchange(x, state, plan, place)
@@ -207,15 +219,31 @@ class Synchronizer:
         note = dict(plan.note)
         if plan.receive == "mean":
             note["weights"] = plan.weights
-            arriving = self.exchange.weighted_mean(outgoing, plan.weights)
+            if self.differences is None:
+                arriving = self.exchange.weighted_mean(outgoing, plan.weights)
+            else:
+                arriving = self.exchange.mean_by_differences(
+                    outgoing, plan.weights, self.differences, feedback=feedback
+                )
         elif plan.receive == "one":
             note["sources"] = plan.sources
-            arriving = self.exchange.from_each(outgoing, plan.sources)
+            arriving = self._from_each(outgoing, plan.sources)
         else:
             arriving = self.exchange.from_self(shards)
         for piece, received in arriving:
             self._update(shards[piece.tensor], piece, received, plan)
         return note
+
+    def _from_each(self, outgoing: Sequence[Tensor], sources: Sequence[int]) -> Iterator[tuple[Piece, Tensor]]:
+        if self.differences is None:
+            return self.exchange.from_each(outgoing, sources)
+        if len(set(sources)) > 1:
+            raise SwarmError(
+                "swarm.wire: the rule gives each particle something else, and only what all receive can be sent as a "
+                'difference; let its receives_alike be false, or use "fp32"',
+                agreed=True,
+            )
+        return self.exchange.from_one_by_differences(outgoing, sources[0], self.differences)
 
     def _update(self, x: Tensor, piece: Piece, received: Tensor, plan: Plan) -> None:
         """Let the rule update a piece of shard ``x``, one parameter at a time if it asks for that."""

@@ -115,6 +115,38 @@ def drop_a_bucket() -> None:
     exchange.plan_buckets = lambda *arguments: real(*arguments)[:1]
 
 
+@sabotage("distributed/test_wire.py")
+def owe_nothing() -> None:
+    """What rounding loses is lost."""
+    from ds_pso.exchange import Exchange
+
+    real = Exchange.mean_by_differences
+
+    def mean_by_differences(self: Any, tensors: Any, weights: Any, differences: Any, *, feedback: bool) -> Any:
+        yield from real(self, tensors, weights, differences, feedback=feedback)
+        for residual in differences.residual:
+            residual.zero_()
+
+    Exchange.mean_by_differences = mean_by_differences
+
+
+@sabotage("distributed/test_wire.py")
+def agree_on_nothing() -> None:
+    """Differences stay relative to the last mean, where the rule has moved on from it."""
+    from ds_pso.wire import Differences
+
+    Differences.agree_on = do_nothing
+
+
+@sabotage("distributed/test_resume.py")
+def forget_what_is_owed() -> None:
+    """The state of the wire is not in the checkpoint."""
+    from ds_pso import checkpoint
+
+    real = checkpoint._own_tensors
+    checkpoint._own_tensors = lambda swarm: {k: v for k, v in real(swarm).items() if "wire" not in k}
+
+
 @sabotage("distributed/test_bytes.py")
 def count_bytes_wrong() -> None:
     from ds_pso.exchange import Exchange

@@ -47,6 +47,7 @@ def test_defaults():
         "sync_interval": 32,
         "fitness": "train",
         "optimizer_state": "keep",
+        "wire": "fp32",
         "total_steps": None,
         "bucket_mb": 64.0,
         "peer_backend": "auto",
@@ -153,6 +154,7 @@ BAD_VALUES = [
         ("optimizer_state", value, "must be 'keep', 'average' or 'reset'")
         for value in ("mean", "", None, True, ["keep"])
     ],
+    *[("wire", value, "must be 'fp32', 'bf16', 'int8' or 'int4'") for value in ("fp16", "INT8", "", 8, None)],
     *[("total_steps", value, "must be greater than or equal to 1") for value in (0, -320)],
     *[("total_steps", value, "must be a valid integer") for value in (320.0, "320", True, math.inf)],
     *[("bucket_mb", value, "must be greater than 0") for value in (0, -1, 0.0)],
@@ -364,6 +366,31 @@ def test_what_needs_all_particles_is_refused_where_nobody_waits(key, value, said
     assert message.endswith("or set swarm.nosync.asynchronous to false")
     load(section | {"nosync": {"asynchronous": False}})
     load(section | {"sync_mode": "local_sgd", "nosync": {"asynchronous": True}})
+
+
+@pytest.mark.parametrize("wire", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"sync_mode": "pso", "pso": {"topology": "ring"}}, "options of swarm.pso each particle receives something"),
+        (
+            {"sync_mode": "nosync", "total_steps": 64, "nosync": {"asynchronous": True}},
+            "options of swarm.nosync each particle receives something else",
+        ),
+        ({"optimizer_state": "average"}, 'swarm.optimizer_state = "average" the moments would travel in fp32'),
+    ],
+)
+def test_what_cannot_travel_as_differences_is_refused(wire, section, said):
+    message = message_of({"swarm": section | {"wire": wire}})
+    assert message.startswith(f'config: swarm.wire = "{wire}": with ')
+    assert said in message
+    load(section | {"wire": "fp32"})
+
+
+@pytest.mark.parametrize("wire", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("mode", [*RULES, ALLREDUCE])
+def test_every_mode_travels_in_every_format(wire, mode):
+    assert load({"sync_mode": mode, "total_steps": 64, "wire": wire, "optimizer_state": "reset"}).wire == wire
 
 
 def test_all_mistakes_of_a_section_are_told_at_once():

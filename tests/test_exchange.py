@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor
 from ds_pso.errors import PeerError
 from ds_pso.exchange import Exchange, plan_buckets, wire_dtype
 from ds_pso.layout import Layout
+from ds_pso.wire import BLOCK, FORMATS, Differences
 
 relaxed = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 
@@ -314,6 +316,157 @@ def test_what_nobody_else_has_asked_for_is_not_sent(particles):
 
     particles.run(3, 4096, job)
     assert sorted(sent) == [(0, 0, 0), (1, 10, 0), (2, 0, 10)]
+
+
+# -- few bytes ------------------------------------------------------------------------------
+
+sizes = st.lists(st.one_of(st.integers(0, 3), st.integers(0, 3000)), min_size=1, max_size=4)
+small_buckets = st.sampled_from([1, 4096, 10_000, 2**20])
+
+
+@dataclass
+class Round:
+    """What a meeting of all particles began and ended with: flat, of each particle."""
+
+    x: list[Tensor]
+    weights: list[float]
+    owed_before: list[Tensor]
+    owed_after: list[Tensor]
+    received: list[Tensor]
+    common: list[Tensor]
+    bytes_received: list[int]
+
+
+def meet_by_differences(
+    particles: Particles, form: str, numels: list[int], bucket_bytes: int, rounds: list[list[float]], seed: int
+) -> list[Round]:
+    """Particles that wander, and take what they receive."""
+    num_particles = len(rounds[0])
+    flat = torch.cat
+
+    def job(exchange: Exchange) -> list[tuple[Any, ...]]:
+        me = exchange.particle
+        rng = np.random.default_rng([seed, me])
+        x = [torch.linspace(-1, 1, n) for n in numels]
+        differences = Differences(FORMATS[form], x)
+        seen = []
+        for weights in rounds:
+            for t in x:
+                t.add_(torch.from_numpy(rng.normal(size=t.numel()).astype(np.float32)), alpha=0.01)
+            brought, owed, bytes_before = flat(x), flat(differences.residual), exchange.bytes_received
+            if weights[me] == 0:
+                x = [torch.full_like(t, math.nan) for t in x]  # dead
+            visits = overwrite(exchange.mean_by_differences(x, weights, differences, feedback=True), x)
+            assert visits == [[1] * n for n in numels]
+            received = exchange.bytes_received - bytes_before
+            seen.append((brought, owed, flat(differences.residual), flat(x), flat(differences.common), received))
+        return seen
+
+    results = particles.run(num_particles, bucket_bytes, job)
+    columns = ([list(part) for part in zip(*seen, strict=True)] for seen in zip(*results, strict=True))
+    return [
+        Round(brought, weights, before, after, received, common, nbytes)
+        for weights, (brought, before, after, received, common, nbytes) in zip(rounds, columns, strict=True)
+    ]
+
+
+@relaxed
+@given(
+    st.sampled_from(list(FORMATS)),
+    sizes,
+    small_buckets,
+    st.integers(2, 4).flatmap(lambda p: st.lists(real_weights(p), min_size=1, max_size=4)),
+    st.integers(0, 2**32 - 1),
+)
+def test_in_the_sum_over_the_particles_nothing_is_lost(particles, form, numels, bucket_bytes, rounds, seed):
+    """received + all that is owed = the exact mean + all that was owed."""
+    for meeting in meet_by_differences(particles, form, numels, bucket_bytes, rounds, seed):
+        assert_same_bits([[t] for t in meeting.received])
+        assert_same_bits([[meeting.received[0]], *[[t] for t in meeting.common]])
+        mean = oracle_mean([[t] for t in meeting.x], meeting.weights)[0]
+        owed_before, owed_after = (
+            sum(t.double().numpy() for t in owed) for owed in (meeting.owed_before, meeting.owed_after)
+        )
+        np.testing.assert_allclose(
+            meeting.received[0].double().numpy() + owed_after, mean + owed_before, rtol=0, atol=1e-6
+        )
+
+
+@relaxed
+@given(st.sampled_from(["int8", "int4"]), st.integers(2, 4), st.integers(1, 3000), st.integers(0, 2**32 - 1))
+def test_little_is_owed(particles, form, num_particles, numel, seed):
+    """However many meetings: half a step of what a particle sends, and of the sum that it sends on."""
+    rounds = [[1 / num_particles] * num_particles] * 6
+    levels = FORMATS[form].levels
+    for meeting in meet_by_differences(particles, form, [numel], 2**20, rounds, seed):
+        for owed in meeting.owed_after:
+            # Weights differ by less than 0.1 from what all know, and with them what is sent.
+            assert float(owed.abs().max()) <= 0.1 / levels
+
+
+@relaxed
+@given(st.sampled_from(list(FORMATS)), st.integers(2, 4), sizes, small_buckets)
+def test_bytes_do_not_grow_with_the_number_of_particles(particles, form, num_particles, numels, bucket_bytes):
+    weights = [1 / num_particles] * num_particles
+    (meeting,) = meet_by_differences(particles, form, numels, bucket_bytes, [weights], 0)
+    unit = num_particles * BLOCK
+    capacity = max(1, bucket_bytes // (4 * unit)) * unit
+    full, rest = divmod(sum(numels), capacity)
+    padded = full * capacity + math.ceil(rest / unit) * unit
+    # Two phases, in each of which all parts but one's own arrive.
+    expected = 2 * (num_particles - 1) * FORMATS[form].nbytes(padded) // num_particles
+    assert meeting.bytes_received == [expected] * num_particles
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_mean_that_may_be_thrown_away_leaves_no_trace(particles, form):
+    def job(exchange: Exchange) -> tuple[Tensor, Differences]:
+        x = [torch.full((300,), 1.0 + exchange.particle)]
+        differences = Differences(FORMATS[form], [torch.ones(300)])
+        differences.residual[0].fill_(7.0)  # of an earlier message; not for this one
+        overwrite(exchange.mean_by_differences(x, [0.25, 0.75], differences, feedback=False), x)
+        return x[0], differences
+
+    for x, differences in particles.run(2, 4096, job):
+        torch.testing.assert_close(x, torch.full((300,), 1.75), rtol=0.01, atol=0)
+        assert differences.common[0].eq(1).all()
+        assert differences.residual[0].eq(7).all()
+
+
+@relaxed
+@given(
+    st.sampled_from(list(FORMATS)),
+    st.integers(1, 4).flatmap(lambda p: st.lists(st.integers(0, p - 1), min_size=6, max_size=6).map(lambda s: (p, s))),
+    sizes,
+    small_buckets,
+)
+def test_from_one_by_differences_closes_in_on_the_source(particles, form, group, numels, bucket_bytes):
+    """All get the same bits; what is rounded away is a part of the next difference, so repeating leaves no error."""
+    num_particles, sources = group
+
+    def job(exchange: Exchange) -> tuple[list[list[Tensor]], list[int]]:
+        start = [torch.zeros(n) for n in numels]
+        differences, seen, nbytes = Differences(FORMATS[form], start), [], []
+        for source in [*sources, *[0] * 14]:
+            mine = [torch.linspace(1, 2, n) + source for n in numels]
+            if exchange.particle != source:
+                mine = [torch.full_like(t, math.nan) for t in mine]
+            before = exchange.bytes_received
+            overwrite(exchange.from_one_by_differences(mine, source, differences), mine)
+            nbytes.append(exchange.bytes_received - before)
+            seen.append(mine)
+        return seen, nbytes
+
+    results = particles.run(num_particles, bucket_bytes, job)
+    for number in range(len(sources)):
+        assert_same_bits([seen[number] for seen, _ in results])
+    unit = num_particles * BLOCK
+    capacity = max(1, bucket_bytes // (4 * unit)) * unit
+    padded = sum(numels) // capacity * capacity + -(-(sum(numels) % capacity) // unit) * unit
+    for particle, (seen, nbytes) in enumerate(results):
+        for t in seen[-1]:
+            torch.testing.assert_close(t, torch.linspace(1, 2, t.numel()), rtol=0, atol=1e-6)
+        assert nbytes[0] == (FORMATS[form].nbytes(padded) if particle != sources[0] else 0)
 
 
 @relaxed

@@ -136,6 +136,16 @@ class Rule(ABC):
         return False
 
     @property
+    def ends_equal(self) -> bool:
+        """Whether a sync point leaves all particles with the same weights: then those are what all know alike."""
+        return False
+
+    @property
+    def receives_alike(self) -> bool:
+        """Whether all particles receive the same, so that it may travel as a difference to what all know."""
+        return self.max_staleness is None
+
+    @property
     def max_staleness(self) -> int | None:
         """If not None, particles do not wait for each other: see ``Plan.receive`` = "newest".
 

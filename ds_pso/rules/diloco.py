@@ -35,6 +35,10 @@ class DiLoCo(Rule):
 
     Config = DiLoCoConfig
 
+    @property
+    def ends_equal(self) -> bool:
+        return True
+
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         state = {"anchor": x.detach().clone()}
         if self.options.outer_momentum > 0:

@@ -47,6 +47,10 @@ class LineSearch(Rule):
     def uses_probe(self) -> bool:
         return True
 
+    @property
+    def ends_equal(self) -> bool:
+        return True
+
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         return {"anchor": x.detach().clone(), "momentum": torch.zeros_like(x), "mean": torch.zeros_like(x)}
 

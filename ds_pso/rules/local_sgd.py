@@ -17,6 +17,10 @@ class LocalSGD(Rule):
     the PSO-PS paper (arXiv 2009.03816). Moves one all-reduce of the shard and keeps no state.
     """
 
+    @property
+    def ends_equal(self) -> bool:
+        return True
+
     def plan(self, sync: SyncPoint, memory: Mapping[str, Any]) -> Plan:
         return Plan(receive="mean", weights=sync.mean_weights(), alive=sync.alive)
 

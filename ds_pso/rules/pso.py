@@ -109,6 +109,10 @@ class Pso(Rule):
         return not o.final_inertia is o.final_cognitive is o.final_social is None
 
     @property
+    def receives_alike(self) -> bool:
+        return self.options.topology == "global"
+
+    @property
     def per_parameter(self) -> bool:
         return self.options.randomness == "per_tensor"
 

@@ -117,6 +117,10 @@ class SwarmRule(Rule):
     def uses_probe(self) -> bool:
         return self.options.guard
 
+    @property
+    def ends_equal(self) -> bool:
+        return True
+
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         state = {"anchor": x.detach().clone()}
         if self.options.inertia > 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -109,6 +110,26 @@ def test_bytes_of_the_later_rules(pool: Pool, stage: int, particles: int, size: 
                 for a, b, c in parts
             ]
             assert received == [round(value) + SCALARS * peers for value in expected], name
+
+
+@pytest.mark.parametrize(("particles", "size"), [(2, 2), (4, 1)])
+@pytest.mark.parametrize("wire", ["bf16", "int8", "int4"])
+def test_bytes_of_differences(pool: Pool, particles: int, size: int, wire: str) -> None:
+    """Two phases for a mean, one for the best; whole blocks of 256, for each particle in a mean."""
+    cases = [
+        Case(sync_mode=mode, interval=1, particles=particles, stage=stage, swarm={"wire": wire})
+        for mode in ("local_sgd", "pso")
+        for stage in (2, 3)
+    ]
+    ranks = pool.run(traffic_of_each, cases, [UNEQUAL[:particles]] * len(cases), world_size=4)
+    of_a_block = {"bf16": 512, "int8": 256 + 4, "int4": 128 + 4}[wire]
+    for rank, found in enumerate(ranks):
+        for case, (nbytes, received) in zip(cases, found, strict=True):
+            blocks = math.ceil(nbytes / 4 / 256 / particles) * particles
+            moved = 2 * (particles - 1) * blocks // particles * of_a_block
+            if case.sync_mode == "pso":
+                moved = blocks * of_a_block * (rank // size != 1)
+            assert received == [moved + SCALARS * (particles - 1)] * len(received)
 
 
 def ranks_without_peers(case: Case) -> Any:

@@ -36,6 +36,8 @@ LATER_RULES: dict[str, Case] = {
     "swarm": Case(sync_mode="swarm", probe=True, options=SWARM),
     "swarm-windows": Case(sync_mode="swarm", probe=True, options=SWARM | {"fitness_steps": 3}),
     "line_search": Case(sync_mode="line_search", probe=True),
+    "int4": Case(sync_mode="diloco", swarm={"wire": "int4"}),
+    "bf16": Case(sync_mode="easgd", swarm={"wire": "bf16"}),
 }
 STEPS = 7
 # Dropout needs the random state, BatchNorm the buffers; 44 samples are 2 steps an epoch.
@@ -69,6 +71,7 @@ def train_from_loader(case: Case, swarm: Swarm, engine: Any, steps: int, folder:
         "weights": working_weights(engine),
         "moments": optimizer_state(engine),
         "rule": {f"{i}.{k}": v.numpy().copy() for i, s in enumerate(synchronizer.state) for k, v in s.items()},
+        "wire": wire_state(synchronizer),
         "lr_factor": synchronizer.shards.lr_factor,
         "numbers": repr(
             [
@@ -86,6 +89,14 @@ def train_from_loader(case: Case, swarm: Swarm, engine: Any, steps: int, folder:
     }
 
 
+def wire_state(synchronizer: Any) -> dict[str, np.ndarray]:
+    differences = synchronizer.differences
+    if differences is None:
+        return {}
+    named = {"common": differences.common, "residual": differences.residual}
+    return {f"{name}.{i}": t.numpy().copy() for name, tensors in named.items() for i, t in enumerate(tensors)}
+
+
 def job(case: Case, steps: int, folder: Path | None, stop: int | None) -> Any:
     with swarm_of(case) as (swarm, engine):
         random.seed(swarm.world.layout.rank)
@@ -95,7 +106,7 @@ def job(case: Case, steps: int, folder: Path | None, stop: int | None) -> Any:
 
 def assert_same(ranks: list[Any], truth: list[Any]) -> None:
     for mine, expected in zip(ranks, truth, strict=True):
-        for key in ("weights", "moments", "rule"):
+        for key in ("weights", "moments", "rule", "wire"):
             assert_equal(mine[key], expected[key])
         for key in ("numbers", "lr_factor"):
             assert mine[key] == expected[key]

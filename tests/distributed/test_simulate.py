@@ -47,6 +47,13 @@ def test_two_particles_to_the_last_bit(pool: Pool, stage: int) -> None:
     compare(pool, {name: replace(case, stage=stage) for name, case in RULES.items()}, 2, exactly=True)
 
 
+def test_differences_in_few_digits(pool: Pool) -> None:
+    cases = {name: RULES[name] for name in ("local_sgd", "diloco", "easgd", "pso", "swarm")}
+    for wire in ("bf16", "int4"):
+        some = {name: replace(case, stage=0, swarm=case.swarm | {"wire": wire}) for name, case in cases.items()}
+        compare(pool, some, 2, exactly=True)
+
+
 def test_four_particles_to_rounding(pool: Pool) -> None:
     compare(pool, {name: replace(case, stage=0) for name, case in RULES_FOR_FOUR.items()}, 4, exactly=False)
 

@@ -96,6 +96,17 @@ def test_updating_in_pieces_equals_updating_at_once(rule, meeting, numel, num_pi
         assert all(torch.equal(bits(value), bits(state_cut[name])) for name, value in state.items())
 
 
+@settings(relaxed, max_examples=200)
+@given(any_rule, st.integers(2, 5).flatmap(meetings), seeds)
+def test_what_a_rule_says_of_itself_is_true(rule, meeting, seed):
+    swarm = scattered(rule, meeting, seed)
+    if rule.ends_equal:
+        assert (bits(torch.from_numpy(swarm.array())) == bits(swarm.x[0])).all()
+    if rule.receives_alike:
+        assert all(len(set(plan.sources)) <= 1 for plan in swarm.plans)
+        assert all(plan.receive != "newest" for plan in swarm.plans)
+
+
 @relaxed
 @given(any_rule, st.integers(2, 5).flatmap(meetings), st.integers(0, 3))
 def test_a_dead_particle_comes_back_finite(rule, meeting, rounds_before):

@@ -1,0 +1,118 @@
+"""How numbers are written on the wire: formats that lose digits, and the memory that gives them back.
+
+Knows tensors; knows nothing of peers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+BLOCK = 256  # elements that share a scale
+_BLOCKS_AT_ONCE = 1024  # so that the passes over them stay in cache
+
+
+class Format(ABC):
+    """Writes fp32 numbers as bytes, in whole blocks."""
+
+    @abstractmethod
+    def nbytes(self, numel: int) -> int:
+        """Bytes of ``numel`` elements, a multiple of ``BLOCK``."""
+
+    @abstractmethod
+    def encode(self, values: Tensor, out: Tensor) -> None:
+        """(numel,) fp32 -> (nbytes(numel),) uint8."""
+
+    @abstractmethod
+    def decode(self, encoded: Tensor, out: Tensor) -> None:
+        """(nbytes(numel),) uint8 -> (numel,) fp32."""
+
+
+class BFloat16(Format):
+    """The upper half of each number, rounded to nearest."""
+
+    def nbytes(self, numel: int) -> int:
+        return 2 * numel
+
+    def encode(self, values: Tensor, out: Tensor) -> None:
+        out.view(torch.bfloat16).copy_(values)
+
+    def decode(self, encoded: Tensor, out: Tensor) -> None:
+        out.copy_(encoded.view(torch.bfloat16))
+
+
+class Integers(Format):
+    """s round(x / s) with s = max|x| / levels in each block: fp32 scales, then whole numbers of ``bits``.
+
+    Source: block-wise quantisation as in T. Dettmers et al., "8-bit Optimizers via Block-wise
+    Quantization", arXiv 2110.02861, with evenly spaced levels.
+    """
+
+    def __init__(self, bits: int) -> None:
+        self.per_byte = 8 // bits
+        self.levels = 2 ** (bits - 1) - 1
+
+    def nbytes(self, numel: int) -> int:
+        return numel // BLOCK * 4 + numel // self.per_byte
+
+    def encode(self, values: Tensor, out: Tensor) -> None:
+        for blocks, scales, numbers in self._parts(values, out):
+            scales.copy_(blocks.abs().amax(1, keepdim=True)).div_(self.levels)
+            # Of a block of zeros, or of numbers so small that the scale is one of the last denormals, nothing is sent.
+            steps = scales.reciprocal().nan_to_num_(0.0, 0.0, 0.0)
+            rounded = (blocks * steps).round_().clamp_(-self.levels, self.levels)
+            if self.per_byte == 1:
+                numbers.view(torch.int8).copy_(rounded)
+            else:
+                halves = rounded.add_(8).to(torch.uint8).view(len(blocks), 2, BLOCK // 2)
+                torch.add(halves[:, 0], halves[:, 1], alpha=16, out=numbers)
+
+    def decode(self, encoded: Tensor, out: Tensor) -> None:
+        for blocks, scales, numbers in self._parts(out, encoded):
+            if self.per_byte == 1:
+                blocks.copy_(numbers.view(torch.int8))
+            else:
+                halves = blocks.view(len(blocks), 2, BLOCK // 2)
+                halves[:, 0].copy_(numbers & 15)
+                halves[:, 1].copy_(numbers >> 4)
+                blocks.sub_(8)
+            blocks.mul_(scales)
+
+    def _parts(self, values: Tensor, encoded: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(n, BLOCK) fp32, (n, 1) fp32 scales and (n, BLOCK / per_byte) bytes of some blocks at a time."""
+        blocks = values.view(-1, BLOCK)
+        scales = encoded[: 4 * len(blocks)].view(torch.float32).view(-1, 1)
+        numbers = encoded[4 * len(blocks) :].view(-1, BLOCK // self.per_byte)
+        for start in range(0, len(blocks), _BLOCKS_AT_ONCE):
+            part = slice(start, start + _BLOCKS_AT_ONCE)
+            yield blocks[part], scales[part], numbers[part]
+
+
+FORMATS: dict[str, Format] = {"bf16": BFloat16(), "int8": Integers(8), "int4": Integers(4)}
+
+
+class Differences:
+    """What peers remember so that few digits are enough: they send how far they are from what all know.
+
+    Attributes:
+        common: what all peers know alike, like the tensors.
+        residual: what rounding has kept from the others so far; it goes with the next message. In the
+            sum over the peers nothing is ever lost.
+
+    Source of the residual: error feedback, F. Seide et al., "1-Bit Stochastic Gradient Descent",
+    Interspeech 2014; S. P. Karimireddy et al., "Error Feedback Fixes SignSGD", arXiv 1901.09847.
+    """
+
+    def __init__(self, format: Format, tensors: Sequence[Tensor]) -> None:
+        """``tensors``: flat, fp32, and equal on all peers."""
+        self.format = format
+        self.common = [t.clone() for t in tensors]
+        self.residual = [torch.zeros_like(t) for t in tensors]
+
+    def agree_on(self, tensors: Sequence[Tensor]) -> None:
+        """From now on these are what all peers know alike."""
+        for common, tensor in zip(self.common, tensors, strict=True):
+            common.copy_(tensor)

@@ -1,0 +1,123 @@
+"""Differences in few digits, under ZeRO: nothing is lost, and all particles agree."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pool import Pool
+
+from .jobs import Case, assert_equal, one_after_the_other, train, working_weights
+from .oracle import train_particles
+from .test_truth import SWARM
+
+BASE = Case(steps=6, probe=True)
+RULES = {
+    "local_sgd": BASE,
+    "diloco": replace(BASE, sync_mode="diloco"),
+    "easgd": replace(BASE, sync_mode="easgd"),
+    "nosync": replace(BASE, sync_mode="nosync", swarm={"total_steps": 6}),
+    "pso": replace(BASE, sync_mode="pso", options={"social": 2.0}),  # r = 1/2: takes the best
+    "swarm": replace(BASE, sync_mode="swarm", options=SWARM),
+    "line_search": replace(BASE, sync_mode="line_search"),
+}
+ENDS_EQUAL = ("local_sgd", "diloco", "swarm", "line_search")
+SENDS_MEAN_ONCE = ("local_sgd", "easgd", "nosync")  # and what all know is that mean
+
+
+@dataclass
+class Meeting:
+    """Of one rank at one sync point, flat."""
+
+    brought: np.ndarray
+    owed_before: np.ndarray
+    left_with: np.ndarray
+    owed_after: np.ndarray
+    common: np.ndarray
+
+
+@dataclass
+class Life:
+    meetings: list[Meeting]
+    weights: dict[str, np.ndarray]
+
+
+def flat(tensors: list[torch.Tensor]) -> np.ndarray:
+    return torch.cat([t.double() for t in tensors]).numpy()
+
+
+def watch(cases: list[Case], nan_at: int | None = None) -> list[Life]:
+    """Train; in sync point ``nan_at`` particle 1 has lost its mind."""
+    lives = []
+    for case, swarm, engine in one_after_the_other(cases):
+        synchronizer, meetings = swarm.synchronizer, []
+        real = synchronizer.sync
+
+        def sync(window: Any, s: Any = synchronizer, real: Any = real, meetings: Any = meetings) -> Any:
+            s.shards.zero_padding()
+            if s.totals.count == nan_at and s.exchange.particle == 1:
+                s.shards.tensors[0][:1] = math.nan
+            before = flat(s.shards.tensors), flat(s.differences.residual)
+            record = real(window)
+            d = s.differences
+            meetings.append(Meeting(*before, flat(s.shards.tensors), flat(d.residual), flat(d.common)))
+            return record
+
+        synchronizer.sync = sync
+        train(case, engine)
+        lives.append(Life(meetings, working_weights(engine)))
+    return lives
+
+
+def check(name: str, case: Case, ranks: list[Life], particle_size: int, nan_at: int | None = None) -> None:
+    P = int(case.particles)
+    for shard in range(particle_size):
+        peers = [ranks[particle * particle_size + shard].meetings for particle in range(P)]
+        for number, meetings in enumerate(zip(*peers, strict=True)):
+            for meeting in meetings:
+                np.testing.assert_array_equal(meeting.common, meetings[0].common)
+                if name in ENDS_EQUAL:
+                    np.testing.assert_array_equal(meeting.left_with, meeting.common)
+            if name in SENDS_MEAN_ONCE:
+                living = [m.brought for i, m in enumerate(meetings) if (number, i) != (nan_at, 1)]
+                owed_before, owed_after = sum(m.owed_before for m in meetings), sum(m.owed_after for m in meetings)
+                np.testing.assert_allclose(
+                    meetings[0].common + owed_after, np.mean(living, axis=0) + owed_before, rtol=0, atol=1e-6
+                )
+            if name != "pso" and case.swarm["wire"] != "bf16":
+                assert any(m.owed_after.any() for m in meetings) or not meetings[0].common.size
+
+
+@pytest.mark.parametrize(
+    ("stage", "particles", "wire"),
+    [(0, 2, "int4"), (1, 2, "int8"), (2, 2, "bf16"), (3, 2, "int4"), (2, 4, "int4"), (3, 4, "int8")],
+)
+def test_every_rule(pool: Pool, stage: int, particles: int, wire: str) -> None:
+    cases = [
+        replace(case, stage=stage, particles=particles, swarm=case.swarm | {"wire": wire}) for case in RULES.values()
+    ]
+    ranks = pool.run(watch, cases, world_size=4, timeout=120)
+    for index, (name, case) in enumerate(zip(RULES, cases, strict=True)):
+        lives = [lives[index] for lives in ranks]
+        check(name, case, lives, 4 // particles)
+        if name in ENDS_EQUAL:
+            for life in lives[1:]:
+                assert_equal(life.weights, lives[0].weights)
+        if wire != "int4" and name not in ("swarm", "line_search"):  # these may choose something else
+            for particle, truth in enumerate(train_particles(case)):
+                found = lives[particle * 4 // particles].weights
+                for key, expected in truth.items():
+                    np.testing.assert_allclose(found[key], expected, rtol=0, atol=5e-3, err_msg=f"{name} {key}")
+
+
+def test_a_mad_particle_sends_nothing_and_restarts(pool: Pool) -> None:
+    cases = [replace(RULES[name], swarm=RULES[name].swarm | {"wire": "int4"}) for name in ("local_sgd", "easgd")]
+    ranks = pool.run(watch, cases, 1, world_size=4)
+    for index, name in enumerate(("local_sgd", "easgd")):
+        lives = [lives[index] for lives in ranks]
+        check(name, cases[index], lives, 2, nan_at=1)
+        assert all(np.isfinite(m.left_with).all() for life in lives for m in life.meetings)

@@ -1,0 +1,94 @@
+"""The formats that lose digits: how many, and never more."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ds_pso.wire import BLOCK, FORMATS, Differences, Format
+
+relaxed = settings(deadline=None, max_examples=60)
+formats = st.sampled_from(list(FORMATS.values()))
+
+
+def through(form: Format, values: Tensor) -> tuple[Tensor, Tensor]:
+    """What arrives, and the bytes."""
+    encoded = torch.full((form.nbytes(values.numel()),), 255, dtype=torch.uint8)
+    form.encode(values, encoded)
+    arrived = torch.full_like(values, float("nan"))
+    form.decode(encoded, arrived)
+    return arrived, encoded
+
+
+@st.composite
+def numbers(draw: st.DrawFn) -> Tensor:
+    """Blocks of very different size."""
+    exponents = draw(st.lists(st.integers(-45, 37), min_size=1, max_size=5))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    blocks = [rng.normal(size=BLOCK).astype(np.float32) * np.float32(10.0**exponent) for exponent in exponents]
+    if draw(st.booleans()):
+        blocks.append(np.zeros(BLOCK, np.float32))
+    return torch.from_numpy(np.concatenate(blocks))
+
+
+@relaxed
+@given(st.sampled_from([("int8", 127), ("int4", 7)]), numbers())
+def test_whole_numbers_err_by_half_a_step_of_their_block(which, values):
+    name, levels = which
+    arrived, _ = through(FORMATS[name], values)
+    for before, after in zip(values.view(-1, BLOCK).double(), arrived.view(-1, BLOCK).double(), strict=True):
+        largest = float(before.abs().max())
+        # Scales that fp32 can hardly hold lose their block.
+        bound = largest / levels / 2 * (1 + 1e-5) if largest / levels > 1e-37 else largest
+        assert float((before - after).abs().max()) <= bound
+
+
+@relaxed
+@given(numbers())
+def test_bf16_is_torchs_own(values):
+    arrived, _ = through(FORMATS["bf16"], values)
+    assert torch.equal(arrived, values.bfloat16().float())
+
+
+@relaxed
+@given(formats, numbers())
+def test_what_has_been_rounded_is_not_rounded_again(form, values):
+    arrived, _ = through(form, values)
+    again, _ = through(form, arrived)
+    torch.testing.assert_close(again, arrived, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("name", "levels"), [("int8", 127), ("int4", 7)])
+def test_every_level_of_a_block_arrives(name, levels):
+    values = torch.arange(-levels, levels + 1).repeat(BLOCK)[:BLOCK].float() * 0.25
+    arrived, _ = through(FORMATS[name], values)
+    assert torch.equal(arrived, values)
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+def test_more_blocks_than_are_worked_on_at_a_time(form):
+    values = torch.randn(3000 * BLOCK, generator=torch.Generator().manual_seed(1))
+    arrived, encoded = through(form, values)
+    parts = [through(form, block) for block in values.view(-1, BLOCK)]
+    assert torch.equal(arrived, torch.cat([part for part, _ in parts]))
+    assert encoded.numel() == sum(part.numel() for _, part in parts)
+
+
+@pytest.mark.parametrize(("name", "times"), [("bf16", 2), ("int8", 3.9), ("int4", 7)])
+def test_how_small_it_is(name, times):
+    assert times * FORMATS[name].nbytes(BLOCK) <= 4 * BLOCK
+
+
+def test_differences_remember_copies():
+    start = [torch.ones(3), torch.zeros(0)]
+    differences = Differences(FORMATS["int8"], start)
+    start[0].fill_(5)
+    assert differences.common[0].tolist() == [1, 1, 1]
+    differences.agree_on(start)
+    start[0].fill_(6)
+    assert differences.common[0].tolist() == [5, 5, 5]
+    assert differences.residual[0].tolist() == [0, 0, 0]
