@@ -112,7 +112,8 @@ def _checksum(record: dict[str, Any]) -> str:
 
 
 def _own_tensors(swarm: SwarmState) -> dict[str, Tensor]:
-    """What differs from rank to rank and DeepSpeed does not keep: state of rule and wire, and the buffers, live.
+    """What differs from rank to rank and DeepSpeed does not keep: state of rule and wire, the movement of a
+    delayed sync point, and the buffers, live.
 
     Batch-norm statistics are a rank's own, and DeepSpeed saves those of one rank of each particle.
     """
@@ -122,6 +123,8 @@ def _own_tensors(swarm: SwarmState) -> dict[str, Tensor]:
         differences = swarm.synchronizer.differences
         tensors |= {f"wire.{i}.common": value for i, value in enumerate(differences.common)}
         tensors |= {f"wire.{i}.residual": value for i, value in enumerate(differences.residual)}
+    if swarm.synchronizer and swarm.synchronizer.pending:
+        tensors |= {f"pending.{i}": value for i, value in enumerate(swarm.synchronizer.pending.movement)}
     persistent = swarm.engine.module.state_dict().keys()
     tensors |= {f"buffer.{n}": b for n, b in swarm.engine.module.named_buffers() if n in persistent}
     return tensors
@@ -261,7 +264,8 @@ def _read_tensors(source: Path, swarm: SwarmState) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged ({error}); resume from another step_* folder") from error
     expected = _own_tensors(swarm)
-    found = {key: value for key, value in tensors.items() if not key.startswith("random.")}
+    expected = {key: value for key, value in expected.items() if not key.startswith("pending.")}
+    found = {key: value for key, value in tensors.items() if not key.startswith(("random.", "pending."))}
     if {key: value.shape for key, value in expected.items()} != {key: value.shape for key, value in found.items()}:
         raise CheckpointError(
             f"{path}: holds the state {sorted(found)}, and swarm.{swarm.config.sync_mode} as configured now "
@@ -271,10 +275,11 @@ def _read_tensors(source: Path, swarm: SwarmState) -> dict[str, Tensor]:
 
 
 def _restore(swarm: SwarmState, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    movement = [tensors[f"pending.{i}"] for i in range(sum(key.startswith("pending.") for key in tensors))]
+    if swarm.synchronizer is not None:
+        swarm.synchronizer.load_state_dict(record["synchronizer"], movement)
     for key, value in _own_tensors(swarm).items():
         value.copy_(tensors[key])
-    if swarm.synchronizer is not None:
-        swarm.synchronizer.load_state_dict(record["synchronizer"])
     swarm.window.restore(*record["window"])
     for sampler, state in zip(swarm.samplers, record["samplers"], strict=True):
         sampler.load_state_dict(state)

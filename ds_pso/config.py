@@ -31,6 +31,12 @@ class SwarmConfig(StrictModel):
         "`my_module:MyRule`.",
     )
     sync_interval: int = Field(default=32, ge=1, description="Optimizer steps between two sync points.")
+    delay: int = Field(
+        default=0,
+        ge=0,
+        description="Apply the result of a sync point so many optimizer steps later, and exchange in the background "
+        "meanwhile; 0: training waits.",
+    )
     fitness: Literal["train", "probe"] = Field(
         default="train",
         description="Loss that ranks the particles: mean training loss since the last sync, or a probe batch.",
@@ -165,6 +171,8 @@ def _check_consistent(ds_config: dict[str, Any], swarm: SwarmConfig, where: str)
             f"{where}: swarm.total_steps = {swarm.total_steps}: no sync point falls in so short a training; "
             "lower swarm.sync_interval"
         )
+    if swarm.delay > 0:
+        _check_delay(rule, swarm, where)
     if swarm.wire != "fp32":
         _check_wire(rule, swarm, where)
     if rule.max_staleness is not None:
@@ -178,6 +186,29 @@ def _check_consistent(ds_config: dict[str, Any], swarm: SwarmConfig, where: str)
                 f'{where}: swarm.fitness = "probe": particles that wait for nobody are not ranked; '
                 f'use "train", or set swarm.{mode}.asynchronous to false'
             )
+
+
+def _check_delay(rule: Rule, swarm: SwarmConfig, where: str) -> None:
+    if swarm.delay > swarm.sync_interval:
+        raise ConfigError(
+            f"{where}: swarm.delay = {swarm.delay}: the next sync point would come first; use at most "
+            f"swarm.sync_interval = {swarm.sync_interval}"
+        )
+    if rule.uses_probe:
+        raise ConfigError(
+            f"{where}: swarm.delay = {swarm.delay}: with these options swarm.{swarm.sync_mode} scores weights on a "
+            "probe batch before it settles, and training would have to wait; use 0"
+        )
+    if rule.max_staleness is not None:
+        raise ConfigError(
+            f"{where}: swarm.delay = {swarm.delay}: particles that wait for nobody have nothing to hide; use 0, or set "
+            f"swarm.{swarm.sync_mode}.asynchronous to false"
+        )
+    if swarm.optimizer_state == "average":
+        raise ConfigError(
+            f'{where}: swarm.optimizer_state = "average": moments cannot be corrected for the steps of swarm.delay = '
+            f'{swarm.delay}; use "keep" or "reset", or a delay of 0'
+        )
 
 
 def _check_wire(rule: Rule, swarm: SwarmConfig, where: str) -> None:

@@ -282,6 +282,7 @@ class Exchange:
         group = self.world.peer_group
         if group is None:
             return
+        self.world.settle()
         begin = time.perf_counter()
         try:
             work = start(group)

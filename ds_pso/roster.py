@@ -97,9 +97,13 @@ class Roster:
         """
         if self.store is None:
             return
+        self.settle()
         self.store.set(f"at/{label}/{self.layout.rank}", "1")
         expected = list(ranks)
         self._wait([f"at/{label}/{rank}" for rank in expected], expected, label)
+
+    def settle(self) -> None:
+        """Wait for what goes on in the background: ranks must do in one order what they do together."""
 
     def turn(self, label: str) -> int:
         """How often this was asked before with this label; so that keys of the store are used once."""
@@ -174,6 +178,7 @@ class Roster:
         """One small JSON value of every rank, in the order of ranks, on every rank."""
         if self.store is None:
             return [json.loads(json.dumps(value))]
+        self.settle()
         turn = self.turn(label)
         key = f"gather/{label}/{turn}"
         ranks = list(range(self.layout.world_size))

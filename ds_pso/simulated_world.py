@@ -147,6 +147,10 @@ class SimulatedWorld(World):
         values: list[str] = self._room.meet(self.layout.rank, json.dumps(value))
         return [json.loads(item) for item in values]
 
+    def in_background(self, job: Callable[[], None]) -> None:
+        """At once: nothing is gained by waiting, and only one thread runs at a time."""
+        job()
+
     def open_mailbox(self) -> Mailbox:
         return _RoomMailbox(self._room, self.layout.particle)
 

@@ -133,7 +133,25 @@ class Swarm(SwarmState):
     def sync(self) -> None:
         """Meet the other particles now. ``engine.step`` does it every ``sync_interval`` steps."""
         if self.synchronizer is not None:
+            self._finish()
             self.log("sync", **self.synchronizer.sync(self.window))
+
+    def _finish(self) -> None:
+        """Apply what a delayed sync point has brought."""
+        if self.synchronizer is not None and self.synchronizer.pending is not None:
+            self.log("sync", **self.synchronizer.finish())
+
+    def _meet_if_due(self, step: int) -> None:
+        synchronizer, delay = self.synchronizer, self.config.delay
+        if synchronizer is None:
+            return
+        if synchronizer.pending is not None and step >= synchronizer.pending.due:
+            self._finish()
+        if step % self.config.sync_interval == 0:
+            if delay == 0 or synchronizer.next_is_last:
+                self.sync()
+            else:
+                synchronizer.begin(self.window, step, delay)
 
     def sampler(
         self, dataset: Sized, *, batch_size: int | None = None, shuffle: bool = True, seed: int = 0
@@ -239,8 +257,7 @@ class Swarm(SwarmState):
                 )
             self._backwards = 0
             self.window.steps += 1
-            if engine.global_steps % self.config.sync_interval == 0:
-                self.sync()
+            self._meet_if_due(engine.global_steps)
             return result
 
         engine.backward, engine.step = backward_and_record, step_and_meet

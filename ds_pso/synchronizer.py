@@ -6,12 +6,13 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ds_pso.background import Task
 from ds_pso.errors import ConfigError, SwarmError
 from ds_pso.exchange import Exchange, Piece
 from ds_pso.fitness import FitnessWindow, combine
@@ -31,7 +32,32 @@ class SyncTotals:
     count: int = 0
     seconds: float = 0.0  # wall time, waiting for peers included
     waited_s: float = 0.0  # until the last peer arrived
+    overlapped_s: float = 0.0  # in the background, while training went on
     bytes_received: int = 0
+
+
+@dataclass
+class Pending:
+    """A meeting that goes on while training does.
+
+    ``movement`` holds copies of the shards and the flat buffers as they were at the beginning. In the end: how far
+    the shards shall move, or where they shall be if the particle was not alive; and the mean of the buffers, which
+    are statistics (a variance that was corrected could become negative).
+    """
+
+    begun: int  # optimizer step
+    due: int  # optimizer step after which the movement is made
+    movement: list[Tensor]
+    task: Task | None = None  # None: done; then the rest is known
+    record: dict[str, Any] = field(default_factory=dict)  # to log
+    lr_factors: Sequence[float] = ()
+    held_up_s: float = 0.0  # training, to begin it
+    background_s: float = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the tensors and the task, which must be done; JSON values."""
+        names = ("begun", "due", "record", "lr_factors", "held_up_s", "background_s")
+        return {name: getattr(self, name) for name in names}
 
 
 class Synchronizer:
@@ -73,6 +99,7 @@ class Synchronizer:
         self._check_same_model()
         self._start_alike()
         self.differences = None if wire == "fp32" else Differences(FORMATS[wire], shards.tensors)
+        self.pending: Pending | None = None
         self._mailbox = world.open_mailbox() if rule.max_staleness is not None else None
         self._letter_bytes = 0
 
@@ -109,11 +136,13 @@ class Synchronizer:
             PeerError: somebody did not come within the timeout; names who.
             SwarmError: the shards were offloaded, or the rule needs a loss and saw none.
         """
+        assert self.pending is None, "finish what is pending first"
         self.shards.check_present()
         begin, bytes_before = time.perf_counter(), self.exchange.bytes_received
-        waited = self._wait_for_peers() if self._mailbox is None else 0.0
+        layout = self.world.layout  # mates too: a frozen one would be waited for without a word inside the particle
+        waited = self._wait_for(layout.peers, layout.mates) if self._mailbox is None else 0.0
         self.shards.zero_padding()
-        point = self._agree_on_fitness(window)
+        point = self._compare(self._own_row(window))
         note: dict[str, Any] = {}
         if self._mailbox is not None:
             note = self._take_letter(self._mailbox, point)
@@ -132,17 +161,133 @@ class Synchronizer:
         record: dict[str, Any] = {"sync": point.index, "losses": point.fitness, "alive": point.alive}
         return record | note | {"seconds": seconds, "waited_s": waited, "bytes_received": received}
 
-    def _wait_for_peers(self) -> float:
+    def begin(self, window: FitnessWindow, step: int, delay: int) -> None:
+        """Meet the other particles in the background, and empty the window. Called alike on all ranks.
+
+        Args:
+            step: the optimizer step that has just been made.
+            delay: ``finish`` will be called this many steps later.
+
+        Raises:
+            SwarmError: as ``sync`` does.
+        """
+        assert self.pending is None, "finish what is pending first"
+        self.shards.check_present()
+        begin = time.perf_counter()
+        self._wait_for(self.world.layout.mates)
+        self.shards.zero_padding()
+        with self._flat_buffers() as buffers:
+            movement = [t.clone() for t in (*self.shards.tensors, *buffers)]
+        row = self._own_row(window)
+        window.clear()
+        pending = self.pending = Pending(step, step + delay, movement)
+        pending.held_up_s = time.perf_counter() - begin
+        pending.task = self.world.in_background(lambda: self._meet(pending, row))
+
+    def _meet(self, pending: Pending, row: list[float]) -> None:
+        """What peers do together, on copies of the shards; the particle's own ranks are busy training."""
+        begin, bytes_before = time.perf_counter(), self.exchange.bytes_received
+        waited = self._wait_for(self.world.layout.peers)
+        point = self._compare(row)
+        note: dict[str, Any] = {}
+        if any(point.alive):
+            shards, buffers = self._split(pending.movement)
+            note, pending.lr_factors = self._move(shards, buffers, point)
+        pending.record = {"sync": point.index, "losses": point.fitness, "alive": point.alive, **note}
+        pending.record |= {"waited_s": waited, "bytes_received": self.exchange.bytes_received - bytes_before}
+        pending.background_s = time.perf_counter() - begin
+
+    def _split(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Those that belong to the shards, and those that belong to the buffers."""
+        return tensors[: len(self.state)], tensors[len(self.state) :]
+
+    def _move(
+        self, shards: Sequence[Tensor], buffers: Sequence[Tensor], point: SyncPoint
+    ) -> tuple[dict[str, Any], tuple[float, ...]]:
+        """Turn the tensors into what ``Pending.movement`` says.
+
+        Returns:
+            What to log of it, and the particles' factors of the learning rate.
+        """
+        alive, me = point.alive[self.exchange.particle], Place(self.exchange.particle)
+        for piece, received in self.exchange.weighted_mean(buffers, point.mean_weights()):
+            piece.of(buffers[piece.tensor]).copy_(received)
+        plan = self.rule.plan(point, self.memory)
+        for x, state in zip(shards, self.state, strict=True):
+            self.rule.before_exchange(x, state, plan, me)
+        note, arriving = self._receive(plan, shards, feedback=True)
+        for piece, received in arriving:
+            x = piece.of(shards[piece.tensor])
+            before = x.clone()
+            self._update(shards[piece.tensor], piece, received, plan)
+            if self.differences is not None and self.rule.ends_equal:
+                piece.of(self.differences.common[piece.tensor]).copy_(x)
+            if alive:
+                x.sub_(before)
+        self.memory = plan.memory
+        return note, plan.lr_factors
+
+    def _apply(self, pending: Pending) -> None:
+        """Make the movement."""
+        me, shards = self.exchange.particle, self.shards.tensors
+        moved, mean = self._split(pending.movement)
+        if pending.record["alive"][me]:
+            for x, movement in zip(shards, moved, strict=True):
+                x.add_(movement)
+        else:
+            self._replace(shards, moved)
+        with self._flat_buffers() as buffers:
+            self._replace(buffers, mean)
+        if pending.lr_factors:
+            self.shards.lr_factor = pending.lr_factors[me]
+            pending.record["lr_factors"] = pending.lr_factors
+        if self.optimizer_state == "reset" or not pending.record["alive"][me]:
+            self.shards.reset_optimizer_state()
+
+    def finish(self) -> dict[str, Any]:
+        """Wait for the meeting that was begun, and move by what came of it. Called alike on all ranks.
+
+        The correction of multi-step delayed updates: x <- result + (x now - x when it began).
+
+        Returns, raises:
+            As ``sync`` does.
+        """
+        begin = time.perf_counter()
+        pending, self.pending = self.pending, None
+        assert pending is not None
+        if pending.task is not None:
+            pending.task.wait()
+        overlapped = max(0.0, pending.background_s - (time.perf_counter() - begin))
+        record = pending.record
+        self.shards.check_present()
+        if any(record["alive"]):
+            self._apply(pending)
+        self.shards.publish()
+
+        self.losses = tuple(record["losses"])
+        seconds = pending.held_up_s + time.perf_counter() - begin
+        self.totals.count += 1
+        self.totals.seconds += seconds
+        self.totals.waited_s += record["waited_s"]
+        self.totals.overlapped_s += overlapped
+        self.totals.bytes_received += record["bytes_received"]
+        return record | {"begun": pending.begun, "seconds": seconds, "overlapped_s": overlapped}
+
+    @property
+    def next_is_last(self) -> bool:
+        """Whether no sync point follows the next one, as far as anybody knows."""
+        return self.total is not None and self.totals.count + 1 >= self.total
+
+    def _wait_for(self, *groups: Sequence[int]) -> float:
         """Roll call; returns its seconds."""
         begin, turn = time.perf_counter(), self.world.turn("sync")
-        layout = self.world.layout  # mates too: a frozen one would be waited for without a word inside the particle
-        self.world.roll_call(f"sync {turn}", sorted({*layout.peers, *layout.mates}))
-        if turn:
-            self.world.forget(f"sync {turn - 1}")
+        self.world.roll_call(f"sync {turn}", sorted({rank for ranks in groups for rank in ranks}))
+        if turn > 1:  # the last one may have been of others
+            self.world.forget(f"sync {turn - 2}")
         return time.perf_counter() - begin
 
-    def _agree_on_fitness(self, window: FitnessWindow) -> SyncPoint:
-        """One loss per particle, the same bits on every rank; of other particles NaN if nobody waits for them."""
+    def _own_row(self, window: FitnessWindow) -> list[float]:
+        """Of this particle, the same bits on all its ranks: its loss, whether it is alive, its optimizer steps."""
         index = self.totals.count
         total, count = window.total, float(window.count)
         if self.rank_by == "probe":
@@ -155,15 +300,18 @@ class Synchronizer:
             )
         row = [total, count, float(self.shards.all_finite())]
         fitness, alive = combine(self.world.particle_gather(row))
-        me = self.exchange.particle
         if nothing_new:
-            fitness = self.losses[me]
+            fitness = self.losses[self.exchange.particle]
+        return [fitness, float(alive), float(window.steps)]
+
+    def _compare(self, mine: list[float]) -> SyncPoint:
+        """One loss per particle, the same bits on every rank; of other particles NaN if nobody waits for them."""
         table = [[math.nan, 1.0, 0.0] for _ in range(self.exchange.num_particles)]
-        table[me] = [fitness, float(alive), float(window.steps)]
+        table[self.exchange.particle] = mine
         if self._mailbox is None:
-            table = self.exchange.all_gather(table[me])
+            table = self.exchange.all_gather(mine)
         return SyncPoint(
-            index,
+            self.totals.count,
             fitness=tuple(row[0] for row in table),
             alive=tuple(row[1] == 1.0 for row in table),
             total=self.total,
@@ -215,6 +363,15 @@ class Synchronizer:
         shards, place = self.shards.tensors, Place(self.exchange.particle)
         for x, state in zip(shards, self.state, strict=True):
             self.rule.before_exchange(x, state, plan, place)
+        note, arriving = self._receive(plan, shards, feedback=feedback)
+        for piece, received in arriving:
+            self._update(shards[piece.tensor], piece, received, plan)
+        return note
+
+    def _receive(
+        self, plan: Plan, shards: Sequence[Tensor], *, feedback: bool
+    ) -> tuple[dict[str, Any], Iterator[tuple[Piece, Tensor]]]:
+        """What to log of the plan, and what it asks for, piece by piece."""
         outgoing = shards if plan.send == "x" else [state[plan.send] for state in self.state]
         note = dict(plan.note)
         if plan.receive == "mean":
@@ -230,9 +387,7 @@ class Synchronizer:
             arriving = self._from_each(outgoing, plan.sources)
         else:
             arriving = self.exchange.from_self(shards)
-        for piece, received in arriving:
-            self._update(shards[piece.tensor], piece, received, plan)
-        return note
+        return note, arriving
 
     def _from_each(self, outgoing: Sequence[Tensor], sources: Sequence[int]) -> Iterator[tuple[Piece, Tensor]]:
         if self.differences is None:
@@ -362,9 +517,14 @@ class Synchronizer:
             "lr_factor": self.shards.lr_factor,
             "last_losses": self.losses,
             "totals": asdict(self.totals),
+            "pending": None if self.pending is None else self.pending.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], movement: Sequence[Tensor] = ()) -> None:
+        """``movement``: of the meeting that was pending, if there was one."""
+        targets = [*self.shards.tensors, *(buffer for _, buffer in self.shards.buffers())]
+        on_device = [values.to(t.device) for t, values in zip(targets, movement, strict=False)]
+        self.pending = Pending(movement=on_device, **state["pending"]) if state["pending"] else None
         self.memory = state["rule_memory"]
         self.shards.lr_factor = state["lr_factor"]
         self.losses = tuple(state["last_losses"])

@@ -12,13 +12,14 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
 
+from ds_pso.background import Task
 from ds_pso.errors import ConfigError, PeerError
 from ds_pso.layout import Layout, read_int, read_layout
 from ds_pso.letters import GlooMailbox, Mailbox
@@ -42,6 +43,7 @@ class World(Roster):
         self.backend = "none"
         self._particle_store: dist.TCPStore | None = None
         self._mailbox: GlooMailbox | None = None
+        self._task: Task | None = None
         self._saved_env: dict[str, str | None] = {}
         self._torch_was_up = dist.is_initialized()
         self._closed = False
@@ -198,6 +200,19 @@ class World(Roster):
         self._mailbox = GlooMailbox(group, layout.particle, layout.num_particles)
         return self._mailbox
 
+    # -- in the background ------------------------------------------------------------------
+
+    def in_background(self, job: Callable[[], None]) -> Task | None:
+        """Begin a job that talks to peers, not to mates; None if it is done already. Called alike on all ranks."""
+        self.settle()
+        self._task = Task(job)
+        return self._task
+
+    def settle(self) -> None:
+        if self._task is not None and not self._task.is_mine:
+            self._task.wait()
+            self._task = None
+
     # -- talking inside the particle --------------------------------------------------------
 
     @property
@@ -227,6 +242,11 @@ class World(Roster):
         """Leave in good order: nobody's store goes away while another still needs it."""
         if self._closed:
             return
+        try:
+            self.settle()
+        except BaseException:
+            self.abandon()
+            raise
         layout = self.layout
         if dist.is_initialized() and not self._torch_was_up:
             dist.destroy_process_group()

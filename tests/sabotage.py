@@ -138,6 +138,38 @@ def agree_on_nothing() -> None:
     Differences.agree_on = do_nothing
 
 
+@sabotage("distributed/test_delay.py")
+def forget_the_steps_meanwhile() -> None:
+    """A delayed result replaces what was learned since the meeting began."""
+    from ds_pso.synchronizer import Synchronizer
+
+    begin, apply_movement = Synchronizer.begin, Synchronizer._apply
+
+    def begin_and_remember(self: Any, *arguments: Any) -> None:
+        self.old = [x.clone() for x in self.shards.tensors]
+        begin(self, *arguments)
+
+    def apply_to_the_old(self: Any, pending: Any) -> None:
+        self._replace(self.shards.tensors, self.old)
+        apply_movement(self, pending)
+
+    Synchronizer.begin, Synchronizer._apply = begin_and_remember, apply_to_the_old
+
+
+@sabotage("distributed/test_delay.py")
+def wait_in_the_foreground() -> None:
+    """A delayed sync point is waited for at once."""
+    from ds_pso.synchronizer import Synchronizer
+
+    real = Synchronizer.begin
+
+    def begin(self: Any, *arguments: Any) -> None:
+        real(self, *arguments)
+        self.world.settle()
+
+    Synchronizer.begin = begin
+
+
 @sabotage("distributed/test_resume.py")
 def forget_what_is_owed() -> None:
     """The state of the wire is not in the checkpoint."""

@@ -46,6 +46,7 @@ def test_defaults():
         "sync_mode": "local_sgd",
         "sync_interval": 32,
         "fitness": "train",
+        "delay": 0,
         "optimizer_state": "keep",
         "wire": "fp32",
         "total_steps": None,
@@ -154,6 +155,8 @@ BAD_VALUES = [
         ("optimizer_state", value, "must be 'keep', 'average' or 'reset'")
         for value in ("mean", "", None, True, ["keep"])
     ],
+    ("delay", -1, "must be greater than or equal to 0"),
+    *[("delay", value, "must be a valid integer") for value in (1.0, "1", True, None)],
     *[("wire", value, "must be 'fp32', 'bf16', 'int8' or 'int4'") for value in ("fp16", "INT8", "", 8, None)],
     *[("total_steps", value, "must be greater than or equal to 1") for value in (0, -320)],
     *[("total_steps", value, "must be a valid integer") for value in (320.0, "320", True, math.inf)],
@@ -366,6 +369,45 @@ def test_what_needs_all_particles_is_refused_where_nobody_waits(key, value, said
     assert message.endswith("or set swarm.nosync.asynchronous to false")
     load(section | {"nosync": {"asynchronous": False}})
     load(section | {"sync_mode": "local_sgd", "nosync": {"asynchronous": True}})
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"delay": 33}, "swarm.delay = 33: the next sync point would come first; use at most swarm.sync_interval = 32"),
+        (
+            {"delay": 2, "sync_mode": "swarm"},
+            "swarm.delay = 2: with these options swarm.swarm scores weights on a probe",
+        ),
+        ({"delay": 2, "sync_mode": "line_search"}, "swarm.delay = 2: with these options swarm.line_search scores"),
+        (
+            {"delay": 2, "sync_mode": "nosync", "total_steps": 64, "nosync": {"asynchronous": True}},
+            "swarm.delay = 2: particles that wait for nobody have nothing to hide; use 0, or set swarm.nosync.asyn",
+        ),
+        (
+            {"delay": 2, "optimizer_state": "average"},
+            'swarm.optimizer_state = "average": moments cannot be corrected for the steps of swarm.delay = 2; use',
+        ),
+    ],
+)
+def test_what_cannot_go_on_in_the_background_is_refused(section, said):
+    assert message_of({"swarm": section}).startswith(f"config: {said}")
+    load(section | {"delay": 0})
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        *({"sync_mode": mode} for mode in ("local_sgd", "diloco", "easgd", "nosync", "pso", ALLREDUCE)),
+        {"sync_mode": "swarm", "swarm": {"guard": False}},
+        {"sync_mode": "pso", "pso": {"topology": "ring"}},
+        {"wire": "int4", "optimizer_state": "reset"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("delay", [1, 32])
+def test_the_others_may_be_late(section, delay):
+    assert load(section | {"total_steps": 64, "delay": delay}).delay == delay
 
 
 @pytest.mark.parametrize("wire", ["bf16", "int8", "int4"])

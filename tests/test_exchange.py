@@ -89,6 +89,7 @@ def make_worlds(num_particles: int, timeout_s: float = 30.0) -> list[Any]:
             peer_device=torch.device("cpu"),
             timeout_s=timeout_s,
             describe=lambda rank: f"particle {rank}",
+            settle=lambda: None,
         )
 
     with ThreadPoolExecutor(num_particles) as pool:

@@ -153,12 +153,22 @@ def _finish(
             swarm_bytes=received,
             # An all-reduce among P receives 2 N (P - 1) / P on each of P sides, whatever happens inside a particle.
             gradient_bytes=arguments.steps * 2 * (swarm.num_particles - 1) * num_parameters * gradient,
-            sync_line=f"{swarm.totals.count} sync points took {swarm.totals.seconds:.1f} s, "
-            f"{swarm.totals.waited_s:.1f} s of it waiting for the slowest particle",
+            sync_line=_sync_line(swarm),
             sample=generate_sample(model, corpus.tokenizer, prompt),
         ),
         flush=True,
     )
+
+
+def _sync_line(swarm: Swarm) -> str:
+    totals = swarm.totals
+    waited = f"{totals.waited_s:.1f} s waiting for the slowest particle"
+    if totals.overlapped_s:
+        return (
+            f"{totals.count} sync points held training up for {totals.seconds:.1f} s, and went on beside it for "
+            f"{totals.overlapped_s:.1f} s; {waited}"
+        )
+    return f"{totals.count} sync points took {totals.seconds:.1f} s, of it {waited}"
 
 
 def _first_held_out(path: Path) -> float:

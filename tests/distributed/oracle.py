@@ -293,6 +293,8 @@ def follow(case: Case, lies: tuple[float, ...] | None = None) -> tuple[list[Weig
     optimizers = [_optimizer(case, model) for model in models]
     oracle = make_oracle(case, flat(start))
     losses: list[list[float]] = [[] for _ in models]
+    # The step at which it is due: weights before and after the sync point, and learning rates.
+    pending: dict[int, tuple[Particles, Particles, list[float]]] = {}
     for step in range(case.steps):
         for particle, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
             x, y = particle_batch(particle, step)
@@ -301,14 +303,38 @@ def follow(case: Case, lies: tuple[float, ...] | None = None) -> tuple[list[Weig
             loss.backward()
             optimizer.step()
             losses[particle].append(loss.item() + lies[particle])
+        due = [pending.pop(step + 1)] if step + 1 in pending else []
         if (step + 1) % case.interval == 0:
-            moved = oracle.sync([flat(model) for model in models], [float(np.mean(part)) for part in losses])
-            for model, optimizer, values, factor in zip(models, optimizers, moved, oracle.lr_factors, strict=True):
-                _set(model, values)
-                optimizer.param_groups[0]["lr"] = case.lr * factor
-            _treat_moments(case.swarm.get("optimizer_state", "keep"), optimizers)
+            if due:
+                _arrive(case, models, optimizers, *due.pop())
+            x = [flat(model) for model in models]
+            moved = oracle.sync(x, [float(np.mean(part)) for part in losses])
             losses = [[] for _ in models]
+            is_last = oracle.problem.total is not None and oracle.index >= oracle.problem.total
+            delay = 0 if is_last else case.swarm.get("delay", 0)
+            arrival = (x, moved, list(oracle.lr_factors))
+            if delay:
+                pending[step + 1 + delay] = arrival
+            else:
+                due.append(arrival)
+        for before, after, factors in due:
+            _arrive(case, models, optimizers, before, after, factors)
     return [{name: p.detach().numpy().copy() for name, p in model.named_parameters()} for model in models], oracle
+
+
+def _arrive(
+    case: Case,
+    models: list[Net],
+    optimizers: list[torch.optim.Optimizer],
+    before: Particles,
+    after: Particles,
+    factors: list[float],
+) -> None:
+    """What came of a sync point, and the local steps since it began."""
+    for model, optimizer, x, y, factor in zip(models, optimizers, before, after, factors, strict=True):
+        _set(model, y + (flat(model) - x))
+        optimizer.param_groups[0]["lr"] = case.lr * factor
+    _treat_moments(case.swarm.get("optimizer_state", "keep"), optimizers)
 
 
 def _optimizer(case: Case, model: nn.Module) -> torch.optim.Optimizer:

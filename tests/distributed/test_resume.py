@@ -36,6 +36,9 @@ LATER_RULES: dict[str, Case] = {
     "swarm": Case(sync_mode="swarm", probe=True, options=SWARM),
     "swarm-windows": Case(sync_mode="swarm", probe=True, options=SWARM | {"fitness_steps": 3}),
     "line_search": Case(sync_mode="line_search", probe=True),
+    # At steps 3 and 5 a sync point is pending.
+    "delay": Case(sync_mode="easgd", swarm={"delay": 2, "wire": "int8"}),
+    "delay-rates": Case(sync_mode="swarm", swarm={"delay": 1}, options=SWARM | {"guard": False, "fitness_steps": 1}),
     "int4": Case(sync_mode="diloco", swarm={"wire": "int4"}),
     "bf16": Case(sync_mode="easgd", swarm={"wire": "bf16"}),
 }
@@ -66,6 +69,7 @@ def train_from_loader(case: Case, swarm: Swarm, engine: Any, steps: int, folder:
                 swarm.save(folder)
             if engine.global_steps == steps:
                 break
+    swarm.world.settle()  # a sync point may still go on
     synchronizer = swarm.synchronizer
     return {
         "weights": working_weights(engine),

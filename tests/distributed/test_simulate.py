@@ -54,6 +54,11 @@ def test_differences_in_few_digits(pool: Pool) -> None:
         compare(pool, some, 2, exactly=True)
 
 
+def test_sync_points_in_the_background(pool: Pool) -> None:
+    names = ("local_sgd", "easgd", "pso")
+    compare(pool, {n: replace(RULES[n], stage=0, steps=6, swarm={"delay": 1}) for n in names}, 2, exactly=True)
+
+
 def test_four_particles_to_rounding(pool: Pool) -> None:
     compare(pool, {name: replace(case, stage=0) for name, case in RULES_FOR_FOUR.items()}, 4, exactly=False)
 

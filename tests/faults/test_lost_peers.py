@@ -69,6 +69,15 @@ def lose_in_the_exchange(case: Case, lost: int, how: str) -> Any:
         swarm.sync()
 
 
+def lose_in_the_background(case: Case, lost: int, how: str) -> Any:
+    with swarm_of(case) as (swarm, engine):
+        train(case, engine, range(1))
+        if swarm.world.layout.rank == lost:
+            leave(how)
+        swarm.synchronizer.begin(swarm.window, step=1, delay=1)
+        swarm.synchronizer.finish()
+
+
 def assert_named(outcomes: list[Outcome], lost: int, waiting: list[int]) -> None:
     for rank in waiting:
         assert outcomes[rank].kind == "PeerError", outcomes[rank]
@@ -111,6 +120,13 @@ def test_a_peer_lost_in_the_middle_of_an_exchange(pool: Pool, lost: int, how: st
     silent = (lost, lost ^ 1) if how == "stopped" else ()
     outcomes = pool.outcomes(lose_in_the_exchange, CASE, lost, how, timeout=LIMIT_S, silent=silent)
     assert_named(outcomes, lost, [(lost + 2) % 4])
+
+
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_a_peer_lost_before_a_meeting_in_the_background(pool: Pool, how: str) -> None:
+    lost, silent = 3, (3,) if how == "stopped" else ()
+    outcomes = pool.outcomes(lose_in_the_background, CASE, lost, how, timeout=LIMIT_S, silent=silent)
+    assert_named(outcomes, lost, [1, 2])  # its peer, when it asks for the result, and its mate
 
 
 def lose_between_plans(case: Case, lost: int, how: str, where: str) -> Any:
