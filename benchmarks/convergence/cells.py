@@ -28,6 +28,7 @@ SITUATIONS = {
 # With one model in one optimizer, these say nothing, or nothing that "clean" does not say.
 NOT_FOR_ALLREDUCE = ("high_lr", "half_speed", "lr_spread")
 
+WIRES = ("fp32", "bf16", "int8", "int4")
 OPTIMIZER_STATES = ("keep", "average", "reset")
 
 SEEDS = (1, 2, 3)
@@ -56,6 +57,8 @@ class Cell:
     optimizer_state: str = "keep"
     eval_every: int = 0  # steps between evaluations during training; 0: none
     scale: float = 1.0
+    wire: str = "fp32"
+    delay: int = 0
 
     @property
     def num_worlds(self) -> int:
@@ -82,6 +85,8 @@ class Cell:
         parts += [f"n={self.interval}"] if self.interval else []
         parts += [self.situation] if self.situation != "clean" else []
         parts += [self.optimizer_state] if self.optimizer_state != "keep" else []
+        parts += [self.wire] if self.wire != "fp32" else []
+        parts += [f"d={self.delay}"] if self.delay else []
         parts += [f"equal steps {self.steps}"] if self.eval_every else []
         parts += [f"lr={self.lr:g}"] if self.split == "validation" else []
         return " ".join([*parts, f"seed={self.seed}"])
@@ -188,10 +193,25 @@ def _optimizer_state(scale: float) -> Iterator[Cell]:
             yield replace(cell, optimizer_state=state)
 
 
+def _slow_network(scale: float) -> Iterator[Cell]:
+    """Fewer digits and later results: alone, and for the bytes of fp32 at n = 32."""
+    plain = [("fp32", n, 0) for n in (32, 16, 8, 4)]
+    few_digits = [(wire, 32, 0) for wire in ("bf16", "int8", "int4")]
+    equal_bytes = [("bf16", 16, 0), ("int8", 8, 0), ("int4", 4, 0)]
+    late = [("fp32", 32, d) for d in (4, 8, 16, 32)] + [("int4", 4, d) for d in (1, 2, 4)]
+    for cell in _grid(("gpt_small",), (4,), (32,), scale, ("allreduce", "local_sgd")):
+        if cell.rule == "allreduce":
+            yield cell
+        else:
+            for wire, interval, delay in plain + few_digits + equal_bytes + late:
+                yield replace(cell, wire=wire, interval=interval, delay=delay)
+
+
 _TABLES = {
     "papers": _papers,
     "transformers": _transformers,
     "unequal": _unequal,
     "optimizer_state": _optimizer_state,
+    "slow_network": _slow_network,
 }
 TABLES = tuple(_TABLES)

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.convergence.cells import OPTIMIZER_STATES, RULES, SITUATIONS, Cell
+from benchmarks.convergence.cells import OPTIMIZER_STATES, RULES, SITUATIONS, WIRES, Cell
 from benchmarks.convergence.results import Outcome
 from benchmarks.convergence.tasks import TASKS
 
@@ -127,10 +127,21 @@ def condition(cell: Cell, table: str) -> str:
     return f"n = {cell.interval}" if cell.interval else "no n"
 
 
+def _row(cell: Cell, table: str) -> str:
+    if table == "slow_network" and cell.rule != "allreduce":
+        return f"{cell.wire}, d = {cell.delay}"
+    return cell.rule
+
+
 def _place(cell: Cell) -> tuple[float, ...]:
     """Sorts conditions."""
     situation, state = list(SITUATIONS).index(cell.situation), OPTIMIZER_STATES.index(cell.optimizer_state)
     return situation, state, cell.interval or math.inf
+
+
+def _row_place(cell: Cell) -> tuple[int, ...]:
+    """Sorts rows."""
+    return RULES.index(cell.rule), WIRES.index(cell.wire), cell.delay
 
 
 # -- grids --------------------------------------------------------------------------------------
@@ -138,6 +149,7 @@ def _place(cell: Cell) -> tuple[float, ...]:
 
 def make_grid(
     title: str,
+    row: Callable[[Cell], str],
     column: Callable[[Cell], str],
     rows: Rows,
     what: str,
@@ -145,14 +157,14 @@ def make_grid(
     spec: str,
     against: Callable[[str, str], tuple[str, str]] | None = None,
 ) -> Grid:
-    """Statistics over the seeds for each rule and column.
+    """Statistics over the seeds for each row and column.
 
     Args:
-        against: from a rule and column to another; then the values are differences to that one with the same seed.
+        against: from a row and column to another; then the values are differences to that one with the same seed.
     """
     values: dict[tuple[str, str], dict[int, float]] = {}
     for cell in sorted(rows, key=_place):
-        values.setdefault((cell.rule, column(cell)), {})[cell.seed] = measure(cell, rows[cell])
+        values.setdefault((row(cell), column(cell)), {})[cell.seed] = measure(cell, rows[cell])
     stats = {}
     for place, by_seed in values.items():
         numbers = list(by_seed.values())
@@ -161,9 +173,16 @@ def make_grid(
             numbers = [value - base[seed] for seed, value in by_seed.items() if seed in base]
         if numbers:
             stats[place] = Stat.of(numbers, spec)
-    rules = sorted({rule for rule, _ in stats}, key=RULES.index)
+    names = [row(cell) for cell in sorted(rows, key=_row_place)]
     columns = list(dict.fromkeys(name for _, name in stats))
-    return Grid(title, what, rules, columns, stats, paired=against is not None)
+    return Grid(
+        title,
+        what,
+        [name for name in dict.fromkeys(names) if any(name == r for r, _ in stats)],
+        columns,
+        stats,
+        paired=against is not None,
+    )
 
 
 def grids_of(table: str, rows: Rows) -> Iterable[Grid]:
@@ -175,11 +194,16 @@ def grids_of(table: str, rows: Rows) -> Iterable[Grid]:
     for title, part in by_title.items():
         task = next(iter(part)).task
         measure, what, spec = main_measure(task)
-        grid = functools.partial(make_grid, title, functools.partial(condition, table=table))
+        row, column = functools.partial(_row, table=table), functools.partial(condition, table=table)
+        grid = functools.partial(make_grid, title, row, column)
         yield grid(part, what, measure, spec)
         if table == "optimizer_state":
             to = f"{what}: difference to keep, {_PAIRED}"
             yield grid(part, to, measure, "+" + spec, lambda rule, _: (rule, "keep"))
+        elif table == "slow_network":
+            to = f"{what}: difference to fp32 at n = 32 without delay, {_PAIRED}"
+            yield grid(part, to, measure, "+" + spec, lambda *_: ("fp32, d = 0", "n = 32"))
+            yield grid(part, "received by each particle, MB", megabytes, ".3g")
         else:
             to = f"{what}: difference to local_sgd, {_PAIRED}"
             yield grid(part, to, measure, "+" + spec, lambda _, condition: ("local_sgd", condition))

@@ -41,6 +41,11 @@ _NOTES = {
         "by the validation data and with a seed that is not among the table's.",
         _PROBE,
     ],
+    "slow_network": [
+        "`local_sgd` with P = 4: differences in few digits (`wire`), and sync points that are applied d steps later "
+        "(`delay`). All rows have the learning rate of fp32 at n = 32. With n = 16, 8 and 4, bf16, int8 and int4 move "
+        "about the bytes of fp32 at n = 32.",
+    ],
     "optimizer_state": [
         "What becomes of the optimizer's moments at a sync point: each particle keeps its own, all take their mean, or "
         "they become zero. n = 32, P = 4; the learning rates were tuned with `keep`.",
@@ -150,8 +155,9 @@ def draw(grids: Sequence[Grid], image: Path) -> None:
     labels: dict[str, Any] = {}
     for panel in panels.flat:
         labels.update(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
-    rules = [rule for rule in RULES if rule in labels]
-    figure.legend([labels[rule] for rule in rules], rules, loc="outside lower center", ncols=5, frameon=False)
+    rows = list(dict.fromkeys(row for grid in grids for row in grid.rows if row in labels))
+    rows.sort(key=lambda row: RULES.index(row) if row in RULES else len(RULES))
+    figure.legend([labels[row] for row in rows], rows, loc="outside lower center", ncols=5, frameon=False)
     temporary = image.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=130)
     plt.close(figure)
@@ -175,7 +181,7 @@ def _draw_panel(panel: Any, grid: Grid) -> None:
             panel.axhspan(y - 1, y + len(rules), color="0.96", zorder=0)
         for offset, rule in enumerate(rules):
             x, deviation = points[rule, column]
-            style = {"color": _COLORS[rule], "marker": _MARKERS[rule]}
+            style = _style(rule, grid.rows)
             if math.isfinite(x):
                 panel.errorbar(x, y + offset, xerr=deviation, label=rule, ms=5, capsize=2, lw=1.2, ls="none", **style)
             else:
@@ -197,6 +203,13 @@ def _draw_panel(panel: Any, grid: Grid) -> None:
     panel.grid(axis="x", which="both", color="0.88", lw=0.6)
     panel.set_axisbelow(True)
     panel.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _style(row: str, rows: Sequence[str]) -> dict[str, Any]:
+    """The same for a rule in all pictures."""
+    if row in _COLORS:
+        return {"color": _COLORS[row], "marker": _MARKERS[row]}
+    return {"color": f"C{rows.index(row) % 10}", "marker": "so^v<>DPX"[rows.index(row) % 9]}
 
 
 def _point(stat: Stat, as_error: bool) -> tuple[float, float]:

@@ -52,6 +52,8 @@ def config_of(cell: Cell, world_size: int, zero_stage: int) -> dict[str, Any]:
             "sync_mode": {"single": "allreduce", "none": "local_sgd"}.get(cell.rule, cell.rule),
             "sync_interval": cell.interval or cell.steps + 1,  # beyond the end: never
             "optimizer_state": cell.optimizer_state,
+            "wire": cell.wire,
+            "delay": cell.delay,
         },
     }
 
