@@ -1,4 +1,4 @@
-"""The swarm rule: averaging with inertia, guarded by fitness, and a swarm over the learning rate."""
+"""The swarm rule: averaging, guarded by fitness, and a swarm over the learning rate."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FEW_ROUNDS = 10  # inertia built up over so few sync points has no time to pay
 class SwarmRuleConfig(RuleConfig):
     """``swarm.swarm``"""
 
-    inertia: float = Field(default=0.3, ge=0, lt=1, description="Heavy-ball momentum of the consensus (beta).")
+    inertia: float = Field(default=0.0, ge=0, lt=1, description="Heavy-ball momentum of the consensus (beta).")
     guard: bool = Field(
         default=True,
         description="Score the particles on the probe batch; if they are unequal, let a mean weighted by their scores "
@@ -76,15 +76,15 @@ class _Trial:
 
 
 class SwarmRule(Rule):
-    """Mean of the living particles with heavy-ball inertia, a fitness guard and particle learning rates.
+    """Mean of the living particles with a fitness guard, learning rates of the particles, and inertia if wanted.
 
-    With a the last consensus, q_i the loss of particle i's own weights on the probe batch, sums over the
+    With q_i the loss of particle i's own weights on the probe batch, sums over the
     living particles::
 
         m   = mean of x_i
         m_w = sum w_i x_i,  w = softmax(-q / tau), 0 where that is below 0.1 / P
         m <- m_w  if the q_i are clearly unequal, and m_w has the lower loss on the probe batch
-        v <- beta v + (a - m);  a <- a - v;  x_i <- a
+        x_i <- m, or with inertia beta > 0 and the last consensus a:  v <- beta v + (a - m);  a <- a - v;  x_i <- a
 
     Losses are clearly unequal when softmax(-q / tau) is clearly not uniform, or one is not finite. beta
     is 0 at the last sync point, and throughout a training of 10 sync points or fewer, if the length of
@@ -103,7 +103,8 @@ class SwarmRule(Rule):
 
     Source: our own. The parts: B. Polyak, 1964 (heavy ball); rank utilities as in D. Wierstra et
     al., "Natural Evolution Strategies", 2014. Moves one all-reduce of the shard, two when in
-    doubt; keeps a, v and, with the guard, one more. A particle that is not alive restarts at a.
+    doubt; with the guard keeps one tensor, with inertia a and v. A particle that is not alive restarts
+    where the others meet.
     """
 
     Config = SwarmRuleConfig
@@ -122,9 +123,9 @@ class SwarmRule(Rule):
         return True
 
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
-        state = {"anchor": x.detach().clone()}
+        state = {}
         if self.options.inertia > 0:
-            state["momentum"] = torch.zeros_like(x)
+            state = {"anchor": x.detach().clone(), "momentum": torch.zeros_like(x)}
         if self.options.guard:
             state["trial"] = torch.zeros_like(x)
         return state
@@ -209,17 +210,16 @@ class SwarmRule(Rule):
             x.copy_(received)
             return
         mean = state["trial"] if plan.carry.mean_in == "trial" else received
-        anchor, beta = state["anchor"], plan.factors[place.particle][0]
         if "momentum" in state:
-            momentum = state["momentum"]
+            anchor, momentum, beta = state["anchor"], state["momentum"], plan.factors[place.particle][0]
             momentum.mul_(beta).add_(anchor).sub_(mean)
             if beta == 0:
                 anchor.copy_(mean)  # exactly, where a - (a - m) would round
             else:
                 anchor.sub_(momentum)
-        else:
-            anchor.copy_(mean)
-        x.copy_(anchor)
+            mean = anchor
+        if mean is not x:
+            x.copy_(mean)
         if "trial" in state:
             state["trial"].zero_()
 
