@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import ds_pso
+from ds_pso import cli
 from ds_pso.config import ALLREDUCE, SwarmConfig, load_config
 from ds_pso.rules import RULES
 from ds_pso.training.arguments import parse_arguments
@@ -157,8 +158,15 @@ def commands() -> list:
 
 
 @pytest.mark.parametrize("line", commands())
-def test_commands_are_understood(line):
+def test_commands_are_understood(line, capsys, monkeypatch):
     words = shlex.split(line, comments=True)
+    if words[:2] == ["ds-pso", "plan"]:
+        monkeypatch.chdir(ROOT)
+        assert cli.main(words[1:]) == 0
+        assert f"```\n{capsys.readouterr().out}```" in "".join(TEXT.values()), (
+            "prints something else than the page says"
+        )
+        return
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), "no such target"
         wanted = words[1]

@@ -42,7 +42,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 MAY_IMPORT["swarm"] = set(MAY_IMPORT) - {"_version"}
 MAY_IMPORT["simulate"] = {"config", "errors", "simulated_world", "swarm"}
-MAY_IMPORT["cli"] = {"errors", "simulate"}
+MAY_IMPORT["plan"] = {"config", "rules"}
+MAY_IMPORT["cli"] = {"config", "errors", "plan", "simulate"}
 MAY_IMPORT["ds_pso"] = {"_version", "errors", "simulate", "swarm"}
 MAY_IMPORT["training"] = {"ds_pso", "config", "errors", "files", "metrics", "swarm"}
 MAY_IMPORT["train"] = {"training"}

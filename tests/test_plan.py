@@ -1,0 +1,209 @@
+"""``ds-pso plan``: its arithmetic agrees with itself, and with the bytes that are counted."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pool import Pool
+
+from ds_pso import cli
+from ds_pso.config import load_config
+from ds_pso.plan import Cluster, plan, synchronous
+
+CLUSTER = Cluster(parameters=7.5e6, particles=2, ranks=1, step_s=0.43, bandwidth=100e6)
+
+
+def section(**keys: Any) -> Any:
+    return load_config({"swarm": {"particles": 2, "total_steps": 640, **keys}})[1]
+
+
+def test_an_example_by_hand() -> None:
+    """7.5 million fp32 numbers, twice, half of it from the other one: 30 MB, 2.4 s at 100 Mbit/s."""
+    found = plan(CLUSTER, section(sync_interval=32))
+    assert found.megabytes == pytest.approx(30)
+    assert found.exchange_s == pytest.approx(2.4)
+    assert found.compute_share == pytest.approx(32 * 0.43 / (32 * 0.43 + 2.4))
+    late = plan(CLUSTER, section(sync_interval=32, delay=5))
+    assert late.held_up_s == pytest.approx(2.4 - 5 * 0.43)
+    assert plan(CLUSTER, section(sync_interval=32, delay=6)).compute_share == 1
+    assert synchronous(CLUSTER, {}).exchange_s == pytest.approx(2.4)
+    assert synchronous(CLUSTER, {"bf16": {"enabled": True}}).exchange_s == pytest.approx(1.2)
+    waits = plan(replace(CLUSTER, latency_s=0.1), section())
+    assert waits.exchange_s == pytest.approx(2.4 + 0.1 * (4 + 2))  # to meet, and round the ring
+    assert plan(CLUSTER, section(sync_mode="nosync", nosync={"asynchronous": True})).compute_share == 1
+
+
+clusters = st.builds(
+    Cluster,
+    parameters=st.floats(1e5, 1e11),
+    particles=st.integers(2, 64),
+    ranks=st.sampled_from([1, 8]),
+    step_s=st.floats(1e-3, 10),
+    bandwidth=st.floats(1e6, 1e12),
+    latency_s=st.sampled_from([0.0, 1e-4, 0.1]),
+)
+sections = st.builds(
+    lambda mode, wire, interval, delay: section(
+        sync_mode=mode, wire=wire, sync_interval=interval, delay=min(delay, interval)
+    ),
+    st.sampled_from(["local_sgd", "diloco", "easgd", "nosync", "pso"]),
+    st.sampled_from(["fp32", "bf16", "int8", "int4"]),
+    st.integers(1, 640),
+    st.sampled_from([0, 1, 20]),
+)
+
+
+@given(clusters, sections, st.floats(0.5, 0.99))
+def test_what_it_advises_is_enough_and_no_less_is(cluster, swarm, share):
+    found = plan(cluster, swarm)
+    interval, delay, slowdown = found.interval_for(share), found.delay_for(share), found.slowdown_for(share)
+    assert replace(found, interval=interval).compute_share >= share - 1e-6
+    if interval > max(1, found.delay):
+        assert replace(found, interval=interval - 1).compute_share < share + 1e-6
+    assert replace(found, delay=delay).compute_share >= share - 1e-6
+    if delay > 0:
+        assert replace(found, delay=delay - 1).compute_share < share + 1e-6
+    if slowdown > 0:
+        assert replace(found, transfer_s=found.transfer_s * slowdown).compute_share == pytest.approx(share)
+    else:
+        assert replace(found, transfer_s=0.0).compute_share <= share + 1e-6
+
+
+@given(clusters, sections)
+def test_more_of_a_good_thing_never_hurts(cluster, swarm):
+    share = plan(cluster, swarm).compute_share
+    assert plan(replace(cluster, bandwidth=2 * cluster.bandwidth), swarm).compute_share >= share - 1e-9
+    assert plan(cluster, swarm.model_copy(update={"sync_interval": 2 * swarm.sync_interval})).compute_share >= share
+    assert plan(cluster, swarm, "int4").compute_share >= plan(cluster, swarm, "int8").compute_share - 1e-9
+
+
+SWARMS: list[dict[str, Any]] = [
+    *({"sync_mode": "local_sgd", "wire": wire} for wire in ("fp32", "bf16", "int8", "int4")),
+    {"sync_mode": "diloco"},
+    {"sync_mode": "pso"},
+    {"sync_mode": "pso", "wire": "int4"},
+    {"sync_mode": "pso", "pso": {"topology": "ring"}},
+    {"sync_mode": "line_search"},
+    {"sync_mode": "swarm"},
+]
+
+
+def counted(particles: int) -> list[tuple[float, float]]:
+    """(elements, mean bytes received by those that receive anything) at the second sync point of each swarm."""
+    import deepspeed
+
+    import ds_pso
+
+    found = []
+    for swarm_section in SWARMS:
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "optimizer": {"type": "SGD", "params": {"lr": 0.0}},
+            "zero_allow_untested_optimizer": True,
+            "swarm": {"particles": particles, "sync_interval": 1, **swarm_section},
+        }
+
+        def life(swarm: Any) -> float:
+            engine, *_ = deepspeed.initialize(model=torch.nn.Linear(400, 100), config=swarm.ds_config)
+            swarm.attach(engine, probe=lambda index: torch.ones(()))
+            before = 0
+            for _ in range(2):
+                before = swarm.totals.bytes_received
+                engine.backward(engine(torch.ones(1, 400)).mean())
+                engine.step()
+            return swarm.totals.bytes_received - before
+
+        received = [nbytes for nbytes in ds_pso.simulate(config, life) if nbytes > 1000]
+        found.append((40_100, sum(received) / len(received)))
+    return found
+
+
+@pytest.mark.parametrize("particles", [2, 4])
+def test_its_bytes_are_those_that_a_swarm_counts(pool: Pool, particles: int) -> None:
+    (found,) = pool.run(counted, particles, world_size=1)
+    for swarm_section, (numel, nbytes) in zip(SWARMS, found, strict=True):
+        swarm = load_config({"swarm": {"particles": particles, **swarm_section}})[1]
+        megabytes = plan(replace(CLUSTER, parameters=numel, particles=particles), swarm).megabytes
+        assert 1e6 * megabytes == pytest.approx(nbytes, rel=0.03), swarm_section
+
+
+# -- the command ------------------------------------------------------------------------------
+
+ARGUMENTS = ["--parameters", "7.5M", "--bandwidth", "100M", "--step-seconds", "0.43"]
+
+
+def write(folder: Path, **keys: Any) -> str:
+    path = folder / "config.json"
+    path.write_text(json.dumps({"swarm": {"particles": 2, **keys}}))
+    return str(path)
+
+
+def test_what_is_printed(tmp_path, capsys):
+    assert cli.main(["plan", write(tmp_path), *ARGUMENTS]) == 0
+    out = capsys.readouterr().out
+    assert "2 particles of 1, 7.5 M parameters, 0.43 s a step, 100 Mbit/s into each particle" in out
+    assert "30 MB into each particle at a sync point, in 2.4 s" in out
+    assert "compute share 85.1 %" in out
+    assert [line.split()[0] for line in out.splitlines()[-4:]] == ["fp32", "bf16", "int8", "int4"]
+
+
+def test_only_formats_that_the_rule_can_use(tmp_path, capsys):
+    ring = {"sync_mode": "pso", "pso": {"topology": "ring"}}
+    assert cli.main(["plan", write(tmp_path, **ring), *ARGUMENTS, "--particles", "4"]) == 0
+    assert "bf16" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("keys", "arguments", "said"),
+    [
+        ({"sync_mode": "allreduce"}, [], 'swarm.sync_mode = "allreduce": there are no sync points to plan'),
+        ({"particles": "node"}, [], "--particles = 0: must be at least 2"),
+        ({"particles": 1}, [], "--particles = 1: must be at least 2"),
+        ({}, ["--ranks", "0"], "--ranks = 0: must be at least 1"),
+        ({}, ["--parameters", "0"], "--parameters = 0.0: must be at least 1"),
+        ({}, ["--bandwidth", "0"], "--bandwidth = 0: must be above 0"),
+        ({}, ["--step-seconds", "0"], "--step-seconds = 0: must be above 0"),
+        ({"wire": "int2"}, [], "swarm.wire = 'int2': must be"),
+    ],
+)
+def test_what_makes_no_sense_is_told_in_one_line(tmp_path, capsys, keys, arguments, said):
+    assert cli.main(["plan", write(tmp_path, **keys), *ARGUMENTS, *arguments]) == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["", "fast", "-1", "nan", "inf", "1X", "M"])
+def test_numbers_that_are_none(tmp_path, capsys, text):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["plan", write(tmp_path), *ARGUMENTS, "--bandwidth", text])
+    assert end.value.code == 2
+    assert "must be a number such as 0.5, 1e9, 350M or 1.3B" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("share", ["0", "1", "95"])
+def test_a_share_is_a_share(tmp_path, capsys, share):
+    with pytest.raises(SystemExit):
+        cli.main(["plan", write(tmp_path), *ARGUMENTS, "--share", share])
+    assert "must lie between 0 and 1" in capsys.readouterr().err
+
+
+def test_units():
+    assert [cli._quantity(text) for text in ("2", "2k", "2M", "2G", "2B", "2T", "1e-3")] == [
+        2,
+        2e3,
+        2e6,
+        2e9,
+        2e9,
+        2e12,
+        1e-3,
+    ]
+    assert math.isclose(cli._quantity("1.3B"), 1.3e9)
