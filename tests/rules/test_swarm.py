@@ -225,7 +225,7 @@ def test_exploded_weights_are_poison_in_no_dose(place):
 
 def test_the_dead_are_not_heard_even_with_good_weights():
     """A loss that is not finite is enough to be dead; the weights may still be the best of all."""
-    swarm, plan = meeting([1.0, 1.2, 8.0, 0.0], [0.1, 0.1, 0.1, NAN], [True, True, True, False])
+    swarm, plan = meeting([1.0, 1.2, 8.0, 0.0], [0.1, 0.1, 0.1, NAN], [True, True, True, False], temperature=0.3)
     assert plan.note["guard"] == "weighted"
     assert plan.note["weights"][2:] == (0.0, 0.0)
     assert (swarm.array() > TARGET + 1.0).all()
