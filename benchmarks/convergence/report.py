@@ -157,7 +157,13 @@ def draw(grids: Sequence[Grid], image: Path) -> None:
         labels.update(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
     rows = list(dict.fromkeys(row for grid in grids for row in grid.rows if row in labels))
     rows.sort(key=lambda row: RULES.index(row) if row in RULES else len(RULES))
-    figure.legend([labels[row] for row in rows], rows, loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(
+        [labels[row] for row in rows],
+        rows,
+        loc="outside lower center",
+        ncols=3 if num_columns == 1 else 5,
+        frameon=False,
+    )
     temporary = image.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=130)
     plt.close(figure)
