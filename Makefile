@@ -12,7 +12,7 @@ WITH_CONFIG = $(if $(and $(filter file,$(origin CONFIG)),$(filter %1 %3 %5 %7 %9
 # The deepspeed launcher and DeepSpeed's own builds look for python and ninja on PATH.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help train test test-slow lint clean
+.PHONY: help train test coverage test-slow lint clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -20,7 +20,10 @@ help: ## Show this list
 train: $(VENV)/.installed ## Train a small Llama with a swarm of ZeRO particles (about three minutes on two cores)
 	deepspeed --num_gpus $(NUM_GPUS) --master_port $(MASTER_PORT) ds_pso/train.py $(WITH_CONFIG) $(ARGS)
 
-test: $(VENV)/.installed lint ## Lint, types and the default test suite, with coverage
+test: $(VENV)/.installed lint ## Lint, types and the default test suite
+	pytest -m "not slow" $(ARGS)
+
+coverage: $(VENV)/.installed ## The default test suite with coverage; takes twice as long
 	pytest -m "not slow" --cov --cov-report=term $(ARGS)
 
 test-slow: $(VENV)/.installed ## The tests that take minutes
