@@ -83,6 +83,11 @@ def _plan(arguments: argparse.Namespace) -> int:
     ds_config, swarm = load_config(arguments.config)
     if swarm.build_rule() is None:
         raise ConfigError(f'{arguments.config}: swarm.sync_mode = "allreduce": there are no sync points to plan')
+    if swarm.optimizer_state == "average":
+        raise ConfigError(
+            f'{arguments.config}: swarm.optimizer_state = "average": how many moments travel depends on the optimizer; '
+            'plan with "keep"'
+        )
     particles = arguments.particles or (0 if swarm.particles == "node" else swarm.particles)
     for name, value, least in (
         ("--particles", particles, 2),

@@ -142,6 +142,15 @@ def load_config(source: ConfigSource) -> tuple[dict[str, Any], SwarmConfig]:
     return config, swarm
 
 
+def is_allowed(ds_config: dict[str, Any], swarm: SwarmConfig, **changes: Any) -> bool:
+    """Whether the config would be accepted with these keys of the section changed."""
+    try:
+        _check_consistent(ds_config, swarm.model_copy(update=changes), "")
+    except ConfigError:
+        return False
+    return True
+
+
 def _total_num_steps(ds_config: Mapping[str, Any]) -> Any:
     """Of DeepSpeed's scheduler; None if it says nothing of the kind, and DeepSpeed will say what is wrong."""
     scheduler = ds_config.get("scheduler")
@@ -198,6 +207,11 @@ def _check_delay(rule: Rule, swarm: SwarmConfig, where: str) -> None:
         raise ConfigError(
             f"{where}: swarm.delay = {swarm.delay}: with these options swarm.{swarm.sync_mode} scores weights on a "
             "probe batch before it settles, and training would have to wait; use 0"
+        )
+    if rule.compares_rates:
+        raise ConfigError(
+            f"{where}: swarm.delay = {swarm.delay}: swarm.{swarm.sync_mode} compares learning rates, and they would "
+            f"change in the middle of an interval; set swarm.{swarm.sync_mode}.lr_spread to 1, or use 0"
         )
     if rule.max_staleness is not None:
         raise ConfigError(

@@ -146,7 +146,9 @@ class Exchange:
             mine.sub_(rounded)  # the second rounding is owed by who made it
             if feedback:
                 for piece in pieces:
-                    piece.of(differences.residual[piece.tensor]).copy_(piece.in_bucket(values))
+                    owed = piece.of(differences.residual[piece.tensor])
+                    # What overflowed would be owed for ever.
+                    torch.nan_to_num(piece.in_bucket(values), 0.0, 0.0, 0.0, out=owed)
             for part, row in zip(parts, self._gather_parts(encoded), strict=True):
                 form.decode(row, part)
             yield from self._add_common(values, pieces, differences, become_common=feedback)

@@ -32,6 +32,9 @@ class FitnessWindow:
     def restore(self, total: float, count: int, steps: int) -> None:
         self._sum, self.count, self.steps = total, count, steps
 
+    def clear_losses(self) -> None:
+        self._sum, self.count = 0.0, 0
+
     def clear(self) -> None:
         self.restore(0.0, 0, 0)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ds_pso.config import SwarmConfig
+from ds_pso.config import SwarmConfig, is_allowed
 from ds_pso.rules import Rule, SyncPoint
 
 BYTES_PER_ELEMENT = {"fp32": 4.0, "bf16": 2.0, "int8": 1 + 4 / 256, "int4": 1 / 2 + 4 / 256}
@@ -116,17 +116,17 @@ def plan(cluster: Cluster, swarm: SwarmConfig, wire: str | None = None) -> Plan:
     )
 
 
-def _exchanges(rule: Rule, num_particles: int, steps: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _exchanges(rule: Rule, num_particles: int, steps: int) -> list[tuple[str, tuple[int, ...]]]:
     """What the rule's plans move at an ordinary sync point, at which all particles are equally good."""
-    equal = (1.0,) * num_particles
-    point = SyncPoint(1, equal, (True,) * num_particles, 1000, (steps,) * num_particles)
-    step = rule.plan(point, {})
-    while True:
-        if step.receive != "nothing":
-            yield step.receive, step.sources
-        if not step.score:
-            return
-        step = rule.proceed(step, equal)
+    equal, memory = (1.0,) * num_particles, dict[str, Any]()
+    for index in range(2):  # the first has no past
+        step = rule.plan(SyncPoint(index, equal, (True,) * num_particles, 1000, (steps,) * num_particles), memory)
+        found = [step]
+        while step.score:
+            step = rule.proceed(step, equal)
+            found.append(step)
+        memory = dict(step.memory)
+    return [(step.receive, step.sources) for step in found if step.receive != "nothing"]
 
 
 def synchronous(cluster: Cluster, ds_config: Mapping[str, Any]) -> Plan:
@@ -148,8 +148,7 @@ def synchronous(cluster: Cluster, ds_config: Mapping[str, Any]) -> Plan:
 def describe(cluster: Cluster, ds_config: Mapping[str, Any], swarm: SwarmConfig, share: float) -> str:
     """What ``ds-pso plan`` prints."""
     now, plain, percent = plan(cluster, swarm), synchronous(cluster, ds_config), f"{100 * share:g} %"
-    rule = swarm.build_rule()
-    wires = list(BYTES_PER_ELEMENT) if rule is not None and rule.receives_alike else ["fp32"]
+    wires = [wire for wire in BYTES_PER_ELEMENT if is_allowed(dict(ds_config), swarm, wire=wire)]
     lines = [
         f"{cluster.particles} particles of {cluster.ranks}, {cluster.parameters / 1e6:g} M parameters, "
         f"{cluster.step_s:g} s a step, {_rate(cluster.bandwidth)} into each particle",
@@ -165,9 +164,10 @@ def describe(cluster: Cluster, ds_config: Mapping[str, Any], swarm: SwarmConfig,
     ]
     for row in (plan(cluster, swarm, wire) for wire in wires):
         delay = row.delay_for(share)
+        fits = is_allowed(dict(ds_config), swarm, wire=row.wire, delay=delay)
         lines.append(
             f"{row.wire:8}{row.megabytes:>10.3g}{row.exchange_s:>10.3g}{row.interval_for(share):>11}"
-            f"{delay if delay <= row.interval else '-':>11}"
+            f"{delay if fits else '-':>11}"
         )
     return "\n".join(lines)
 

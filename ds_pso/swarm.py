@@ -139,15 +139,17 @@ class Swarm(SwarmState):
     def _finish(self) -> None:
         """Apply what a delayed sync point has brought."""
         if self.synchronizer is not None and self.synchronizer.pending is not None:
-            self.log("sync", **self.synchronizer.finish())
+            self.log("sync", **self.synchronizer.finish(self.window))
 
     def _meet_if_due(self, step: int) -> None:
         synchronizer, delay = self.synchronizer, self.config.delay
         if synchronizer is None:
             return
-        if synchronizer.pending is not None and step >= synchronizer.pending.due:
+        begins = step % self.config.sync_interval == 0
+        # After resuming with a shorter interval the next one may begin before the last is due.
+        if synchronizer.pending is not None and (begins or step >= synchronizer.pending.due):
             self._finish()
-        if step % self.config.sync_interval == 0:
+        if begins:
             if delay == 0 or synchronizer.next_is_last:
                 self.sync()
             else:
@@ -218,6 +220,12 @@ class Swarm(SwarmState):
 
     def close(self) -> None:
         """Leave the swarm; waits for the other ranks, and gives the launcher's environment back."""
+        if self.is_leader and self.synchronizer is not None and self.synchronizer.pending is not None:
+            warnings.warn(
+                "the swarm is closed while a delayed sync point is pending, which is lost; end training with "
+                "swarm.sync(), or give its length in swarm.total_steps",
+                stacklevel=2,
+            )
         self.world.close()
 
     def __enter__(self) -> Swarm:

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ds_pso.background import Task
 from ds_pso.errors import ConfigError, SwarmError
 from ds_pso.exchange import Exchange, Piece
 from ds_pso.fitness import FitnessWindow, combine
@@ -48,14 +47,14 @@ class Pending:
     begun: int  # optimizer step
     due: int  # optimizer step after which the movement is made
     movement: list[Tensor]
-    task: Task | None = None  # None: done; then the rest is known
+    settled_s: float = 0.0  # what ``World.settled_s`` was at the beginning
     record: dict[str, Any] = field(default_factory=dict)  # to log
     lr_factors: Sequence[float] = ()
     held_up_s: float = 0.0  # training, to begin it
     background_s: float = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """All but the tensors and the task, which must be done; JSON values."""
+        """All but the tensors, once the meeting is over; JSON values."""
         names = ("begun", "due", "record", "lr_factors", "held_up_s", "background_s")
         return {name: getattr(self, name) for name in names}
 
@@ -180,9 +179,9 @@ class Synchronizer:
             movement = [t.clone() for t in (*self.shards.tensors, *buffers)]
         row = self._own_row(window)
         window.clear()
-        pending = self.pending = Pending(step, step + delay, movement)
+        pending = self.pending = Pending(step, step + delay, movement, self.world.settled_s)
         pending.held_up_s = time.perf_counter() - begin
-        pending.task = self.world.in_background(lambda: self._meet(pending, row))
+        self.world.in_background(lambda: self._meet(pending, row))
 
     def _meet(self, pending: Pending, row: list[float]) -> None:
         """What peers do together, on copies of the shards; the particle's own ranks are busy training."""
@@ -213,9 +212,15 @@ class Synchronizer:
         for piece, received in self.exchange.weighted_mean(buffers, point.mean_weights()):
             piece.of(buffers[piece.tensor]).copy_(received)
         plan = self.rule.plan(point, self.memory)
+        if plan.score:
+            raise SwarmError(
+                "swarm.delay: the rule scores weights before it settles, and training has gone on meanwhile; let its "
+                "uses_probe be true, so that this is told at once, or use 0",
+                agreed=True,
+            )
         for x, state in zip(shards, self.state, strict=True):
             self.rule.before_exchange(x, state, plan, me)
-        note, arriving = self._receive(plan, shards, feedback=True)
+        note, arriving = self._receive(plan, shards)
         for piece, received in arriving:
             x = piece.of(shards[piece.tensor])
             before = x.clone()
@@ -244,28 +249,35 @@ class Synchronizer:
         if self.optimizer_state == "reset" or not pending.record["alive"][me]:
             self.shards.reset_optimizer_state()
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, window: FitnessWindow) -> dict[str, Any]:
         """Wait for the meeting that was begun, and move by what came of it. Called alike on all ranks.
+
+        If the particle was not alive then, the losses since then were those of weights that are gone now: ``window``
+        forgets them.
 
         The correction of multi-step delayed updates: x <- result + (x now - x when it began).
 
         Returns, raises:
             As ``sync`` does.
         """
-        begin = time.perf_counter()
-        pending, self.pending = self.pending, None
-        assert pending is not None
-        if pending.task is not None:
-            pending.task.wait()
-        overlapped = max(0.0, pending.background_s - (time.perf_counter() - begin))
-        record = pending.record
         self.shards.check_present()
+        begin, pending = time.perf_counter(), self.pending
+        assert pending is not None
+        # An evaluation or a checkpoint may have had to wait for it before.
+        earlier = self.world.settled_s - pending.settled_s
+        self.world.settle()
+        waited_for = self.world.settled_s - pending.settled_s
+        record = pending.record
         if any(record["alive"]):
             self._apply(pending)
+        if not record["alive"][self.exchange.particle]:
+            window.clear_losses()
         self.shards.publish()
+        self.pending = None
 
         self.losses = tuple(record["losses"])
-        seconds = pending.held_up_s + time.perf_counter() - begin
+        seconds = pending.held_up_s + earlier + time.perf_counter() - begin
+        overlapped = max(0.0, pending.background_s - waited_for)
         self.totals.count += 1
         self.totals.seconds += seconds
         self.totals.waited_s += record["waited_s"]
@@ -338,13 +350,11 @@ class Synchronizer:
         """Carry out the rule's plans, one after the other; returns what to log of them."""
         self._average_buffers(point)
         plan = self.rule.plan(point, self.memory)
-        note = self._carry_out(plan, feedback=True)
-        moved = plan.receive != "nothing"
+        note = self._carry_out(plan)
         while plan.score:
             self.shards.publish()
             plan = self.rule.proceed(plan, self._score())
-            note |= self._carry_out(plan, feedback=not moved)
-            moved = moved or plan.receive != "nothing"
+            note |= self._carry_out(plan)
         if self.differences is not None and self.rule.ends_equal:
             self.differences.agree_on(self.shards.tensors)
         self.memory = plan.memory
@@ -354,23 +364,17 @@ class Synchronizer:
         self._treat_optimizer_state(point)
         return note
 
-    def _carry_out(self, plan: Plan, *, feedback: bool) -> dict[str, Any]:
-        """Move what the plan asks for, and update the shards with it.
-
-        Args:
-            feedback: whether what the wire rounds away is owed: it is the first that moves at this sync point.
-        """
+    def _carry_out(self, plan: Plan) -> dict[str, Any]:
+        """Move what the plan asks for, and update the shards with it."""
         shards, place = self.shards.tensors, Place(self.exchange.particle)
         for x, state in zip(shards, self.state, strict=True):
             self.rule.before_exchange(x, state, plan, place)
-        note, arriving = self._receive(plan, shards, feedback=feedback)
+        note, arriving = self._receive(plan, shards)
         for piece, received in arriving:
             self._update(shards[piece.tensor], piece, received, plan)
         return note
 
-    def _receive(
-        self, plan: Plan, shards: Sequence[Tensor], *, feedback: bool
-    ) -> tuple[dict[str, Any], Iterator[tuple[Piece, Tensor]]]:
+    def _receive(self, plan: Plan, shards: Sequence[Tensor]) -> tuple[dict[str, Any], Iterator[tuple[Piece, Tensor]]]:
         """What to log of the plan, and what it asks for, piece by piece."""
         outgoing = shards if plan.send == "x" else [state[plan.send] for state in self.state]
         note = dict(plan.note)
@@ -380,7 +384,7 @@ class Synchronizer:
                 arriving = self.exchange.weighted_mean(outgoing, plan.weights)
             else:
                 arriving = self.exchange.mean_by_differences(
-                    outgoing, plan.weights, self.differences, feedback=feedback
+                    outgoing, plan.weights, self.differences, feedback=not plan.tentative
                 )
         elif plan.receive == "one":
             note["sources"] = plan.sources
@@ -524,7 +528,9 @@ class Synchronizer:
         """``movement``: of the meeting that was pending, if there was one."""
         targets = [*self.shards.tensors, *(buffer for _, buffer in self.shards.buffers())]
         on_device = [values.to(t.device) for t, values in zip(targets, movement, strict=False)]
-        self.pending = Pending(movement=on_device, **state["pending"]) if state["pending"] else None
+        self.pending = None
+        if state["pending"]:
+            self.pending = Pending(movement=on_device, settled_s=self.world.settled_s, **state["pending"])
         self.memory = state["rule_memory"]
         self.shards.lr_factor = state["lr_factor"]
         self.losses = tuple(state["last_losses"])

@@ -44,6 +44,7 @@ class World(Roster):
         self._particle_store: dist.TCPStore | None = None
         self._mailbox: GlooMailbox | None = None
         self._task: Task | None = None
+        self.settled_s = 0.0  # waited for what goes on in the background
         self._saved_env: dict[str, str | None] = {}
         self._torch_was_up = dist.is_initialized()
         self._closed = False
@@ -202,16 +203,17 @@ class World(Roster):
 
     # -- in the background ------------------------------------------------------------------
 
-    def in_background(self, job: Callable[[], None]) -> Task | None:
-        """Begin a job that talks to peers, not to mates; None if it is done already. Called alike on all ranks."""
+    def in_background(self, job: Callable[[], None]) -> None:
+        """Begin a job that talks to peers, not to mates. Called alike on all ranks."""
         self.settle()
         self._task = Task(job)
-        return self._task
 
     def settle(self) -> None:
         if self._task is not None and not self._task.is_mine:
+            begin = time.perf_counter()
             self._task.wait()
             self._task = None
+            self.settled_s += time.perf_counter() - begin
 
     # -- talking inside the particle --------------------------------------------------------
 

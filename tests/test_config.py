@@ -381,6 +381,10 @@ def test_what_needs_all_particles_is_refused_where_nobody_waits(key, value, said
         ),
         ({"delay": 2, "sync_mode": "line_search"}, "swarm.delay = 2: with these options swarm.line_search scores"),
         (
+            {"delay": 2, "sync_mode": "swarm", "swarm": {"guard": False}},
+            "swarm.delay = 2: swarm.swarm compares learning rates, and they would change in the middle of an interval",
+        ),
+        (
             {"delay": 2, "sync_mode": "nosync", "total_steps": 64, "nosync": {"asynchronous": True}},
             "swarm.delay = 2: particles that wait for nobody have nothing to hide; use 0, or set swarm.nosync.asyn",
         ),
@@ -399,7 +403,7 @@ def test_what_cannot_go_on_in_the_background_is_refused(section, said):
     "section",
     [
         *({"sync_mode": mode} for mode in ("local_sgd", "diloco", "easgd", "nosync", "pso", ALLREDUCE)),
-        {"sync_mode": "swarm", "swarm": {"guard": False}},
+        {"sync_mode": "swarm", "swarm": {"guard": False, "lr_spread": 1}},
         {"sync_mode": "pso", "pso": {"topology": "ring"}},
         {"wire": "int4", "optimizer_state": "reset"},
     ],

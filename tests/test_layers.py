@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "exchange": {"errors", "wire", "world"},
     "shards": {"errors"},
     "config": {"errors", "rules"},
-    "synchronizer": {"background", "errors", "exchange", "fitness", "letters", "rules", "shards", "wire", "world"},
+    "synchronizer": {"errors", "exchange", "fitness", "letters", "rules", "shards", "wire", "world"},
     "state": {"config", "errors", "exchange", "fitness", "metrics", "sampler", "synchronizer", "world"},
     "checkpoint": {"errors", "files", "state", "synchronizer"},
     "export": {"errors", "files", "shards", "state"},

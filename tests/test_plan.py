@@ -155,6 +155,13 @@ def test_what_is_printed(tmp_path, capsys):
     assert [line.split()[0] for line in out.splitlines()[-4:]] == ["fp32", "bf16", "int8", "int4"]
 
 
+@pytest.mark.parametrize("mode", ["swarm", "line_search"])
+def test_only_delays_that_the_rule_can_use(tmp_path, capsys, mode):
+    assert cli.main(["plan", write(tmp_path, sync_mode=mode, sync_interval=16), *ARGUMENTS]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-4:]]
+    assert [row[-1] for row in rows] == ["-", "-", "-", "0"]  # without any delay int4 is small enough
+
+
 def test_only_formats_that_the_rule_can_use(tmp_path, capsys):
     ring = {"sync_mode": "pso", "pso": {"topology": "ring"}}
     assert cli.main(["plan", write(tmp_path, **ring), *ARGUMENTS, "--particles", "4"]) == 0
@@ -165,6 +172,7 @@ def test_only_formats_that_the_rule_can_use(tmp_path, capsys):
     ("keys", "arguments", "said"),
     [
         ({"sync_mode": "allreduce"}, [], 'swarm.sync_mode = "allreduce": there are no sync points to plan'),
+        ({"optimizer_state": "average"}, [], 'swarm.optimizer_state = "average": how many moments travel depends'),
         ({"particles": "node"}, [], "--particles = 0: must be at least 2"),
         ({"particles": 1}, [], "--particles = 1: must be at least 2"),
         ({}, ["--ranks", "0"], "--ranks = 0: must be at least 1"),

@@ -91,6 +91,7 @@ class Plan:
     alive: tuple[bool, ...] = ()  # shape (P,)
     factors: tuple[tuple[float, ...], ...] = ()  # shape (P, k): numbers of each particle's update
     lr_factors: tuple[float, ...] = ()  # shape (P,): each particle's learning rate is multiplied; empty: as before
+    tentative: bool = False  # what is received may be thrown away in the end
     score: bool = False  # then score the new weights on the probe batch, and ask Rule.proceed
     carry: Any = None  # for Rule.proceed
     note: Mapping[str, Any] = field(default_factory=dict)  # for metrics.jsonl
@@ -133,6 +134,11 @@ class Rule(ABC):
     @property
     def per_parameter(self) -> bool:
         """Whether ``update`` needs ``Place.parameter``, and so one call for each parameter."""
+        return False
+
+    @property
+    def compares_rates(self) -> bool:
+        """Whether it judges ``Plan.lr_factors`` by the losses of the whole interval after which they were set."""
         return False
 
     @property

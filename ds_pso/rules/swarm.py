@@ -119,6 +119,10 @@ class SwarmRule(Rule):
         return self.options.guard
 
     @property
+    def compares_rates(self) -> bool:
+        return self.options.lr_spread > 1
+
+    @property
     def ends_equal(self) -> bool:
         return True
 
@@ -146,6 +150,7 @@ class SwarmRule(Rule):
             alive=sync.alive,
             factors=((0.0 if last else self.options.inertia,),) * sync.num_particles,
             lr_factors=rates.factors,
+            tentative=trial is not None,
             score=trial is not None,
             carry=trial or _Trial("settle", sync),
             memory=rates.memory,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,10 @@ import numpy as np
 import pytest
 from pool import Pool
 
-from .jobs import Case, assert_close, assert_equal, swarm_of, train, working_weights
+from ds_pso.rules.base import Plan, SyncPoint
+from ds_pso.rules.local_sgd import LocalSGD
+
+from .jobs import Case, assert_close, assert_equal, one_after_the_other, swarm_of, train, working_weights
 from .oracle import train_particles
 from .test_truth import RULES_FOR_FOUR, SWARM, assert_true, weights_of_each
 
@@ -21,7 +26,7 @@ RULES = {
     for name, case in RULES_FOR_FOUR.items()
     if not case.probe and "average" not in name and case.interval == 2
 }
-RULES["swarm"] = replace(BASE, sync_mode="swarm", options=SWARM | {"guard": False, "fitness_steps": 3})
+RULES["swarm"] = replace(BASE, sync_mode="swarm", options=SWARM | {"guard": False, "lr_spread": 1.0})
 
 
 @pytest.mark.parametrize(
@@ -130,6 +135,11 @@ def meet_by_hand(case: Case) -> Any:
         weights = working_weights(engine)
         train(case, engine, range(4, 7))  # leaves one pending
         assert swarm.synchronizer.pending is not None
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            swarm.close()
+        told = ["a delayed sync point is pending" in str(warning.message) for warning in said]
+        assert any(told) == swarm.is_leader
         return weights, swarm.totals.count
 
 
@@ -157,6 +167,83 @@ def test_a_mad_particle_restarts_where_the_others_were(pool: Pool, sync_mode: st
         assert all(np.isfinite(values).all() for values in weights.values())
         if sync_mode == "local_sgd" and rank < 2:
             assert_close(weights, alone)
+
+
+def dies_once(case: Case) -> Any:
+    records: list[dict[str, Any]] = []
+    with swarm_of(case) as (swarm, engine):
+        swarm.log = lambda event, **values: records.append(values)
+        mad = swarm.particle == 1
+        train(case, engine, spoil=lambda step, loss: loss * float("nan") if mad and step == 2 else loss)
+    return [record["alive"] for record in records]
+
+
+@pytest.mark.parametrize("delay", [0, 2, 4])
+def test_it_dies_only_once(pool: Pool, delay: int) -> None:
+    """The losses of its dead weights, until the result is due, are not held against the new ones."""
+    case = Case(steps=12, interval=4, swarm={"delay": delay, "total_steps": 12})
+    for alive in pool.run(dies_once, case, world_size=4):
+        assert alive == [(True, False), (True, True), (True, True)]
+
+
+class Scores(LocalSGD):
+    """Asks for a score without having said so."""
+
+    def plan(self, sync: SyncPoint, memory: Mapping[str, Any]) -> Plan:
+        return replace(super().plan(sync, memory), score=True)
+
+
+def meet_with_scores(case: Case) -> None:
+    with swarm_of(case) as (_, engine):
+        train(case, engine)
+
+
+def test_a_rule_that_scores_is_refused_also_if_it_did_not_say_so(pool: Pool) -> None:
+    case = Case(sync_mode=f"{__name__}:Scores", steps=3, swarm={"delay": 1})
+    for outcome in pool.outcomes(meet_with_scores, case, world_size=4):
+        assert outcome.kind == "SwarmError", outcome
+        assert "swarm.delay: the rule scores weights before it settles" in outcome.text
+
+
+def go_on_with_a_shorter_interval(case: Case, folder: Path) -> Any:
+    records: list[dict[str, Any]] = []
+    for number, (_, swarm, engine) in enumerate(
+        one_after_the_other([case, replace(case, interval=2, swarm={"delay": 2})])
+    ):
+        if number == 0:
+            train(case, engine, range(5))
+            swarm.save(folder)
+        else:
+            swarm.log = lambda event, **values: records.append(values)
+            swarm.load(folder)
+            train(case, engine, range(5, 7))
+    return [(record["begun"], record["sync"]) for record in records]
+
+
+def test_what_is_pending_is_applied_before_the_next_begins(pool: Pool, tmp_path: Path) -> None:
+    """Saved when one was due in three steps; resumed with an interval of two."""
+    case = Case(steps=8, interval=4, swarm={"delay": 4})
+    assert pool.run(go_on_with_a_shorter_interval, case, tmp_path, world_size=4) == [[(4, 0)]] * 4
+
+
+def ask_meanwhile(case: Case) -> dict[str, Any]:
+    records: list[dict[str, Any]] = []
+    with swarm_of(case) as (swarm, engine):
+        swarm.log = lambda event, **values: records.append(values)
+        train(case, engine, range(2))
+        if swarm.particle == 1:
+            time.sleep(1.0)
+        train(case, engine, range(2, 3))
+        swarm.gather(0.0)  # must wait for the meeting
+        train(case, engine, range(3, 5))
+    return records[0]
+
+
+def test_waiting_for_it_in_between_is_counted(pool: Pool) -> None:
+    ranks = pool.run(ask_meanwhile, Case(steps=5, interval=3, swarm={"delay": 2}), world_size=4)
+    for record in ranks[:2]:
+        assert record["seconds"] > 0.5
+        assert record["overlapped_s"] < 0.5
 
 
 def nobody_is_left(case: Case) -> Any:

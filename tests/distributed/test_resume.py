@@ -38,7 +38,7 @@ LATER_RULES: dict[str, Case] = {
     "line_search": Case(sync_mode="line_search", probe=True),
     # At steps 3 and 5 a sync point is pending.
     "delay": Case(sync_mode="easgd", swarm={"delay": 2, "wire": "int8"}),
-    "delay-rates": Case(sync_mode="swarm", swarm={"delay": 1}, options=SWARM | {"guard": False, "fitness_steps": 1}),
+    "delay-diloco": Case(sync_mode="diloco", swarm={"delay": 1}),
     "int4": Case(sync_mode="diloco", swarm={"wire": "int4"}),
     "bf16": Case(sync_mode="easgd", swarm={"wire": "bf16"}),
 }
