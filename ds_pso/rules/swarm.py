@@ -35,7 +35,7 @@ class SwarmRuleConfig(RuleConfig):
         description="Particles are compared each time after so many optimizer steps, or at the next sync point.",
     )
     temperature: float = Field(
-        default=0.1, gt=0, description="Of the loss-weighted mean (tau): weights are softmax(-loss / tau)."
+        default=0.3, gt=0, description="Of the loss-weighted mean (tau): weights are softmax(-loss / tau)."
     )
     unequal_above: float = Field(
         default=0.1,
