@@ -61,7 +61,7 @@ def run(command: list[str], folder: Path, seconds: float, **environment: str) ->
         command,
         cwd=folder,
         timeout=seconds,
-        env={**os.environ, "MAKEFLAGS": "", **environment},  # of the make that these tests may run under
+        env={**os.environ, "MAKEFLAGS": "", "ARGS": "", **environment},  # not those of the make that runs these tests
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
