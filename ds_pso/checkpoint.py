@@ -117,10 +117,10 @@ def _own_tensors(swarm: SwarmState) -> dict[str, Tensor]:
 
     Batch-norm statistics are a rank's own, and DeepSpeed saves those of one rank of each particle.
     """
-    states = swarm.synchronizer.state if swarm.synchronizer else []
+    states = swarm.synchronizer.updater.state if swarm.synchronizer else []
     tensors = {f"rule.{i}.{key}": value for i, state in enumerate(states) for key, value in state.items()}
-    if swarm.synchronizer and swarm.synchronizer.differences:
-        differences = swarm.synchronizer.differences
+    if swarm.synchronizer and swarm.synchronizer.updater.differences:
+        differences = swarm.synchronizer.updater.differences
         tensors |= {f"wire.{i}.common": value for i, value in enumerate(differences.common)}
         tensors |= {f"wire.{i}.residual": value for i, value in enumerate(differences.residual)}
     if swarm.synchronizer and swarm.synchronizer.pending:

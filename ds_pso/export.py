@@ -39,7 +39,7 @@ def export(swarm: SwarmState, folder: Path, which: Choice = "consensus", tokeniz
         raise ConfigError(f'export which = {which!r}: must be "consensus" or "best"')
     if swarm.synchronizer is not None:
         shards = swarm.synchronizer.shards
-        tensors, buffers = swarm.synchronizer.collect(which)
+        tensors, buffers = swarm.synchronizer.consensus.collect(which)
     else:
         shards = find_shards(swarm.engine)
         tensors, buffers = shards.tensors, [buffer for _, buffer in shards.buffers()]

@@ -11,13 +11,14 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ds_pso import checkpoint, export, lr_schedule
+from ds_pso.census import Probe
 from ds_pso.config import ALLREDUCE, ConfigSource, load_config
 from ds_pso.errors import ConfigError, SwarmError
 from ds_pso.sampler import SwarmSampler
 from ds_pso.shards import find_shards
 from ds_pso.simulated_world import Crew
 from ds_pso.state import SwarmState
-from ds_pso.synchronizer import Probe, Synchronizer
+from ds_pso.synchronizer import Synchronizer
 from ds_pso.world import World
 
 
@@ -189,7 +190,7 @@ class Swarm(SwarmState):
         """
         if which not in ("consensus", "best"):
             raise ConfigError(f'swarm.consensus which = {which!r}: must be "consensus" or "best"')
-        with self.synchronizer.holding(which) if self.synchronizer else contextlib.nullcontext():
+        with self.synchronizer.consensus.held(which) if self.synchronizer else contextlib.nullcontext():
             yield
 
     def gather(self, value: float) -> list[float]:

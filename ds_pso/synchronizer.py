@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from ds_pso.errors import ConfigError, SwarmError
-from ds_pso.exchange import Exchange, Piece
-from ds_pso.fitness import FitnessWindow, combine
+from ds_pso.census import Census, Probe
+from ds_pso.consensus import Consensus
+from ds_pso.errors import SwarmError
+from ds_pso.exchange import Exchange
+from ds_pso.fitness import FitnessWindow
 from ds_pso.letters import Mailbox
-from ds_pso.rules import Place, Plan, Rule, SyncPoint
-from ds_pso.shards import Shards
+from ds_pso.rules import Rule, SyncPoint
+from ds_pso.shards import Shards, replace
+from ds_pso.updater import Updater
 from ds_pso.wire import FORMATS, Differences
 from ds_pso.world import World
-
-Probe = Callable[[int], Tensor | float]
 
 
 @dataclass
@@ -63,9 +61,7 @@ class Synchronizer:
     """Knows the order of things at a sync point; leaves each of them to its own layer.
 
     Args:
-        probe: loss on a batch that is the same for every particle; its argument counts the sync points.
-        rank_by: whether that loss is the fitness, or the training loss since the last sync point.
-        total: sync points of the whole training, if known.
+        probe, rank_by, total: see ``Census``.
         optimizer_state: what becomes of the optimizer's moments at a sync point.
         wire: how weights travel.
     """
@@ -87,17 +83,14 @@ class Synchronizer:
         self.exchange = exchange
         self.rule = rule
         self.shards = shards
-        self.probe = probe
-        self.rank_by = rank_by
-        self.total = total
         self.optimizer_state = optimizer_state
         self.totals = SyncTotals()
-        self.losses: tuple[float, ...] = (math.nan,) * exchange.num_particles  # at the last sync point
-        self.state: list[dict[str, Tensor]] = []  # of the rule, one dict per shard
-        self.memory: Mapping[str, Any] = {}  # of the rule
+        self.census = Census(world, exchange, shards, probe=probe, rank_by=rank_by, total=total)
         self._check_same_model()
         self._start_alike()
-        self.differences = None if wire == "fp32" else Differences(FORMATS[wire], shards.tensors)
+        differences = None if wire == "fp32" else Differences(FORMATS[wire], shards.tensors)
+        self.updater = Updater(exchange, rule, shards, differences)
+        self.consensus = Consensus(self.census, self.updater, shards)
         self.pending: Pending | None = None
         self._mailbox = world.open_mailbox() if rule.max_staleness is not None else None
         self._letter_bytes = 0
@@ -119,11 +112,10 @@ class Synchronizer:
         for tensors in (self.shards.tensors, self.shards.frozen()):
             for piece, received in self.exchange.from_one(tensors, source=0):
                 piece.of(tensors[piece.tensor]).copy_(received)
-        with self._flat_buffers() as buffers:
+        with self.shards.flat_buffers() as buffers:
             for piece, received in self.exchange.from_one(buffers, source=0):
                 piece.of(buffers[piece.tensor]).copy_(received)
         self.shards.publish()
-        self.state = [self.rule.init_state(x) for x in self.shards.tensors]
 
     def sync(self, window: FitnessWindow) -> dict[str, Any]:
         """Meet the other particles, and empty the window. Called alike on all ranks.
@@ -141,7 +133,8 @@ class Synchronizer:
         layout = self.world.layout  # mates too: a frozen one would be waited for without a word inside the particle
         waited = self._wait_for(layout.peers, layout.mates) if self._mailbox is None else 0.0
         self.shards.zero_padding()
-        point = self._compare(self._own_row(window))
+        mine = self.census.own_row(window, needs_loss=self.rule.uses_fitness)
+        point = self.census.of_all(mine) if self._mailbox is None else self.census.of_one(mine)
         note: dict[str, Any] = {}
         if self._mailbox is not None:
             note = self._take_letter(self._mailbox, point)
@@ -150,10 +143,10 @@ class Synchronizer:
         self.shards.publish()
         window.clear()
 
-        self.losses = point.fitness
+        self.census.losses = point.fitness
         seconds = time.perf_counter() - begin
         received = self.exchange.bytes_received - bytes_before
-        self.totals.count += 1
+        self._count()
         self.totals.seconds += seconds
         self.totals.waited_s += waited
         self.totals.bytes_received += received
@@ -175,9 +168,9 @@ class Synchronizer:
         begin = time.perf_counter()
         self._wait_for(self.world.layout.mates)
         self.shards.zero_padding()
-        with self._flat_buffers() as buffers:
+        with self.shards.flat_buffers() as buffers:
             movement = [t.clone() for t in (*self.shards.tensors, *buffers)]
-        row = self._own_row(window)
+        row = self.census.own_row(window, needs_loss=self.rule.uses_fitness)
         window.clear()
         pending = self.pending = Pending(step, step + delay, movement, self.world.settled_s)
         pending.held_up_s = time.perf_counter() - begin
@@ -187,7 +180,7 @@ class Synchronizer:
         """What peers do together, on copies of the shards; the particle's own ranks are busy training."""
         begin, bytes_before = time.perf_counter(), self.exchange.bytes_received
         waited = self._wait_for(self.world.layout.peers)
-        point = self._compare(row)
+        point = self.census.of_all(row)
         note: dict[str, Any] = {}
         if any(point.alive):
             shards, buffers = self._split(pending.movement)
@@ -198,7 +191,7 @@ class Synchronizer:
 
     def _split(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Those that belong to the shards, and those that belong to the buffers."""
-        return tensors[: len(self.state)], tensors[len(self.state) :]
+        return tensors[: len(self.updater.state)], tensors[len(self.updater.state) :]
 
     def _move(
         self, shards: Sequence[Tensor], buffers: Sequence[Tensor], point: SyncPoint
@@ -208,28 +201,17 @@ class Synchronizer:
         Returns:
             What to log of it, and the particles' factors of the learning rate.
         """
-        alive, me = point.alive[self.exchange.particle], Place(self.exchange.particle)
         for piece, received in self.exchange.weighted_mean(buffers, point.mean_weights()):
             piece.of(buffers[piece.tensor]).copy_(received)
-        plan = self.rule.plan(point, self.memory)
+        plan = self.rule.plan(point, self.updater.memory)
         if plan.score:
             raise SwarmError(
                 "swarm.delay: the rule scores weights before it settles, and training has gone on meanwhile; let its "
                 "uses_probe be true, so that this is told at once, or use 0",
                 agreed=True,
             )
-        for x, state in zip(shards, self.state, strict=True):
-            self.rule.before_exchange(x, state, plan, me)
-        note, arriving = self._receive(plan, shards)
-        for piece, received in arriving:
-            x = piece.of(shards[piece.tensor])
-            before = x.clone()
-            self._update(shards[piece.tensor], piece, received, plan)
-            if self.differences is not None and self.rule.ends_equal:
-                piece.of(self.differences.common[piece.tensor]).copy_(x)
-            if alive:
-                x.sub_(before)
-        self.memory = plan.memory
+        note = self.updater.displace(plan, shards, alive=point.alive[self.exchange.particle])
+        self.updater.memory = plan.memory
         return note, plan.lr_factors
 
     def _apply(self, pending: Pending) -> None:
@@ -240,9 +222,9 @@ class Synchronizer:
             for x, movement in zip(shards, moved, strict=True):
                 x.add_(movement)
         else:
-            self._replace(shards, moved)
-        with self._flat_buffers() as buffers:
-            self._replace(buffers, mean)
+            replace(shards, moved)
+        with self.shards.flat_buffers() as buffers:
+            replace(buffers, mean)
         if pending.lr_factors:
             self.shards.lr_factor = pending.lr_factors[me]
             pending.record["lr_factors"] = pending.lr_factors
@@ -275,10 +257,10 @@ class Synchronizer:
         self.shards.publish()
         self.pending = None
 
-        self.losses = tuple(record["losses"])
+        self.census.losses = tuple(record["losses"])
         seconds = pending.held_up_s + earlier + time.perf_counter() - begin
         overlapped = max(0.0, pending.background_s - waited_for)
-        self.totals.count += 1
+        self._count()
         self.totals.seconds += seconds
         self.totals.waited_s += record["waited_s"]
         self.totals.overlapped_s += overlapped
@@ -288,7 +270,11 @@ class Synchronizer:
     @property
     def next_is_last(self) -> bool:
         """Whether no sync point follows the next one, as far as anybody knows."""
-        return self.total is not None and self.totals.count + 1 >= self.total
+        return self.census.total is not None and self.census.index + 1 >= self.census.total
+
+    def _count(self) -> None:
+        self.totals.count += 1
+        self.census.index = self.totals.count
 
     def _wait_for(self, *groups: Sequence[int]) -> float:
         """Roll call; returns its seconds."""
@@ -298,126 +284,22 @@ class Synchronizer:
             self.world.forget(f"sync {turn - 2}")
         return time.perf_counter() - begin
 
-    def _own_row(self, window: FitnessWindow) -> list[float]:
-        """Of this particle, the same bits on all its ranks: its loss, whether it is alive, its optimizer steps."""
-        index = self.totals.count
-        total, count = window.total, float(window.count)
-        if self.rank_by == "probe":
-            total, count = self._probe_loss(), 1.0
-        nothing_new = count == 0 and index > 0  # a sync point right after another
-        if count == 0 and self.rule.uses_fitness and not nothing_new:
-            raise SwarmError(
-                "this sync_mode ranks particles by their loss, and none was seen; "
-                "call engine.backward(loss), not loss.backward()"
-            )
-        row = [total, count, float(self.shards.all_finite())]
-        fitness, alive = combine(self.world.particle_gather(row))
-        if nothing_new:
-            fitness = self.losses[self.exchange.particle]
-        return [fitness, float(alive), float(window.steps)]
-
-    def _compare(self, mine: list[float]) -> SyncPoint:
-        """One loss per particle, the same bits on every rank; of other particles NaN if nobody waits for them."""
-        table = [[math.nan, 1.0, 0.0] for _ in range(self.exchange.num_particles)]
-        table[self.exchange.particle] = mine
-        if self._mailbox is None:
-            table = self.exchange.all_gather(mine)
-        return SyncPoint(
-            self.totals.count,
-            fitness=tuple(row[0] for row in table),
-            alive=tuple(row[1] == 1.0 for row in table),
-            total=self.total,
-            steps=tuple(int(row[2]) for row in table),
-        )
-
-    def _probe_loss(self) -> float:
-        if self.probe is None:
-            raise SwarmError(
-                "the rule scores weights on a probe batch, and swarm.attach got none; "
-                "let its uses_probe be true, so that this is told at once",
-                agreed=True,
-            )
-        with torch.no_grad():
-            return float(self.probe(self.totals.count))
-
-    def _score(self) -> tuple[float, ...]:
-        """Loss of every particle's present weights on the probe batch, shape (P,); inf if not finite."""
-        rows = self.world.particle_gather([self._probe_loss()])
-        table = self.exchange.all_gather([sum(row[0] for row in rows) / len(rows)])
-        return tuple(row[0] if math.isfinite(row[0]) else math.inf for row in table)
-
     def _follow_rule(self, point: SyncPoint) -> dict[str, Any]:
         """Carry out the rule's plans, one after the other; returns what to log of them."""
         self._average_buffers(point)
-        plan = self.rule.plan(point, self.memory)
-        note = self._carry_out(plan)
+        plan, shards = self.rule.plan(point, self.updater.memory), self.shards.tensors
+        note = self.updater.carry_out(plan, shards)
         while plan.score:
             self.shards.publish()
-            plan = self.rule.proceed(plan, self._score())
-            note |= self._carry_out(plan)
-        if self.differences is not None and self.rule.ends_equal:
-            self.differences.agree_on(self.shards.tensors)
-        self.memory = plan.memory
+            plan = self.rule.proceed(plan, self.census.score())
+            note |= self.updater.carry_out(plan, shards)
+        self.updater.agree_on(shards)
+        self.updater.memory = plan.memory
         if plan.lr_factors:
             self.shards.lr_factor = plan.lr_factors[self.exchange.particle]
             note["lr_factors"] = plan.lr_factors
         self._treat_optimizer_state(point)
         return note
-
-    def _carry_out(self, plan: Plan) -> dict[str, Any]:
-        """Move what the plan asks for, and update the shards with it."""
-        shards, place = self.shards.tensors, Place(self.exchange.particle)
-        for x, state in zip(shards, self.state, strict=True):
-            self.rule.before_exchange(x, state, plan, place)
-        note, arriving = self._receive(plan, shards)
-        for piece, received in arriving:
-            self._update(shards[piece.tensor], piece, received, plan)
-        return note
-
-    def _receive(self, plan: Plan, shards: Sequence[Tensor]) -> tuple[dict[str, Any], Iterator[tuple[Piece, Tensor]]]:
-        """What to log of the plan, and what it asks for, piece by piece."""
-        outgoing = shards if plan.send == "x" else [state[plan.send] for state in self.state]
-        note = dict(plan.note)
-        if plan.receive == "mean":
-            note["weights"] = plan.weights
-            if self.differences is None:
-                arriving = self.exchange.weighted_mean(outgoing, plan.weights)
-            else:
-                arriving = self.exchange.mean_by_differences(
-                    outgoing, plan.weights, self.differences, feedback=not plan.tentative
-                )
-        elif plan.receive == "one":
-            note["sources"] = plan.sources
-            arriving = self._from_each(outgoing, plan.sources)
-        else:
-            arriving = self.exchange.from_self(shards)
-        return note, arriving
-
-    def _from_each(self, outgoing: Sequence[Tensor], sources: Sequence[int]) -> Iterator[tuple[Piece, Tensor]]:
-        if self.differences is None:
-            return self.exchange.from_each(outgoing, sources)
-        if len(set(sources)) > 1:
-            raise SwarmError(
-                "swarm.wire: the rule gives each particle something else, and only what all receive can be sent as a "
-                'difference; let its receives_alike be false, or use "fp32"',
-                agreed=True,
-            )
-        return self.exchange.from_one_by_differences(outgoing, sources[0], self.differences)
-
-    def _update(self, x: Tensor, piece: Piece, received: Tensor, plan: Plan) -> None:
-        """Let the rule update a piece of shard ``x``, one parameter at a time if it asks for that."""
-        me = self.exchange.particle
-        parts = [(piece.start, piece.stop, "")]
-        if self.rule.per_parameter:
-            segments = (s for s in self.shards.segments if s.shard == piece.tensor)
-            parts = [
-                (max(piece.start, s.shard_start), min(piece.stop, s.shard_start + s.numel), s.name) for s in segments
-            ]
-        for start, stop, name in parts:
-            if start < stop:
-                state = {key: value[start:stop] for key, value in self.state[piece.tensor].items()}
-                arrived = received[start - piece.start : stop - piece.start]
-                self.rule.update(x[start:stop], arrived, state, plan, Place(me, name))
 
     def _take_letter(self, mailbox: Mailbox, point: SyncPoint) -> dict[str, Any]:
         """Send the particle's state to a peer, and use what came meanwhile.
@@ -427,7 +309,7 @@ class Synchronizer:
         me, shards = self.exchange.particle, self.shards.tensors
         others = self.exchange.num_particles - 1
         peer = (me + 1 + point.index % others) % (others + 1)  # each in turn
-        with self._flat_buffers() as buffers:
+        with self.shards.flat_buffers() as buffers:
             tensors = [*shards, *buffers]
             # Whatever the ranks of a particle do with a letter, they do together.
             busy = any(row[0] for row in self.world.particle_gather([float(mailbox.busy(peer))]))
@@ -445,12 +327,12 @@ class Synchronizer:
             if point.index - letter.index > self.rule.max_staleness:
                 return {"from": None}
             parts = letter.flat.split([t.numel() for t in tensors])
-            plan = self.rule.plan(point, self.memory)
+            plan = self.rule.plan(point, self.updater.memory)
             for piece, x in self.exchange.from_self(shards):
-                self._update(shards[piece.tensor], piece, piece.of(parts[piece.tensor]).to(x.device), plan)
-            self.memory = plan.memory
+                self.updater.update(shards[piece.tensor], piece, piece.of(parts[piece.tensor]).to(x.device), plan)
+            self.updater.memory = plan.memory
             if not point.alive[me]:
-                self._replace(buffers, parts[len(shards) :])
+                replace(buffers, parts[len(shards) :])
                 self.shards.reset_optimizer_state()
         return {"from": letter.sender, "age": point.index - letter.index, **plan.note}
 
@@ -475,51 +357,16 @@ class Synchronizer:
 
     def _average_buffers(self, point: SyncPoint) -> None:
         """Statistics are no parameters: whatever the rule, they become the mean of the living."""
-        with self._flat_buffers() as buffers:
+        with self.shards.flat_buffers() as buffers:
             for piece, received in self.exchange.weighted_mean(buffers, point.mean_weights()):
                 piece.of(buffers[piece.tensor]).copy_(received)
-
-    @contextlib.contextmanager
-    def _flat_buffers(self) -> Iterator[list[Tensor]]:
-        """The buffers, flat; what is written to them counts, also where flattening had to copy."""
-        buffers = [buffer for _, buffer in self.shards.buffers()]
-        flat = [buffer.reshape(-1) for buffer in buffers]
-        yield flat
-        for buffer, values in zip(buffers, flat, strict=True):
-            if values.data_ptr() != buffer.data_ptr():
-                buffer.copy_(values.view(buffer.shape))
-
-    # -- for evaluation, export and checkpoints ---------------------------------------------
-
-    @contextlib.contextmanager
-    def holding(self, which: Literal["consensus", "best"]) -> Iterator[None]:
-        """Inside the block the working weights are those that ``collect`` returns. Called on all ranks."""
-        shards = self.shards.tensors
-        with self._flat_buffers() as buffers:
-            targets = [*shards, *buffers]
-            own = [t.clone() for t in targets]
-            model, flat = self.collect(which)
-            self._replace(targets, [*model, *flat])
-            del model, flat
-        try:
-            self.shards.publish()
-            yield
-        finally:
-            with self._flat_buffers() as buffers:
-                self._replace([*shards, *buffers], own)
-            self.shards.publish()
-
-    @staticmethod
-    def _replace(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        for target, value in zip(targets, values, strict=True):
-            target.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
         """What is equal on all ranks of a particle, or small; JSON values."""
         return {
-            "rule_memory": self.memory,
+            "rule_memory": self.updater.memory,
             "lr_factor": self.shards.lr_factor,
-            "last_losses": self.losses,
+            "last_losses": self.census.losses,
             "totals": asdict(self.totals),
             "pending": None if self.pending is None else self.pending.state_dict(),
         }
@@ -531,34 +378,8 @@ class Synchronizer:
         self.pending = None
         if state["pending"]:
             self.pending = Pending(movement=on_device, settled_s=self.world.settled_s, **state["pending"])
-        self.memory = state["rule_memory"]
+        self.updater.memory = state["rule_memory"]
         self.shards.lr_factor = state["lr_factor"]
-        self.losses = tuple(state["last_losses"])
+        self.census.losses = tuple(state["last_losses"])
         self.totals = SyncTotals(**state["totals"])
-
-    def collect(self, which: Literal["consensus", "best"]) -> tuple[list[Tensor], list[Tensor]]:
-        """Copies of the shards and flat buffers of the model, or of the best particle.
-
-        The model is the mean of the finite particles, or what the rule keeps for it (``Rule.model_in``).
-
-        Raises:
-            ConfigError: no particle has finite weights.
-        """
-        self.shards.zero_padding()
-        finite = all(row[0] for row in self.world.particle_gather([float(self.shards.all_finite())]))
-        alive = tuple(bool(row[0]) for row in self.exchange.all_gather([float(finite)]))
-        if not any(alive):
-            raise ConfigError("no particle has finite weights, so there is no model; resume an older checkpoint")
-        losses = self.exchange.all_gather([self.losses[self.exchange.particle]])  # asynchronous: each knows its own
-        point = SyncPoint(self.totals.count, tuple(row[0] for row in losses), alive)
-        weights = point.best_weights() if which == "best" else point.mean_weights()
-        models = self.shards.tensors
-        if which == "consensus" and self.rule.model_in != "x":
-            models = [state[self.rule.model_in] for state in self.state]
-        copies = []
-        for tensors in (models, [buffer.reshape(-1) for _, buffer in self.shards.buffers()]):
-            copy = [torch.empty_like(t) for t in tensors]
-            for piece, received in self.exchange.weighted_mean(tensors, weights):
-                piece.of(copy[piece.tensor]).copy_(received)
-            copies.append(copy)
-        return copies[0], copies[1]
+        self.census.index = self.totals.count

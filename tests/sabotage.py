@@ -150,7 +150,8 @@ def forget_the_steps_meanwhile() -> None:
         begin(self, *arguments)
 
     def apply_to_the_old(self: Any, pending: Any) -> None:
-        self._replace(self.shards.tensors, self.old)
+        for x, old in zip(self.shards.tensors, self.old, strict=True):
+            x.copy_(old)
         apply_movement(self, pending)
 
     Synchronizer.begin, Synchronizer._apply = begin_and_remember, apply_to_the_old
@@ -329,10 +330,10 @@ def random_factors_of_each_rank() -> None:
 @sabotage("distributed/test_agreement.py")
 def fitness_of_one_rank() -> None:
     """A particle's loss is that of its first rank alone."""
-    from ds_pso import synchronizer
+    from ds_pso import census
 
-    real = synchronizer.combine
-    synchronizer.combine = lambda rows: real(rows[:1])
+    real = census.combine
+    census.combine = lambda rows: real(rows[:1])
 
 
 @sabotage("distributed/test_attach.py")
@@ -400,10 +401,10 @@ def score_before_publishing() -> None:
 @sabotage("distributed/test_scoring.py")
 def score_of_one_rank() -> None:
     """A candidate's loss is that of the first rank's part of the batch."""
-    from ds_pso.synchronizer import Synchronizer
+    from ds_pso.census import Census
     from ds_pso.world import World
 
-    real_score, real_gather = Synchronizer._score, World.particle_gather
+    real_score, real_gather = Census.score, World.particle_gather
 
     def score(self: Any) -> Any:
         World.particle_gather = lambda *arguments: real_gather(*arguments)[:1]
@@ -412,7 +413,7 @@ def score_of_one_rank() -> None:
         finally:
             World.particle_gather = real_gather
 
-    Synchronizer._score = score
+    Census.score = score
 
 
 @sabotage("distributed/test_truth.py")
@@ -431,17 +432,17 @@ def tensors_of_each_rank() -> None:
 @sabotage("distributed/test_consensus.py")
 def stay_in_the_consensus() -> None:
     """Leaving the block gives the particle's own weights not back."""
-    from ds_pso.synchronizer import Synchronizer
+    from ds_pso import consensus
 
     calls = []
-    real = Synchronizer._replace
+    real = consensus.replace
 
     def replace(targets: Any, values: Any) -> None:
         calls.append(None)
         if len(calls) % 2:  # on entering
             real(targets, values)
 
-    Synchronizer._replace = staticmethod(replace)
+    consensus.replace = replace
 
 
 @sabotage("distributed/test_consensus.py")
@@ -524,7 +525,7 @@ def forget_the_rate_of_the_particle() -> None:
     from ds_pso.synchronizer import Synchronizer
 
     real = Synchronizer.load_state_dict
-    Synchronizer.load_state_dict = lambda self, state: real(self, state | {"lr_factor": 1.0})
+    Synchronizer.load_state_dict = lambda self, state, *more: real(self, state | {"lr_factor": 1.0}, *more)
 
 
 @sabotage("faults/test_bad_checkpoints.py")

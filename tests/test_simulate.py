@@ -465,7 +465,7 @@ def evaluate(case: Case, folder: Path) -> Any:
             with swarm.consensus(which):
                 held[which] = working_weights(engine)
             swarm.export(folder / which, which)
-        return own, held, working_weights(engine), list(swarm.synchronizer.losses)
+        return own, held, working_weights(engine), list(swarm.synchronizer.census.losses)
 
     return simulate(case, life)
 

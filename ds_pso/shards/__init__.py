@@ -17,12 +17,12 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from ds_pso.errors import UnsupportedError
-from ds_pso.shards.base import Segment, Shards
+from ds_pso.shards.base import Segment, Shards, replace
 from ds_pso.shards.replicated import FlatMasterShards, ReplicatedShards, SplitMasterShards
 from ds_pso.shards.zero3 import Zero3Shards
 from ds_pso.shards.zero12 import BF16Shards, Zero12Shards
 
-__all__ = ["Segment", "Shards", "find_shards"]
+__all__ = ["Segment", "Shards", "find_shards", "replace"]
 
 # In order: the first class that the optimizer is an instance of decides.
 _LAYOUTS: list[tuple[type, type[Shards]]] = [

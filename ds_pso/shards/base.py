@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,6 +166,16 @@ class Shards(ABC):
                     found.append((f"{prefix}.{name}" if prefix else name, buffer))
         return found
 
+    @contextlib.contextmanager
+    def flat_buffers(self) -> Iterator[list[Tensor]]:
+        """The buffers, flat; what is written to them counts, also where flattening had to copy."""
+        buffers = [buffer for _, buffer in self.buffers()]
+        flat = [buffer.reshape(-1) for buffer in buffers]
+        yield flat
+        for buffer, values in zip(buffers, flat, strict=True):
+            if values.data_ptr() != buffer.data_ptr():
+                buffer.copy_(values.view(buffer.shape))
+
     def frozen(self) -> list[Tensor]:
         """What this rank holds of the floating-point parameters that are not trained, flat and live."""
         trained = self.trained_names()
@@ -182,6 +193,12 @@ class Shards(ABC):
         buffers = [(name, list(buffer.shape)) for name, buffer in self.buffers()]
         text = json.dumps([type(self.optimizer).__name__, segments, sizes, shapes, buffers])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def replace(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy the values into the targets, one into each."""
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(value)
 
 
 def _gaps(segments: Sequence[Segment], numels: Sequence[int]) -> list[tuple[int, int, int]]:

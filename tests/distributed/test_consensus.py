@@ -53,7 +53,7 @@ def snapshot(swarm: Any, engine: Any) -> list[Weights]:
     return [
         working_weights(engine),
         {f"{i}": t.numpy().copy() for i, t in enumerate(synchronizer.shards.tensors)},
-        {f"{i}.{k}": v.numpy().copy() for i, s in enumerate(synchronizer.state) for k, v in s.items()},
+        {f"{i}.{k}": v.numpy().copy() for i, s in enumerate(synchronizer.updater.state) for k, v in s.items()},
         optimizer_state(engine),
         {"random": torch.get_rng_state().numpy().copy()},
         {
@@ -73,7 +73,7 @@ def look_inside(cases: list[Case]) -> list[dict[str, Any]]:
             "losses": swarm.last_losses,
             "before": snapshot(swarm, engine),
         }
-        states = swarm.synchronizer.state
+        states = swarm.synchronizer.updater.state
         if "center" in states[0]:
             shards = [state["center"] for state in states]
             segments = swarm.synchronizer.shards.segments
@@ -179,7 +179,7 @@ def losses_apart_and_together(case: Case) -> Any:
     """What ``gather`` says of each particle's own loss, and of the centre's."""
     with swarm_of(case) as (swarm, engine):
         train(case, engine)
-        probe = swarm.synchronizer.probe
+        probe = swarm.synchronizer.census.probe
         with torch.no_grad():
             apart = swarm.gather(float(probe(50)))
             with swarm.consensus():

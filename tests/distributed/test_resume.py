@@ -74,13 +74,13 @@ def train_from_loader(case: Case, swarm: Swarm, engine: Any, steps: int, folder:
     return {
         "weights": working_weights(engine),
         "moments": optimizer_state(engine),
-        "rule": {f"{i}.{k}": v.numpy().copy() for i, s in enumerate(synchronizer.state) for k, v in s.items()},
+        "rule": {f"{i}.{k}": v.numpy().copy() for i, s in enumerate(synchronizer.updater.state) for k, v in s.items()},
         "wire": wire_state(synchronizer),
         "lr_factor": synchronizer.shards.lr_factor,
         "numbers": repr(
             [
-                dict(synchronizer.memory),
-                synchronizer.losses,
+                dict(synchronizer.updater.memory),
+                synchronizer.census.losses,
                 synchronizer.totals.count,
                 synchronizer.totals.bytes_received,
                 [swarm.window.total, swarm.window.count, swarm.window.steps],
@@ -94,7 +94,7 @@ def train_from_loader(case: Case, swarm: Swarm, engine: Any, steps: int, folder:
 
 
 def wire_state(synchronizer: Any) -> dict[str, np.ndarray]:
-    differences = synchronizer.differences
+    differences = synchronizer.updater.differences
     if differences is None:
         return {}
     named = {"common": differences.common, "residual": differences.residual}

@@ -123,7 +123,7 @@ def lose_the_weights(case: Case, mad: int) -> Any:
         swarm.sync()
         after = working_weights(engine)
         train(case, engine, range(3, 6))
-        state = [value.clone() for state in swarm.synchronizer.state for value in state.values()]
+        state = [value.clone() for state in swarm.synchronizer.updater.state for value in state.values()]
         return records[0], after, all(bool(torch.isfinite(value).all()) for value in state), working_weights(engine)
 
 

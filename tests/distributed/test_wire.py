@@ -61,9 +61,9 @@ def watch(cases: list[Case], nan_at: int | None = None) -> list[Life]:
             s.shards.zero_padding()
             if s.totals.count == nan_at and s.exchange.particle == 1:
                 s.shards.tensors[0][:1] = math.nan
-            before = flat(s.shards.tensors), flat(s.differences.residual)
+            before = flat(s.shards.tensors), flat(s.updater.differences.residual)
             record = real(window)
-            d = s.differences
+            d = s.updater.differences
             meetings.append(Meeting(*before, flat(s.shards.tensors), flat(d.residual), flat(d.common)))
             return record
 

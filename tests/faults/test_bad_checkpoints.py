@@ -46,7 +46,7 @@ def good(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def everything(swarm: Swarm, engine: Any) -> str:
     """All that a load changes."""
-    rule = [{k: v.tolist() for k, v in state.items()} for state in swarm.synchronizer.state]
+    rule = [{k: v.tolist() for k, v in state.items()} for state in swarm.synchronizer.updater.state]
     weights = {name: value.tolist() for name, value in working_weights(engine).items()}
     moments = {name: value.tolist() for name, value in optimizer_state(engine).items()}
     samplers = [sampler.state_dict() for sampler in swarm.samplers]

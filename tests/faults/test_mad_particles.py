@@ -62,7 +62,7 @@ def job(case: Case, spoil: Spoil) -> Any:
             applied.append(engine.was_step_applied())
             if step == 3:
                 at_sync = working_weights(engine)
-        state = {k: v.numpy().copy() for s in swarm.synchronizer.state for k, v in s.items()}
+        state = {k: v.numpy().copy() for s in swarm.synchronizer.updater.state for k, v in s.items()}
         return records, at_sync, working_weights(engine), optimizer_state(engine), state, applied
 
 

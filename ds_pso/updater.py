@@ -1,0 +1,106 @@
+"""Carries out a rule's plan: moves what it asks for, and updates the shards with it, piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ds_pso.errors import SwarmError
+from ds_pso.exchange import Exchange, Piece
+from ds_pso.rules import Place, Plan, Rule
+from ds_pso.shards import Shards
+from ds_pso.wire import Differences
+
+
+class Updater:
+    """The rule, with all that it keeps from one sync point to the next.
+
+    Attributes:
+        state: tensors like the shards, one dict for each of them.
+        memory: numbers, equal on all ranks.
+        differences: what the wire keeps; None where weights travel as they are.
+    """
+
+    def __init__(self, exchange: Exchange, rule: Rule, shards: Shards, differences: Differences | None) -> None:
+        self.exchange = exchange
+        self.rule = rule
+        self.segments = shards.segments
+        self.state: list[dict[str, Tensor]] = [rule.init_state(x) for x in shards.tensors]
+        self.memory: Mapping[str, Any] = {}
+        self.differences = differences
+
+    def carry_out(self, plan: Plan, shards: Sequence[Tensor]) -> dict[str, Any]:
+        """Update the shards in place; returns what to log of it."""
+        for piece, received in self._arriving(plan, shards):
+            self.update(shards[piece.tensor], piece, received, plan)
+        return self._note(plan)
+
+    def displace(self, plan: Plan, shards: Sequence[Tensor], *, alive: bool) -> dict[str, Any]:
+        """Turn copies of the shards into how far the plan moves them, or into where it puts them if not ``alive``.
+
+        Returns:
+            What to log of it.
+        """
+        for piece, received in self._arriving(plan, shards):
+            x = piece.of(shards[piece.tensor])
+            before = x.clone()
+            self.update(shards[piece.tensor], piece, received, plan)
+            if self.differences is not None and self.rule.ends_equal:
+                piece.of(self.differences.common[piece.tensor]).copy_(x)
+            if alive:
+                x.sub_(before)
+        return self._note(plan)
+
+    def agree_on(self, shards: Sequence[Tensor]) -> None:
+        """The sync point is over: where it has left all particles equal, that is what all know alike."""
+        if self.differences is not None and self.rule.ends_equal:
+            self.differences.agree_on(shards)
+
+    def update(self, x: Tensor, piece: Piece, received: Tensor, plan: Plan) -> None:
+        """Let the rule update a piece of shard ``x``, one parameter at a time if it asks for that."""
+        me = self.exchange.particle
+        parts = [(piece.start, piece.stop, "")]
+        if self.rule.per_parameter:
+            segments = (s for s in self.segments if s.shard == piece.tensor)
+            parts = [
+                (max(piece.start, s.shard_start), min(piece.stop, s.shard_start + s.numel), s.name) for s in segments
+            ]
+        for start, stop, name in parts:
+            if start < stop:
+                state = {key: value[start:stop] for key, value in self.state[piece.tensor].items()}
+                arrived = received[start - piece.start : stop - piece.start]
+                self.rule.update(x[start:stop], arrived, state, plan, Place(me, name))
+
+    def _arriving(self, plan: Plan, shards: Sequence[Tensor]) -> Iterator[tuple[Piece, Tensor]]:
+        for x, state in zip(shards, self.state, strict=True):
+            self.rule.before_exchange(x, state, plan, Place(self.exchange.particle))
+        outgoing = shards if plan.send == "x" else [state[plan.send] for state in self.state]
+        if plan.receive == "mean":
+            return self._mean(outgoing, plan)
+        if plan.receive == "one":
+            return self._from_each(outgoing, plan.sources)
+        return self.exchange.from_self(shards)
+
+    def _mean(self, outgoing: Sequence[Tensor], plan: Plan) -> Iterator[tuple[Piece, Tensor]]:
+        if self.differences is None:
+            return self.exchange.weighted_mean(outgoing, plan.weights)
+        feedback = not plan.tentative
+        return self.exchange.mean_by_differences(outgoing, plan.weights, self.differences, feedback=feedback)
+
+    def _from_each(self, outgoing: Sequence[Tensor], sources: Sequence[int]) -> Iterator[tuple[Piece, Tensor]]:
+        if self.differences is None:
+            return self.exchange.from_each(outgoing, sources)
+        if len(set(sources)) > 1:
+            raise SwarmError(
+                "swarm.wire: the rule gives each particle something else, and only what all receive can be sent as a "
+                'difference; let its receives_alike be false, or use "fp32"',
+                agreed=True,
+            )
+        return self.exchange.from_one_by_differences(outgoing, sources[0], self.differences)
+
+    @staticmethod
+    def _note(plan: Plan) -> dict[str, Any]:
+        moved: dict[str, dict[str, Any]] = {"mean": {"weights": plan.weights}, "one": {"sources": plan.sources}}
+        return {**plan.note, **moved.get(plan.receive, {})}
