@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from ds_pso.config import ALLREDUCE, SwarmConfig
 from ds_pso.rules import RULES
+from ds_pso.schedule import ScheduleConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
 BEGIN, END = "<!-- begin generated -->\n", "<!-- end generated -->\n"
@@ -24,13 +25,14 @@ _SIGNS = {Ge: ("ge", "at least"), Gt: ("gt", "above"), Le: ("le", "at most"), Lt
 # What the type of a field does not say, because a validator checks it.
 _BY_VALIDATOR = {
     "particles": 'whole number, at least 1, or `"node"`',
+    "schedule": "object",
     "sync_mode": ", ".join(f'`"{name}"`' for name in (ALLREDUCE, *RULES)) + ', `"my_module:MyRule"`',
 }
 
 
 def tables() -> str:
     """One table for the section itself, then one for each rule."""
-    parts = ["### `swarm`\n", _table(SwarmConfig)]
+    parts = ["### `swarm`\n", _table(SwarmConfig), "### `swarm.schedule`\n", _table(ScheduleConfig)]
     for name, rule in RULES.items():
         parts.append(f"### `swarm.{name}`\n")
         parts.append(_table(rule.Config) if rule.Config.model_fields else "No options.\n")
@@ -40,7 +42,8 @@ def tables() -> str:
 def _table(model: type[BaseModel]) -> str:
     rows = ["| key | allowed | default | meaning |", "| --- | --- | --- | --- |"]
     for key, field in model.model_fields.items():
-        rows.append(f"| `{key}` | {_allowed(key, field)} | `{json.dumps(field.default)}` | {field.description} |")
+        default = {} if isinstance(field.default, BaseModel) else field.default
+        rows.append(f"| `{key}` | {_allowed(key, field)} | `{json.dumps(default)}` | {field.description} |")
     return "\n".join(rows) + "\n"
 
 

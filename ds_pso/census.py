@@ -46,9 +46,14 @@ class Census:
         self.total = total
         self.index = 0  # sync points so far
         self.losses: tuple[float, ...] = (math.nan,) * exchange.num_particles  # at the last one
+        self.step_s = math.nan  # of an optimizer step of the slowest particle, between the last two
+        self.held_up_s = 0.0  # how long the last one but one held up the particle that others had to wait for
 
-    def own_row(self, window: FitnessWindow, *, needs_loss: bool) -> list[float]:
-        """Of this particle, the same bits on all its ranks: its loss, whether it is alive, its optimizer steps.
+    def own_row(self, window: FitnessWindow, *, trained_s: float, held_up_s: float, needs_loss: bool) -> list[float]:
+        """Of this particle, the same bits on all its ranks: loss, whether alive, optimizer steps, and the two times.
+
+        Args:
+            trained_s: since the last sync point began, but for how long that held up training, ``held_up_s``.
 
         Raises:
             SwarmError: ``needs_loss``, and no loss was ever seen.
@@ -62,28 +67,37 @@ class Census:
                 "this sync_mode ranks particles by their loss, and none was seen; "
                 "call engine.backward(loss), not loss.backward()"
             )
-        fitness, alive = combine(self.world.particle_gather([total, count, float(self.shards.all_finite())]))
+        rows = self.world.particle_gather([total, count, float(self.shards.all_finite()), trained_s, held_up_s])
+        fitness, alive = combine(rows)
         if nothing_new:
             fitness = self.losses[self.exchange.particle]
-        return [fitness, float(alive), float(window.steps)]
+        return [
+            fitness,
+            float(alive),
+            float(window.steps),
+            *(max(times) for times in list(zip(*rows, strict=True))[3:]),
+        ]
 
-    def of_all(self, mine: Sequence[float]) -> SyncPoint:
-        """The rows of all particles, the same bits on every rank."""
-        return self._point(self.exchange.all_gather(mine))
+    def of_all(self, mine: Sequence[float], done: float | None) -> SyncPoint:
+        """The rows of all particles, the same bits on every rank. ``done``: part of the training, if known."""
+        return self._point(self.exchange.all_gather(mine), done)
 
-    def of_one(self, mine: Sequence[float]) -> SyncPoint:
+    def of_one(self, mine: Sequence[float], done: float | None) -> SyncPoint:
         """Where nobody waits for the others, their losses are NaN."""
-        table: list[Sequence[float]] = [(math.nan, 1.0, 0.0)] * self.exchange.num_particles
+        table: list[Sequence[float]] = [(math.nan, 1.0, 0.0, 0.0, math.inf)] * self.exchange.num_particles
         table[self.exchange.particle] = mine
-        return self._point(table)
+        return self._point(table, done)
 
-    def _point(self, table: Sequence[Sequence[float]]) -> SyncPoint:
+    def _point(self, table: Sequence[Sequence[float]], done: float | None) -> SyncPoint:
+        self.step_s = max(row[3] / max(1.0, row[2]) for row in table)
+        self.held_up_s = min(row[4] for row in table)
         return SyncPoint(
             self.index,
             fitness=tuple(row[0] for row in table),
             alive=tuple(row[1] == 1.0 for row in table),
             total=self.total,
             steps=tuple(int(row[2]) for row in table),
+            done=done,
         )
 
     def of_the_last_losses(self) -> SyncPoint:
@@ -92,6 +106,21 @@ class Census:
         # The last losses: of asynchronous particles, each knows its own alone.
         rows = self.exchange.all_gather([self.losses[self.exchange.particle], float(finite)])
         return SyncPoint(self.index, tuple(row[0] for row in rows), tuple(row[1] == 1.0 for row in rows))
+
+    def apart(self, squares: Sequence[float], point: SyncPoint) -> list[float]:
+        """Of the living particles, the mean of ``Updater.take_distance``; of this rank and its peers."""
+        rows = self.exchange.all_gather(squares)
+        living = [row for row, alive in zip(rows, point.alive, strict=True) if alive]
+        return [sum(column) / len(living) for column in zip(*living, strict=True)]
+
+    def drift(self, apart: Sequence[float]) -> float:
+        """How far the particles were from what they received: root mean square, relative to its norm.
+
+        Args:
+            apart: what ``apart`` returned.
+        """
+        squares = [sum(column) for column in zip(*self.world.particle_gather(list(apart)), strict=True)]
+        return math.sqrt(squares[0] / squares[1]) if squares[1] > 0 and squares[0] >= 0 else math.nan
 
     def score(self) -> tuple[float, ...]:
         """Loss of every particle's present weights on the probe batch, shape (P,); inf if not finite."""

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_valid
 from ds_pso.errors import ConfigError
 from ds_pso.rules import RULES, Rule, find_rule
 from ds_pso.rules.base import RuleConfig, StrictModel
+from ds_pso.schedule import Schedule, ScheduleConfig, make_schedule
 
 ALLREDUCE = "allreduce"
 
@@ -31,6 +32,9 @@ class SwarmConfig(StrictModel):
         "`my_module:MyRule`.",
     )
     sync_interval: int = Field(default=32, ge=1, description="Optimizer steps between two sync points.")
+    schedule: ScheduleConfig = Field(
+        default=ScheduleConfig(), description="How the interval changes: see `swarm.schedule` below."
+    )
     delay: int = Field(
         default=0,
         ge=0,
@@ -94,14 +98,14 @@ class SwarmConfig(StrictModel):
         options = self.rule_options
         return None if options is None else find_rule(self.sync_mode)(options, seed=self.seed)
 
-    def total_syncs(self, ds_config: Mapping[str, Any]) -> int | None:
-        """Sync points of the whole training; None if neither section says how long it is."""
+    def build_schedule(self, ds_config: Mapping[str, Any]) -> Schedule:
+        """When to meet. The length of the training is this section's, or that of DeepSpeed's scheduler."""
         steps = _total_num_steps(ds_config) if self.total_steps is None else self.total_steps
-        return steps // self.sync_interval if isinstance(steps, int) else None
+        return make_schedule(self.schedule, self.sync_interval, steps if isinstance(steps, int) else None)
 
     def resolved(self) -> dict[str, Any]:
         """The section with every default filled in, as JSON types."""
-        section = self.model_dump(mode="json")
+        section = self.model_dump(mode="json") | {"schedule": self.schedule.resolved()}
         if self.rule_options is not None:
             section[self.sync_mode] = self.rule_options.model_dump(mode="json")
         return section
@@ -163,6 +167,8 @@ def _check_consistent(ds_config: dict[str, Any], swarm: SwarmConfig, where: str)
     rule, mode = swarm.build_rule(), swarm.sync_mode
     if rule is None:
         return
+    if swarm.schedule.type != "fixed":
+        _check_schedule(rule, swarm, where)
     if rule.uses_progress and swarm.total_steps is None:
         steps = _total_num_steps(ds_config)
         if steps is None:
@@ -170,12 +176,12 @@ def _check_consistent(ds_config: dict[str, Any], swarm: SwarmConfig, where: str)
                 f"{where}: swarm.{mode} changes over training, and its length is not known; "
                 "set swarm.total_steps, or scheduler.params.total_num_steps"
             )
-        if isinstance(steps, int) and steps < swarm.sync_interval:
+        if isinstance(steps, int) and swarm.build_schedule(ds_config).last == 0:
             raise ConfigError(
                 f"{where}: scheduler.params.total_num_steps = {steps}: no sync point falls in so short a training; "
                 "lower swarm.sync_interval"
             )
-    if swarm.total_steps is not None and swarm.total_steps < swarm.sync_interval:
+    if swarm.total_steps is not None and swarm.build_schedule(ds_config).last == 0:
         raise ConfigError(
             f"{where}: swarm.total_steps = {swarm.total_steps}: no sync point falls in so short a training; "
             "lower swarm.sync_interval"
@@ -197,11 +203,28 @@ def _check_consistent(ds_config: dict[str, Any], swarm: SwarmConfig, where: str)
             )
 
 
+def _check_schedule(rule: Rule, swarm: SwarmConfig, where: str) -> None:
+    schedule = swarm.schedule
+    if not schedule.min_interval <= swarm.sync_interval <= schedule.max_interval:
+        raise ConfigError(
+            f"{where}: swarm.sync_interval = {swarm.sync_interval}: the interval begins there, and it must lie between "
+            f"swarm.schedule.min_interval = {schedule.min_interval} and max_interval = {schedule.max_interval}"
+        )
+    if rule.max_staleness is not None:
+        raise ConfigError(
+            f'{where}: swarm.schedule.type = "{schedule.type}": particles that wait for nobody cannot agree on an '
+            f'interval; use "fixed", or set swarm.{swarm.sync_mode}.asynchronous to false'
+        )
+
+
 def _check_delay(rule: Rule, swarm: SwarmConfig, where: str) -> None:
-    if swarm.delay > swarm.sync_interval:
+    key, shortest = "sync_interval", swarm.sync_interval
+    if swarm.schedule.type != "fixed":
+        key, shortest = "schedule.min_interval", swarm.schedule.min_interval
+    if swarm.delay > shortest:
         raise ConfigError(
             f"{where}: swarm.delay = {swarm.delay}: the next sync point would come first; use at most "
-            f"swarm.sync_interval = {swarm.sync_interval}"
+            f"swarm.{key} = {shortest}"
         )
     if rule.uses_probe:
         raise ConfigError(
@@ -266,11 +289,16 @@ def _validate(model: type[Model], value: Any, where: str, known: list[str] | Non
         return model.model_validate(value)
     except ValidationError as error:
         keys = known or list(model.model_fields)
-        raise ConfigError("; ".join(_explain(item, where, keys) for item in error.errors())) from error
+        raise ConfigError("; ".join(_explain(item, where, model, keys) for item in error.errors())) from error
 
 
-def _explain(item: Any, where: str, known: list[str]) -> str:
-    key = str(item["loc"][0]) if item["loc"] else ""
+def _explain(item: Any, where: str, model: type[BaseModel], known: list[str]) -> str:
+    path = [str(part) for part in item["loc"]]
+    key = path[0] if path else ""
+    field = model.model_fields.get(key)
+    inner = field.annotation if field and isinstance(field.annotation, type) else None
+    if inner and issubclass(inner, BaseModel) and (len(path) > 1 or isinstance(item["input"], dict)):
+        return _explain(item | {"loc": path[1:]}, f"{where}.{key}", inner, list(inner.model_fields))
     name = f"{where}.{key}" if key else where
     if item["type"] == "extra_forbidden":
         close = difflib.get_close_matches(key, known, n=1)
@@ -279,6 +307,8 @@ def _explain(item: Any, where: str, known: list[str]) -> str:
     if item["type"] == "missing":
         return f"{name}: is missing, and has no default; add it"
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if item["type"] == "model_type":
+        return f"{name} = {item['input']!r}: must be an object"
     if not key:  # about several keys together
         return f"{name}: {message}"
     return f"{name} = {item['input']!r}: {message if message.startswith('must') else 'must be ' + message}"

@@ -11,7 +11,7 @@ from ds_pso.config import SwarmConfig, is_allowed
 from ds_pso.rules import Rule, SyncPoint
 
 BYTES_PER_ELEMENT = {"fp32": 4.0, "bf16": 2.0, "int8": 1 + 4 / 256, "int4": 1 / 2 + 4 / 256}
-_TO_MEET = 4  # messages, one after the other, until all know that all are there, and their losses
+_TO_MEET = 5  # messages, one after the other: that all are there, their losses, how far they were apart
 
 
 @dataclass(frozen=True)

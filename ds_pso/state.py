@@ -57,17 +57,17 @@ class SwarmState:
         ranks = f"{layout.particle_size} rank{'s' if layout.particle_size > 1 else ''}"
         if self.num_particles == 1:
             return f"1 particle x {ranks}: plain DeepSpeed"
-        return (
-            f"{self.num_particles} particles x {ranks}, {self.config.sync_mode} every {self.config.sync_interval} steps"
-        )
+        n, kind = self.config.sync_interval, self.config.schedule.type
+        when = f"every {n} steps" if kind == "fixed" else f"every {n} steps at first, {kind} from there"
+        return f"{self.num_particles} particles x {ranks}, {self.config.sync_mode} {when}"
 
     @property
     def steps_to_sync(self) -> int | None:
         """Optimizer steps until the next sync point; None if the particles never meet."""
         if self.synchronizer is None:
             return None
-        interval = self.config.sync_interval
-        return interval - int(self.engine.global_steps) % interval
+        step = int(self.engine.global_steps)
+        return self.synchronizer.schedule.next_after(step) - step
 
     @property
     def totals(self) -> SyncTotals:

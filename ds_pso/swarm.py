@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ds_pso import checkpoint, export, lr_schedule
+from ds_pso import checkpoint, export, lr_schedule, monitor
 from ds_pso.census import Probe
 from ds_pso.config import ALLREDUCE, ConfigSource, load_config
 from ds_pso.errors import ConfigError, SwarmError
@@ -53,6 +53,8 @@ def init(config: ConfigSource, *, run_dir: str | Path | None = None, world: Worl
             f"swarm.particles = {particles}: the world that was given has {world.layout.num_particles}; "
             "use that number, or start another launch"
         )
+    if world.layout.num_particles > 1:
+        monitor.give_each_a_folder(ds_config, world.layout.particle)
     if particles == "node" and world.layout.num_particles == 1 and world.is_leader:
         warnings.warn(
             'swarm.particles = "node" on one node is one particle: plain DeepSpeed, without sync points; '
@@ -101,14 +103,14 @@ class Swarm(SwarmState):
                     f'swarm.sync_mode = "{self.config.sync_mode}": it scores weights on a probe batch; '
                     "give swarm.attach a probe, or choose another mode or options"
                 )
-            total = self.config.total_syncs(self.ds_config)
-            if total == 0 and self.is_leader:
+            schedule = self.config.build_schedule(self.ds_config)
+            if schedule.last == 0 and self.is_leader:
                 warnings.warn(
                     f"swarm.sync_interval = {self.config.sync_interval}: longer than the whole training, so that the "
                     "particles never meet; lower it",
                     stacklevel=2,
                 )
-            if rule.uses_progress and not total:
+            if rule.uses_progress and not schedule.last:
                 raise ConfigError(
                     f"swarm.{self.config.sync_mode} changes over training, and scheduler.params.total_num_steps = "
                     f"{self.ds_config['scheduler']['params']['total_num_steps']!r} gives no sync point; give a number "
@@ -123,7 +125,7 @@ class Swarm(SwarmState):
                 shards,
                 probe=probe,
                 rank_by=self.config.fitness,
-                total=total,
+                schedule=schedule,
                 optimizer_state=self.config.optimizer_state,
                 wire=self.config.wire,
             )
@@ -132,29 +134,35 @@ class Swarm(SwarmState):
         return engine
 
     def sync(self) -> None:
-        """Meet the other particles now. ``engine.step`` does it every ``sync_interval`` steps."""
+        """Meet the other particles now. ``engine.step`` does it when a sync point is due."""
         if self.synchronizer is not None:
             self._finish()
-            self.log("sync", **self.synchronizer.sync(self.window))
+            self._log_sync(self.synchronizer.sync(self.window, self.engine.global_steps))
 
     def _finish(self) -> None:
         """Apply what a delayed sync point has brought."""
         if self.synchronizer is not None and self.synchronizer.pending is not None:
-            self.log("sync", **self.synchronizer.finish(self.window))
+            self._log_sync(self.synchronizer.finish(self.window, self.engine.global_steps))
+
+    def _log_sync(self, record: dict[str, Any]) -> None:
+        self.log("sync", **record)
+        if self.is_leader and self.engine.monitor.enabled:
+            self.engine.monitor.write_events(monitor.events(record, self.engine.global_samples))
 
     def _meet_if_due(self, step: int) -> None:
-        synchronizer, delay = self.synchronizer, self.config.delay
+        synchronizer = self.synchronizer
         if synchronizer is None:
             return
-        begins = step % self.config.sync_interval == 0
+        schedule = synchronizer.schedule
+        begins = schedule.is_due(step)
         # After resuming with a shorter interval the next one may begin before the last is due.
         if synchronizer.pending is not None and (begins or step >= synchronizer.pending.due):
             self._finish()
         if begins:
-            if delay == 0 or synchronizer.next_is_last:
+            if self.config.delay == 0 or schedule.in_warmup(step) or schedule.progress(step) == 1:
                 self.sync()
             else:
-                synchronizer.begin(self.window, step, delay)
+                synchronizer.begin(self.window, step, self.config.delay)
 
     def sampler(
         self, dataset: Sized, *, batch_size: int | None = None, shuffle: bool = True, seed: int = 0

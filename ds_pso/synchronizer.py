@@ -16,6 +16,7 @@ from ds_pso.exchange import Exchange
 from ds_pso.fitness import FitnessWindow
 from ds_pso.letters import Mailbox
 from ds_pso.rules import Rule, SyncPoint
+from ds_pso.schedule import Observed, Schedule
 from ds_pso.shards import Shards, replace
 from ds_pso.updater import Updater
 from ds_pso.wire import FORMATS, Differences
@@ -48,12 +49,13 @@ class Pending:
     settled_s: float = 0.0  # what ``World.settled_s`` was at the beginning
     record: dict[str, Any] = field(default_factory=dict)  # to log
     lr_factors: Sequence[float] = ()
+    apart: Sequence[float] = (0.0, 0.0)
     held_up_s: float = 0.0  # training, to begin it
     background_s: float = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """All but the tensors, once the meeting is over; JSON values."""
-        names = ("begun", "due", "record", "lr_factors", "held_up_s", "background_s")
+        names = ("begun", "due", "record", "lr_factors", "apart", "held_up_s", "background_s")
         return {name: getattr(self, name) for name in names}
 
 
@@ -61,7 +63,8 @@ class Synchronizer:
     """Knows the order of things at a sync point; leaves each of them to its own layer.
 
     Args:
-        probe, rank_by, total: see ``Census``.
+        probe, rank_by: see ``Census``.
+        schedule: decides when ``sync`` or ``begin`` is to be called, and is told what came of it.
         optimizer_state: what becomes of the optimizer's moments at a sync point.
         wire: how weights travel.
     """
@@ -75,7 +78,7 @@ class Synchronizer:
         *,
         probe: Probe | None = None,
         rank_by: Literal["train", "probe"] = "train",
-        total: int | None = None,
+        schedule: Schedule,
         optimizer_state: Literal["keep", "average", "reset"] = "keep",
         wire: Literal["fp32", "bf16", "int8", "int4"] = "fp32",
     ) -> None:
@@ -85,7 +88,8 @@ class Synchronizer:
         self.shards = shards
         self.optimizer_state = optimizer_state
         self.totals = SyncTotals()
-        self.census = Census(world, exchange, shards, probe=probe, rank_by=rank_by, total=total)
+        self.schedule = schedule
+        self.census = Census(world, exchange, shards, probe=probe, rank_by=rank_by, total=schedule.count)
         self._check_same_model()
         self._start_alike()
         differences = None if wire == "fp32" else Differences(FORMATS[wire], shards.tensors)
@@ -94,6 +98,7 @@ class Synchronizer:
         self.pending: Pending | None = None
         self._mailbox = world.open_mailbox() if rule.max_staleness is not None else None
         self._letter_bytes = 0
+        self._clock = (time.perf_counter(), 0.0)  # when training began to be timed, and what had held it up before
 
     def _check_same_model(self) -> None:
         prints = self.world.gather("the model of every particle", self.shards.fingerprint())
@@ -117,8 +122,11 @@ class Synchronizer:
                 piece.of(buffers[piece.tensor]).copy_(received)
         self.shards.publish()
 
-    def sync(self, window: FitnessWindow) -> dict[str, Any]:
+    def sync(self, window: FitnessWindow, step: int) -> dict[str, Any]:
         """Meet the other particles, and empty the window. Called alike on all ranks.
+
+        Args:
+            step: the optimizer step that has just been made.
 
         Returns:
             What to log of it.
@@ -129,12 +137,14 @@ class Synchronizer:
         """
         assert self.pending is None, "finish what is pending first"
         self.shards.check_present()
-        begin, bytes_before = time.perf_counter(), self.exchange.bytes_received
+        begin, traffic = time.perf_counter(), self._traffic()
+        self.schedule.begin(step)
         layout = self.world.layout  # mates too: a frozen one would be waited for without a word inside the particle
         waited = self._wait_for(layout.peers, layout.mates) if self._mailbox is None else 0.0
         self.shards.zero_padding()
-        mine = self.census.own_row(window, needs_loss=self.rule.uses_fitness)
-        point = self.census.of_all(mine) if self._mailbox is None else self.census.of_one(mine)
+        mine = self._own_row(window, begin)
+        count = self.census.of_all if self._mailbox is None else self.census.of_one
+        point = count(mine, self.schedule.progress(step))
         note: dict[str, Any] = {}
         if self._mailbox is not None:
             note = self._take_letter(self._mailbox, point)
@@ -142,16 +152,25 @@ class Synchronizer:
             note = self._follow_rule(point)
         self.shards.publish()
         window.clear()
-
         self.census.losses = point.fitness
-        seconds = time.perf_counter() - begin
-        received = self.exchange.bytes_received - bytes_before
-        self._count()
+        drift = self.census.drift(self._apart(point))
+        record: dict[str, Any] = {"sync": point.index, "losses": point.fitness, "alive": point.alive, **note}
+        record |= {"waited_s": waited, **self._traffic_since(traffic)}
+        return self._conclude(record, step, drift, staleness=0, seconds=time.perf_counter() - begin)
+
+    def _conclude(
+        self, record: dict[str, Any], step: int, drift: float, *, staleness: int, seconds: float
+    ) -> dict[str, Any]:
+        """Count the sync point, and let the schedule know what it was like; returns the whole record."""
+        self.totals.count += 1
+        self.census.index = self.totals.count
         self.totals.seconds += seconds
-        self.totals.waited_s += waited
-        self.totals.bytes_received += received
-        record: dict[str, Any] = {"sync": point.index, "losses": point.fitness, "alive": point.alive}
-        return record | note | {"seconds": seconds, "waited_s": waited, "bytes_received": received}
+        self.totals.waited_s += record["waited_s"]
+        self.totals.bytes_received += record["bytes_received"]
+        self.schedule.observe(Observed(drift, self.census.step_s, self.census.held_up_s))
+        interval = self.schedule.next_after(step) - step + staleness
+        times = {"seconds": seconds, "step_s": self.census.step_s}
+        return record | {"drift": drift, "staleness": staleness, "next_interval": interval, **times}
 
     def begin(self, window: FitnessWindow, step: int, delay: int) -> None:
         """Meet the other particles in the background, and empty the window. Called alike on all ranks.
@@ -166,11 +185,12 @@ class Synchronizer:
         assert self.pending is None, "finish what is pending first"
         self.shards.check_present()
         begin = time.perf_counter()
+        self.schedule.begin(step)
         self._wait_for(self.world.layout.mates)
         self.shards.zero_padding()
         with self.shards.flat_buffers() as buffers:
             movement = [t.clone() for t in (*self.shards.tensors, *buffers)]
-        row = self.census.own_row(window, needs_loss=self.rule.uses_fitness)
+        row = self._own_row(window, begin)
         window.clear()
         pending = self.pending = Pending(step, step + delay, movement, self.world.settled_s)
         pending.held_up_s = time.perf_counter() - begin
@@ -178,15 +198,16 @@ class Synchronizer:
 
     def _meet(self, pending: Pending, row: list[float]) -> None:
         """What peers do together, on copies of the shards; the particle's own ranks are busy training."""
-        begin, bytes_before = time.perf_counter(), self.exchange.bytes_received
+        begin, traffic = time.perf_counter(), self._traffic()
         waited = self._wait_for(self.world.layout.peers)
-        point = self.census.of_all(row)
+        point = self.census.of_all(row, self.schedule.progress(pending.begun))
         note: dict[str, Any] = {}
         if any(point.alive):
             shards, buffers = self._split(pending.movement)
             note, pending.lr_factors = self._move(shards, buffers, point)
         pending.record = {"sync": point.index, "losses": point.fitness, "alive": point.alive, **note}
-        pending.record |= {"waited_s": waited, "bytes_received": self.exchange.bytes_received - bytes_before}
+        pending.apart = self._apart(point)
+        pending.record |= {"waited_s": waited, **self._traffic_since(traffic)}
         pending.background_s = time.perf_counter() - begin
 
     def _split(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
@@ -231,7 +252,7 @@ class Synchronizer:
         if self.optimizer_state == "reset" or not pending.record["alive"][me]:
             self.shards.reset_optimizer_state()
 
-    def finish(self, window: FitnessWindow) -> dict[str, Any]:
+    def finish(self, window: FitnessWindow, step: int) -> dict[str, Any]:
         """Wait for the meeting that was begun, and move by what came of it. Called alike on all ranks.
 
         If the particle was not alive then, the losses since then were those of weights that are gone now: ``window``
@@ -258,23 +279,34 @@ class Synchronizer:
         self.pending = None
 
         self.census.losses = tuple(record["losses"])
+        drift = self.census.drift(pending.apart)
         seconds = pending.held_up_s + earlier + time.perf_counter() - begin
         overlapped = max(0.0, pending.background_s - waited_for)
-        self._count()
-        self.totals.seconds += seconds
-        self.totals.waited_s += record["waited_s"]
         self.totals.overlapped_s += overlapped
-        self.totals.bytes_received += record["bytes_received"]
-        return record | {"begun": pending.begun, "seconds": seconds, "overlapped_s": overlapped}
+        staleness = step - pending.begun
+        record = self._conclude(record, step, drift, staleness=staleness, seconds=seconds)
+        return record | {"overlapped_s": overlapped}
 
-    @property
-    def next_is_last(self) -> bool:
-        """Whether no sync point follows the next one, as far as anybody knows."""
-        return self.census.total is not None and self.census.index + 1 >= self.census.total
+    def _own_row(self, window: FitnessWindow, now: float) -> list[float]:
+        began, held_up_before = self._clock
+        self._clock = (now, self.totals.seconds)
+        held_up = self.totals.seconds - held_up_before
+        return self.census.own_row(
+            window, trained_s=now - began - held_up, held_up_s=held_up, needs_loss=self.rule.uses_fitness
+        )
 
-    def _count(self) -> None:
-        self.totals.count += 1
-        self.census.index = self.totals.count
+    def _apart(self, point: SyncPoint) -> list[float]:
+        """See ``Census.apart``; of particles that wait for nobody, this one's own distance."""
+        squares = list(self.updater.take_distance())
+        return self.census.apart(squares, point) if self._mailbox is None and any(point.alive) else squares
+
+    def _traffic(self) -> tuple[int, float]:
+        return self.exchange.bytes_received, self.exchange.seconds
+
+    def _traffic_since(self, before: tuple[int, float]) -> dict[str, Any]:
+        received, seconds = (now - then for now, then in zip(self._traffic(), before, strict=True))
+        bandwidth = received * 8 / seconds / 1e6 if seconds > 0 else None
+        return {"bytes_received": int(received), "exchange_s": seconds, "bandwidth_mbit_s": bandwidth}
 
     def _wait_for(self, *groups: Sequence[int]) -> float:
         """Roll call; returns its seconds."""
@@ -328,8 +360,7 @@ class Synchronizer:
                 return {"from": None}
             parts = letter.flat.split([t.numel() for t in tensors])
             plan = self.rule.plan(point, self.updater.memory)
-            for piece, x in self.exchange.from_self(shards):
-                self.updater.update(shards[piece.tensor], piece, piece.of(parts[piece.tensor]).to(x.device), plan)
+            self.updater.carry_out(plan, shards, parts[: len(shards)])
             self.updater.memory = plan.memory
             if not point.alive[me]:
                 replace(buffers, parts[len(shards) :])
@@ -368,6 +399,7 @@ class Synchronizer:
             "lr_factor": self.shards.lr_factor,
             "last_losses": self.census.losses,
             "totals": asdict(self.totals),
+            "schedule": self.schedule.state_dict(),
             "pending": None if self.pending is None else self.pending.state_dict(),
         }
 
@@ -383,3 +415,5 @@ class Synchronizer:
         self.census.losses = tuple(state["last_losses"])
         self.totals = SyncTotals(**state["totals"])
         self.census.index = self.totals.count
+        self.schedule.load_state_dict(state["schedule"])
+        self._clock = (time.perf_counter(), self.totals.seconds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ds_pso.errors import SwarmError
@@ -12,6 +13,10 @@ from ds_pso.exchange import Exchange, Piece
 from ds_pso.rules import Place, Plan, Rule
 from ds_pso.shards import Shards
 from ds_pso.wire import Differences
+
+# Elements that a rule updates at once: the few passes over them stay in the cache of a core. A GPU is
+# kept busy by one launch for many; this only bounds the temporaries.
+_CHUNK = {"cpu": 2**16, "cuda": 2**24}
 
 
 class Updater:
@@ -30,11 +35,20 @@ class Updater:
         self.state: list[dict[str, Tensor]] = [rule.init_state(x) for x in shards.tensors]
         self.memory: Mapping[str, Any] = {}
         self.differences = differences
+        self._squares: Tensor | None = None
+        self._measures = False
 
-    def carry_out(self, plan: Plan, shards: Sequence[Tensor]) -> dict[str, Any]:
-        """Update the shards in place; returns what to log of it."""
-        for piece, received in self._arriving(plan, shards):
-            self.update(shards[piece.tensor], piece, received, plan)
+    def carry_out(self, plan: Plan, shards: Sequence[Tensor], letter: Sequence[Tensor] | None = None) -> dict[str, Any]:
+        """Update the shards in place.
+
+        Args:
+            letter: shards of a peer that have come already.
+
+        Returns:
+            What to log of it.
+        """
+        for piece, received in self._arriving(plan, shards, letter):
+            self._update(shards[piece.tensor], piece, received, plan)
         return self._note(plan)
 
     def displace(self, plan: Plan, shards: Sequence[Tensor], *, alive: bool) -> dict[str, Any]:
@@ -46,7 +60,7 @@ class Updater:
         for piece, received in self._arriving(plan, shards):
             x = piece.of(shards[piece.tensor])
             before = x.clone()
-            self.update(shards[piece.tensor], piece, received, plan)
+            self._update(shards[piece.tensor], piece, received, plan)
             if self.differences is not None and self.rule.ends_equal:
                 piece.of(self.differences.common[piece.tensor]).copy_(x)
             if alive:
@@ -58,7 +72,7 @@ class Updater:
         if self.differences is not None and self.rule.ends_equal:
             self.differences.agree_on(shards)
 
-    def update(self, x: Tensor, piece: Piece, received: Tensor, plan: Plan) -> None:
+    def _update(self, x: Tensor, piece: Piece, received: Tensor, plan: Plan) -> None:
         """Let the rule update a piece of shard ``x``, one parameter at a time if it asks for that."""
         me = self.exchange.particle
         parts = [(piece.start, piece.stop, "")]
@@ -67,15 +81,41 @@ class Updater:
             parts = [
                 (max(piece.start, s.shard_start), min(piece.stop, s.shard_start + s.numel), s.name) for s in segments
             ]
-        for start, stop, name in parts:
-            if start < stop:
+        for begin, end, name in parts:
+            for start in range(begin, end, _CHUNK[x.device.type]):
+                stop = min(end, start + _CHUNK[x.device.type])
                 state = {key: value[start:stop] for key, value in self.state[piece.tensor].items()}
                 arrived = received[start - piece.start : stop - piece.start]
+                if self._measures:
+                    self._measure(x[start:stop], arrived)
                 self.rule.update(x[start:stop], arrived, state, plan, Place(me, name))
 
-    def _arriving(self, plan: Plan, shards: Sequence[Tensor]) -> Iterator[tuple[Piece, Tensor]]:
+    def take_distance(self) -> tuple[float, float]:
+        """Of this rank's elements, how far they were from what arrived first since this was last asked.
+
+        Returns:
+            The sums of the squares of the differences, and of what arrived.
+        """
+        squares, self._squares = self._squares, None
+        return (0.0, 0.0) if squares is None else tuple(squares.tolist())  # waits for the device once
+
+    def _measure(self, x: Tensor, received: Tensor) -> None:
+        apart = x - received
+        assert self._squares is not None
+        self._squares[0] += torch.dot(apart, apart)
+        self._squares[1] += torch.dot(received, received)
+
+    def _arriving(
+        self, plan: Plan, shards: Sequence[Tensor], letter: Sequence[Tensor] | None = None
+    ) -> Iterator[tuple[Piece, Tensor]]:
+        self._measures = plan.receive != "nothing" and self._squares is None
+        if self._measures:
+            device = shards[0].device if shards else None
+            self._squares = torch.zeros(2, dtype=torch.float64, device=device)
         for x, state in zip(shards, self.state, strict=True):
             self.rule.before_exchange(x, state, plan, Place(self.exchange.particle))
+        if letter is not None:
+            return ((piece, piece.of(letter[piece.tensor]).to(x)) for piece, x in self.exchange.from_self(shards))
         outgoing = shards if plan.send == "x" else [state[plan.send] for state in self.state]
         if plan.receive == "mean":
             return self._mean(outgoing, plan)

@@ -45,6 +45,7 @@ def test_defaults():
         "particles": "node",
         "sync_mode": "local_sgd",
         "sync_interval": 32,
+        "schedule": {"type": "fixed", "warmup_steps": 0},
         "fitness": "train",
         "delay": 0,
         "optimizer_state": "keep",
@@ -155,6 +156,7 @@ BAD_VALUES = [
         ("optimizer_state", value, "must be 'keep', 'average' or 'reset'")
         for value in ("mean", "", None, True, ["keep"])
     ],
+    *[("schedule", value, "must be an object") for value in (3, "adaptive", None, [], True)],
     ("delay", -1, "must be greater than or equal to 0"),
     *[("delay", value, "must be a valid integer") for value in (1.0, "1", True, None)],
     *[("wire", value, "must be 'fp32', 'bf16', 'int8' or 'int4'") for value in ("fp16", "INT8", "", 8, None)],
@@ -309,17 +311,17 @@ def test_a_rule_that_changes_over_training_needs_its_length(section, deepspeed):
         "set swarm.total_steps, or scheduler.params.total_num_steps"
     )
     swarm = load_config(deepspeed | {"swarm": section | {"total_steps": 70}})[1]
-    assert swarm.total_syncs(deepspeed) == 2
+    assert swarm.build_schedule(deepspeed).count == 2
 
 
 @pytest.mark.parametrize("section", PROGRESSIVE, ids=str)
 def test_the_schedulers_length_does_as_well(section):
     _, swarm = load_config(schedule(100) | {"swarm": section})
-    assert swarm.total_syncs(schedule(100)) == 3
+    assert swarm.build_schedule(schedule(100)).count == 3
     _, swarm = load_config(schedule(100) | {"swarm": section | {"total_steps": 64}})
-    assert swarm.total_syncs(schedule(100)) == 2, "the swarm section's own has precedence"
+    assert swarm.build_schedule(schedule(100)).count == 2, "the swarm section's own has precedence"
     _, swarm = load_config(schedule(5) | {"swarm": section | {"total_steps": 64}})
-    assert swarm.total_syncs(schedule(5)) == 2, "also where the scheduler's would be too short"
+    assert swarm.build_schedule(schedule(5)).count == 2, "also where the scheduler's would be too short"
 
 
 @pytest.mark.parametrize("section", PROGRESSIVE, ids=str)
@@ -338,7 +340,7 @@ def test_a_training_without_a_sync_point_is_refused_whatever_the_rule(mode):
     assert message_of({"swarm": {"sync_mode": mode, "sync_interval": 8, "total_steps": 7}}) == (
         "config: swarm.total_steps = 7: no sync point falls in so short a training; lower swarm.sync_interval"
     )
-    assert load({"sync_mode": mode, "sync_interval": 8, "total_steps": 8}).total_syncs({}) == 1
+    assert load({"sync_mode": mode, "sync_interval": 8, "total_steps": 8}).build_schedule({}).count == 1
 
 
 @pytest.mark.parametrize("deepspeed", [*NO_LENGTH, schedule(5), schedule("auto"), schedule([])], ids=str)
@@ -351,7 +353,7 @@ def test_who_needs_no_length_leaves_the_scheduler_to_deepspeed(deepspeed, sectio
 @pytest.mark.parametrize("steps", ["auto", 100.0, [100], {}, math.nan], ids=str)
 def test_a_length_that_is_no_whole_number_is_left_to_deepspeed_and_counts_as_unknown(steps):
     ds_config, swarm = load_config(schedule(steps) | {"swarm": {"sync_mode": "nosync"}})
-    assert swarm.total_syncs(ds_config) is None
+    assert swarm.build_schedule(ds_config).count is None
 
 
 @pytest.mark.parametrize(
@@ -369,6 +371,63 @@ def test_what_needs_all_particles_is_refused_where_nobody_waits(key, value, said
     assert message.endswith("or set swarm.nosync.asynchronous to false")
     load(section | {"nosync": {"asynchronous": False}})
     load(section | {"sync_mode": "local_sgd", "nosync": {"asynchronous": True}})
+
+
+ADAPTIVE = {"type": "adaptive"}
+NO_NUMBER = "must be a valid number"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "said"),
+    [
+        ({"typ": "fixed"}, '.typ: unknown key; did you mean "type"?'),
+        ({"type": "adapt"}, ".type = 'adapt': must be 'fixed', 'adaptive' or 'wall_time'"),
+        ({"warmup_steps": -1}, ".warmup_steps = -1: must be greater than or equal to 0"),
+        (ADAPTIVE | {"min_interval": 0}, ".min_interval = 0: must be greater than or equal to 1"),
+        (ADAPTIVE | {"max_interval": 1.0}, ".max_interval = 1.0: must be a valid integer"),
+        (ADAPTIVE | {"drift": 0}, ".drift = 0: must be greater than 0"),
+        (ADAPTIVE | {"compute_share": 1}, ".compute_share = 1: must be less than 1"),
+        ({"type": "wall_time", "seconds": "60"}, f".seconds = '60': {NO_NUMBER}"),
+        (
+            ADAPTIVE | {"min_interval": 64, "max_interval": 63},
+            ": min_interval = 64 is more than max_interval = 63; lower it",
+        ),
+        ({"drift": 0.1}, ': "drift" has no meaning with "type": "fixed"; remove it'),
+        (ADAPTIVE | {"seconds": 1.0}, ': "seconds" has no meaning with "type": "adaptive"; remove it'),
+        ({"type": "wall_time", "drift": 0.1}, ': "drift" has no meaning with "type": "wall_time"; remove it'),
+    ],
+)
+def test_a_bad_schedule_is_refused(schedule, said):
+    assert message_of({"swarm": {"schedule": schedule}}) == f"config: swarm.schedule{said}"
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        (
+            {"sync_interval": 4, "schedule": ADAPTIVE | {"min_interval": 5}},
+            "swarm.sync_interval = 4: the interval begins there, and it must lie between swarm.schedule.min_interval = "
+            "5 and max_interval = 1024",
+        ),
+        (
+            {"sync_mode": "nosync", "total_steps": 9, "nosync": {"asynchronous": True}, "schedule": ADAPTIVE},
+            'swarm.schedule.type = "adaptive": particles that wait for nobody cannot agree on an interval; '
+            'use "fixed", or set swarm.nosync.asynchronous to false',
+        ),
+        (
+            {"delay": 2, "schedule": ADAPTIVE},
+            "swarm.delay = 2: the next sync point would come first; use at most swarm.schedule.min_interval = 1",
+        ),
+    ],
+)
+def test_a_schedule_that_the_rest_contradicts_is_refused(section, said):
+    assert message_of({"swarm": section}) == f"config: {said}"
+
+
+def test_a_varying_schedule_needs_no_interval_that_fits_into_training():
+    load({"total_steps": 5, "schedule": ADAPTIVE})
+    load({"total_steps": 5, "schedule": {"warmup_steps": 2}})
+    load({"sync_mode": "nosync", "total_steps": 5, "schedule": {"type": "wall_time"}})
 
 
 @pytest.mark.parametrize(
@@ -545,5 +604,5 @@ def test_any_json_is_accepted_or_refused_in_one_line(section, deepspeed):
     else:
         again = load_config(deepspeed | {"swarm": config.resolved()})[1]
         assert again.resolved() == config.resolved()
-        assert again.total_syncs(ds_config) == config.total_syncs(ds_config)
+        assert again.build_schedule(ds_config).count == config.build_schedule(ds_config).count
         config.build_rule()

@@ -51,15 +51,15 @@ CELL = Cell("mnist", "local_sgd", 4, 32, 128, seed=1, lr=0.02)
 def test_every_rule_of_a_table_is_run_with_every_seed_and_tuned_on_another(table):
     cells = cells_of(table)
     assert len(set(cells)) == len(cells)
-    assert all(cell.steps >= 1 and cell.seed != TUNING_SEED for cell in cells)
+    assert all(cell.steps >= 1 and cell.seed < TUNING_SEED for cell in cells)
     for cell in cells:
         assert {replace(cell, seed=seed) for seed in SEEDS} <= set(cells)
     if table not in ("optimizer_state", "slow_network"):
         assert {cell.rule for cell in cells} >= set(MEETING)
     tuned = {cell.rate_key for cell in tuning_of(cells)}
     assert tuned == {cell.rate_key for cell in cells}
-    assert len(tuning_of(cells)) == len(tuned) * len(LR_FACTORS)
-    assert all(cell.split == "validation" for cell in tuning_of(cells))
+    assert len(tuning_of(cells)) == sum(len(LR_FACTORS) * TASKS[task].tuning_seeds for task, *_ in tuned)
+    assert all(cell.split == "validation" and cell.seed >= TUNING_SEED for cell in tuning_of(cells))
 
 
 def test_rules_are_compared_at_equal_samples():
@@ -75,12 +75,27 @@ def test_the_unequal_table_has_every_situation():
 
 
 def test_the_best_rate_is_taken_when_all_were_tried():
-    runs = [replace(CELL, lr=lr, seed=TUNING_SEED, split="validation") for lr in (0.1, 0.2, 0.3, 0.4, 0.5)]
+    cell = replace(CELL, task="cifar10", split="validation")
+    runs = [replace(cell, lr=lr, seed=TUNING_SEED) for lr in (0.1, 0.2, 0.3, 0.4, 0.5)]
     scores = dict(zip(runs, [3.0, 1.0, 2.0, math.nan, 1.0], strict=True))
-    assert tuned_rates(scores) == {("mnist", "local_sgd", 32, 128): 0.2}
-    assert with_rates([replace(CELL, lr=0.0, interval=128)], tuned_rates(scores))[0].lr == 0.2
+    assert tuned_rates(scores) == {("cifar10", "local_sgd", 32, 128): 0.2}
+    assert with_rates([replace(cell, lr=0.0, interval=128)], tuned_rates(scores))[0].lr == 0.2
     assert tuned_rates(dict(list(scores.items())[:4])) == {}
-    assert with_rates([CELL], {})[0].lr == 0.0
+    assert with_rates([cell], {})[0].lr == 0.0
+
+
+def test_several_tuning_seeds_count_by_their_mean():
+    assert TASKS["mnist"].tuning_seeds == 3
+    rates, seeds = (0.1, 0.2, 0.3, 0.4, 0.5), range(TUNING_SEED, TUNING_SEED + 3)
+    of_rates = [(0.0, 5.0, 5.0), (3.0, 3.0, 3.0), (9.0, 9.0, 9.0), (2.0, 2.0, math.nan), (4.0, 4.0, 0.0)]
+    scores = {
+        replace(CELL, lr=lr, seed=seed, split="validation"): score
+        for lr, of_seeds in zip(rates, of_rates, strict=True)
+        for seed, score in zip(seeds, of_seeds, strict=True)
+    }
+    assert list(tuned_rates(scores).values()) == [0.5]
+    scores.popitem()
+    assert tuned_rates(scores) == {}
 
 
 # -- what is kept ---------------------------------------------------------------------------

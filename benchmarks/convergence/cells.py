@@ -32,7 +32,7 @@ WIRES = ("fp32", "bf16", "int8", "int4")
 OPTIMIZER_STATES = ("keep", "average", "reset")
 
 SEEDS = (1, 2, 3)
-TUNING_SEED = 1000
+TUNING_SEED = 1000  # and the following, where a task has several
 TUNING_PARTICLES = 4
 TUNING_INTERVAL = 32  # stands for all but 1, which is as good as synchronous
 LR_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -103,14 +103,14 @@ def tuning_of(cells: Iterable[Cell]) -> list[Cell]:
     found: dict[Cell, None] = {}
     for cell in cells:
         task, rule, interval, steps = cell.rate_key
-        for factor in LR_FACTORS:
+        for number, factor in product(range(TASKS[task].tuning_seeds), LR_FACTORS):
             run = Cell(
                 task,
                 rule,
                 _tuning_particles(rule),
                 interval,
                 steps,
-                TUNING_SEED,
+                TUNING_SEED + number,
                 lr=TASKS[task].lr * factor,
                 split="validation",
                 scale=cell.scale,
@@ -120,19 +120,21 @@ def tuning_of(cells: Iterable[Cell]) -> list[Cell]:
 
 
 def tuned_rates(scores: Mapping[Cell, float]) -> Rates:
-    """The best of the tuning runs, where all of them are there.
+    """The best on the mean over the tuning seeds, where all tuning runs are there.
 
     Args:
         scores: what each tuning run reached on the validation data; lower is better, NaN is worst.
     """
-    runs: dict[RateKey, dict[float, float]] = {}
+    runs: dict[RateKey, dict[float, list[float]]] = {}
     for cell, score in scores.items():
-        runs.setdefault(cell.rate_key, {})[cell.lr] = score
-    return {
-        key: min(found, key=lambda lr: (math.isnan(found[lr]), found[lr], lr))
-        for key, found in runs.items()
-        if len(found) >= len(LR_FACTORS)
-    }
+        runs.setdefault(cell.rate_key, {}).setdefault(cell.lr, []).append(score)
+    rates = {}
+    for key, found in runs.items():
+        seeds = TASKS[key[0]].tuning_seeds
+        means = {lr: sum(several) / seeds for lr, several in found.items() if len(several) == seeds}
+        if len(means) >= len(LR_FACTORS):
+            rates[key] = min(means, key=lambda lr: (math.isnan(means[lr]), means[lr], lr))
+    return rates
 
 
 def with_rates(cells: Iterable[Cell], rates: Rates) -> list[Cell]:

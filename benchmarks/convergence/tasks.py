@@ -35,6 +35,7 @@ class Task:
     metric: Literal["accuracy", "loss"]  # what tables report and tuning looks at
     train_slice: slice  # of the training data, on which the final model is evaluated
     clip: float = 0.0  # gradient norm; 0: any
+    tuning_seeds: int = 1  # of the runs that find the learning rates
     sort_by: Callable[[Split], Tensor] | None = None  # key of the non-iid order; None: the order of the files
 
 
@@ -95,7 +96,7 @@ _SGD = {"type": "SGD", "params": {"momentum": 0.9}}
 _ADAMW = {"type": "AdamW", "params": {"betas": [0.9, 0.95], "weight_decay": 0.1, "torch_adam": True}}
 
 
-def _image_task(data: str, channels: list[int], image_size: int, lr: float) -> Task:
+def _image_task(data: str, channels: list[int], image_size: int, lr: float, tuning_seeds: int = 1) -> Task:
     return Task(
         data=data,
         build=_conv_net(channels, image_size),
@@ -109,6 +110,7 @@ def _image_task(data: str, channels: list[int], image_size: int, lr: float) -> T
         metric="accuracy",
         train_slice=slice(5000),
         sort_by=lambda split: split[1],
+        tuning_seeds=tuning_seeds,
     )
 
 
@@ -130,7 +132,7 @@ def _text_task(layers: int, width: int, lr: float) -> Task:
 
 
 TASKS = {
-    "mnist": _image_task("mnist", [1, 8, 16, 32], 28, lr=0.01),  # 11 thousand parameters
+    "mnist": _image_task("mnist", [1, 8, 16, 32], 28, lr=0.01, tuning_seeds=3),  # 11 thousand parameters
     "cifar10": _image_task("cifar10", [3, 24, 48, 64], 32, lr=0.01),  # 50 thousand
     "gpt_small": _text_task(2, 64, lr=4e-3),  # 0.4 million
     "gpt_medium": _text_task(3, 128, lr=4e-3),  # 1.1 million

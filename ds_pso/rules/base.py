@@ -39,21 +39,28 @@ class SyncPoint:
     alive: tuple[bool, ...]  # shape (P,); false: loss or weights are not finite
     total: int | None = None  # sync points of the whole training; None: nobody said
     steps: tuple[int, ...] = ()  # optimizer steps of each particle since the last sync point, shape (P,)
+    done: float | None = None  # part of the training that is over; None: what evenly spaced sync points make of it
 
     @property
     def num_particles(self) -> int:
         return len(self.fitness)
 
     @property
+    def knows_progress(self) -> bool:
+        return self.done is not None or self.total is not None
+
+    @property
     def progress(self) -> float:
-        """From 0 before the first sync point to 1 at the last one. Needs ``total``: see Rule.uses_progress."""
+        """From 0 before the first sync point to 1 at the last one. Must be known: see Rule.uses_progress."""
+        if self.done is not None:
+            return self.done
         assert self.total is not None
         return min(1.0, (self.index + 1) / self.total)
 
     @property
     def is_last(self) -> bool:
         """False also when nobody said how long training will be."""
-        return self.total is not None and self.index + 1 >= self.total
+        return self.knows_progress and self.progress >= 1
 
     def mean_weights(self) -> tuple[float, ...]:
         """Equal weights of the living particles, shape (P,); they sum to one."""
@@ -123,7 +130,7 @@ class Rule(ABC):
 
     @property
     def uses_progress(self) -> bool:
-        """Whether ``SyncPoint.total`` must be known."""
+        """Whether ``SyncPoint.progress`` must be known."""
         return False
 
     @property

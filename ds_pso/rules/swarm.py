@@ -256,7 +256,7 @@ class SwarmRule(Rule):
             if believed or (step > 0 and lean > _CLEARLY):
                 mu += self.options.lr_step * memory["sigma"] * step
                 mu = min(max(mu, -_FARTHEST), _FARTHEST)
-        sigma = math.log(self.options.lr_spread) * (min(1.0, 2 - 2 * sync.progress) if sync.total else 1)
+        sigma = math.log(self.options.lr_spread) * (min(1.0, 2 - 2 * sync.progress) if sync.knows_progress else 1)
         even = np.linspace(-1, 1, sync.num_particles) if sync.num_particles > 1 else np.zeros(1)
         if "z" in memory and not losses:  # they are still being collected
             z = memory["z"]

@@ -103,7 +103,7 @@ def test_what_is_asked_meanwhile_changes_nothing(pool: Pool, tmp_path: Path) -> 
     )
     for (weights, records, _, _), (expected, _, overlapped, count) in zip(interrupted, whole, strict=True):
         assert_equal(weights, expected)
-        assert [record["begun"] for record in records] == [3, 6]
+        assert [record["staleness"] for record in records] == [2, 2]
         assert all(record["bytes_received"] > 0 for record in records)
         assert count == 2
         assert overlapped > 0
@@ -217,13 +217,13 @@ def go_on_with_a_shorter_interval(case: Case, folder: Path) -> Any:
             swarm.log = lambda event, **values: records.append(values)
             swarm.load(folder)
             train(case, engine, range(5, 7))
-    return [(record["begun"], record["sync"]) for record in records]
+    return [(record["staleness"], record["sync"]) for record in records]
 
 
 def test_what_is_pending_is_applied_before_the_next_begins(pool: Pool, tmp_path: Path) -> None:
     """Saved when one was due in three steps; resumed with an interval of two."""
     case = Case(steps=8, interval=4, swarm={"delay": 4})
-    assert pool.run(go_on_with_a_shorter_interval, case, tmp_path, world_size=4) == [[(4, 0)]] * 4
+    assert pool.run(go_on_with_a_shorter_interval, case, tmp_path, world_size=4) == [[(2, 0)]] * 4
 
 
 def ask_meanwhile(case: Case) -> dict[str, Any]:

@@ -41,6 +41,10 @@ LATER_RULES: dict[str, Case] = {
     "delay-diloco": Case(sync_mode="diloco", swarm={"delay": 1}),
     "int4": Case(sync_mode="diloco", swarm={"wire": "int4"}),
     "bf16": Case(sync_mode="easgd", swarm={"wire": "bf16"}),
+    # The drift decides, not the time: with this share of it sync points may take what they like.
+    "adaptive": Case(
+        interval=1, swarm={"schedule": {"type": "adaptive", "drift": 0.03, "compute_share": 0, "warmup_steps": 1}}
+    ),
 }
 STEPS = 7
 # Dropout needs the random state, BatchNorm the buffers; 44 samples are 2 steps an epoch.
@@ -83,6 +87,7 @@ def train_from_loader(case: Case, swarm: Swarm, engine: Any, steps: int, folder:
                 synchronizer.census.losses,
                 synchronizer.totals.count,
                 synchronizer.totals.bytes_received,
+                synchronizer.schedule.state_dict(),
                 [swarm.window.total, swarm.window.count, swarm.window.steps],
                 sampler.state_dict(),
                 [random.random(), float(np.random.rand()), torch.rand(1).item()],

@@ -199,9 +199,9 @@ def masters_around_each_sync(cases: list[Case]) -> list[tuple[Any, list[Any]]]:
         seen: list[Any] = []
         real = swarm.synchronizer.sync
 
-        def sync(window: Any, swarm: Any = swarm, seen: list[Any] = seen, real: Any = real) -> Any:
+        def sync(window: Any, step: int, swarm: Any = swarm, seen: list[Any] = seen, real: Any = real) -> Any:
             before = master_pieces(swarm)
-            record = real(window)
+            record = real(window, step)
             seen.append((before, swarm.last_losses, master_pieces(swarm)))
             return record
 

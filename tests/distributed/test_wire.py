@@ -57,12 +57,12 @@ def watch(cases: list[Case], nan_at: int | None = None) -> list[Life]:
         synchronizer, meetings = swarm.synchronizer, []
         real = synchronizer.sync
 
-        def sync(window: Any, s: Any = synchronizer, real: Any = real, meetings: Any = meetings) -> Any:
+        def sync(window: Any, step: int, s: Any = synchronizer, real: Any = real, meetings: Any = meetings) -> Any:
             s.shards.zero_padding()
             if s.totals.count == nan_at and s.exchange.particle == 1:
                 s.shards.tensors[0][:1] = math.nan
             before = flat(s.shards.tensors), flat(s.updater.differences.residual)
-            record = real(window)
+            record = real(window, step)
             d = s.updater.differences
             meetings.append(Meeting(*before, flat(s.shards.tensors), flat(d.residual), flat(d.common)))
             return record

@@ -75,7 +75,7 @@ def lose_in_the_background(case: Case, lost: int, how: str) -> Any:
         if swarm.world.layout.rank == lost:
             leave(how)
         swarm.synchronizer.begin(swarm.window, step=1, delay=1)
-        swarm.synchronizer.finish(swarm.window)
+        swarm.synchronizer.finish(swarm.window, step=2)
 
 
 def assert_named(outcomes: list[Outcome], lost: int, waiting: list[int]) -> None:
@@ -133,7 +133,7 @@ def lose_between_plans(case: Case, lost: int, how: str, where: str) -> Any:
     with swarm_of(case) as (swarm, engine):
         train(case, engine, range(1))
         if swarm.particle == lost:
-            setattr(swarm.synchronizer if where == "_score" else swarm.exchange, where, lambda *_: leave(how))
+            setattr(swarm.synchronizer.census if where == "score" else swarm.exchange, where, lambda *_: leave(how))
         swarm.sync()
 
 
@@ -142,7 +142,7 @@ GUARDED = Case(sync_mode="swarm", probe=True, options={"fitness_steps": 1}, part
 
 
 @pytest.mark.parametrize(
-    ("case", "where", "how"), [(RING, "from_each", "killed"), (GUARDED, "_score", "stopped")], ids=["ring", "score"]
+    ("case", "where", "how"), [(RING, "from_each", "killed"), (GUARDED, "score", "stopped")], ids=["ring", "score"]
 )
 def test_a_peer_lost_between_the_plans_of_a_sync_point(pool: Pool, case: Case, where: str, how: str) -> None:
     lost, size = 1, int(case.particles)
