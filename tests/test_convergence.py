@@ -234,3 +234,12 @@ def test_a_small_version_of_the_transformers(pool: Pool, tmp_path: Path) -> None
     assert loss["allreduce"] < loss["local_sgd"] - 0.05
     assert loss["local_sgd"] < loss["easgd"] - 0.05
     assert loss["local_sgd"] < loss["none"] - 0.05
+
+
+def test_a_small_version_of_the_optimizer_states(pool: Pool, tmp_path: Path) -> None:
+    cell = Cell("gpt_small", "local_sgd", 4, 8, 64, seed=1, lr=0.004)
+    cells = {state: replace(cell, optimizer_state=state) for state in ("average", "reset")}
+    (outcomes,) = pool.run(run_cells, tmp_path, list(cells.values()), world_size=1, timeout=150)
+    loss = {state: outcomes[cell].loss for state, cell in cells.items()}
+    print(loss)
+    assert loss["average"] < loss["reset"] - 0.03

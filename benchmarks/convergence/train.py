@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import os
-import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +13,11 @@ import deepspeed
 import torch
 from torch.utils.data import BatchSampler
 
-import ds_pso
 from benchmarks.convergence.cells import Cell
 from benchmarks.convergence.data import Data, Split, load, take
 from benchmarks.convergence.results import Outcome
 from benchmarks.convergence.tasks import TASKS, Task
+from benchmarks.table import machine, versions
 from ds_pso import Swarm
 from ds_pso.errors import ConfigError
 from ds_pso.shards import find_shards
@@ -91,8 +89,8 @@ def train(swarm: Swarm, cell: Cell, folder: Path | None = None) -> Outcome:
         curve=curve,
         seconds=time.perf_counter() - begin,
         how="simulated" if isinstance(swarm.world, SimulatedWorld) else "real",
-        machine=_machine(),
-        versions=f"ds_pso {ds_pso.__version__}, torch {torch.__version__}, deepspeed {deepspeed.__version__}",
+        machine=machine(),
+        versions=versions(),
     )
 
 
@@ -211,12 +209,6 @@ def _evaluate(swarm: Swarm, engine: Any, cell: Cell, split: Split, first: int, e
     sums = [math.fsum(swarm.gather(value)) for value in (loss_sum, correct, count)]
     mean, accuracy = sums[0] / sums[2], sums[1] / sums[2]
     return mean, accuracy if math.isfinite(mean) else math.nan  # NaN is a guess, and right sometimes
-
-
-def _machine() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
 
 
 def clean_up() -> None:

@@ -1,0 +1,127 @@
+"""The table and the picture of what was measured."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.slow_link.results import Measured, SlowLinkTable
+from benchmarks.slow_link.runs import BANDWIDTHS, MICRO_BATCH, SEQ_LENGTH, Run
+from ds_pso.files import write_atomically
+
+CLAIMS = Path(__file__).parent / "claims.md"
+_TOKENS = 2 * MICRO_BATCH * SEQ_LENGTH  # of both ends, in a step
+
+_ABOUT = (
+    f"A Llama of 7.4 million parameters, AdamW in fp32, {MICRO_BATCH * SEQ_LENGTH} tokens a step at each end, P = 2, "
+    "S = 1, one core for each end. The ends are network namespaces joined by a veth pair whose bandwidth `tc tbf` "
+    "limits in both directions. Median over the runs, and from the lowest to the highest if there are several."
+)
+_SHARE = (
+    "Compute share: tokens/s over the tokens/s of the same stack, in the same repetition, with nothing to say to the "
+    "other end. n: steps between two sync points; d: `delay`, for torchft its fragment_sync_delay."
+)
+
+
+def write_report(table: SlowLinkTable) -> list[Path]:
+    """Draw what there is."""
+    page, picture = table.path.with_suffix(".md"), table.path.with_suffix(".png")
+    some = next(iter(table.rows.values()))
+    repetitions = len({run.number for run in table.rows})
+    lines = [
+        f"# {table.path.stem}",
+        "",
+        f"![The same as a picture]({picture.name})",
+        "",
+        f"Made by `python -m benchmarks.slow_link` on {some.machine} with {some.versions}; {len(table.rows)} runs, "
+        f"{repetitions} of each.",
+        "",
+        _ABOUT,
+        "",
+        _SHARE,
+        "",
+    ]
+    for title, value, spec in (
+        ("Compute share, %", lambda run, row: 100 * _share(table, run, row), ".1f"),
+        ("Tokens per second, both ends", lambda run, row: _TOKENS / row.step_s, ".0f"),
+        ("Seconds of a step, sync points included", lambda run, row: row.step_s, ".3f"),
+        (
+            "Received at a sync point on the interface, MB (10^6 bytes), headers and acknowledgements included",
+            lambda run, row: row.bytes_per_step * run.interval / 1e6,
+            ".2f",
+        ),
+    ):
+        lines += [f"## {title}", "", *_grid(table, value, spec), ""]
+    alone = [run for run in table.rows if not run.talks]
+    lines += ["## Alone", "", "| | seconds of a step |", "| --- | --- |"]
+    for name in dict.fromkeys(run.name for run in alone):
+        lines.append(f"| {name} | {_cell([table.rows[run].step_s for run in alone if run.name == name], '.3f')} |")
+    if CLAIMS.exists():
+        lines += ["", *CLAIMS.read_text(encoding="utf-8").splitlines()]
+    write_atomically(page, "\n".join(lines).rstrip() + "\n")
+    _draw(table, picture)
+    return [page, picture]
+
+
+def _share(table: SlowLinkTable, run: Run, row: Measured) -> float:
+    alone = table.rows.get(run.alone)
+    return alone.step_s / row.step_s if alone else float("nan")
+
+
+def _grid(table: SlowLinkTable, value: Callable[[Run, Measured], float], spec: str) -> list[str]:
+    talking = {run: row for run, row in table.rows.items() if run.talks}
+    lines = [f"| | {' | '.join(BANDWIDTHS)} |", f"| --- |{' --- |' * len(BANDWIDTHS)}"]
+    for name in dict.fromkeys(run.name for run in sorted(talking, key=lambda run: -run.interval)):
+        cells = [
+            _cell([value(r, row) for r, row in talking.items() if (r.name, r.bandwidth) == (name, bandwidth)], spec)
+            for bandwidth in BANDWIDTHS
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(values: list[float], spec: str) -> str:
+    if not values:
+        return ""
+    span = f" ({min(values):{spec}} to {max(values):{spec}})" if len(values) > 1 else ""
+    return f"{median(values):{spec}}{span}"
+
+
+def _draw(table: SlowLinkTable, picture: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    talking = {run: row for run, row in table.rows.items() if run.talks and run.alone in table.rows}
+    names = list(dict.fromkeys(run.name for run in sorted(talking, key=lambda run: -run.interval)))
+    shown = [bandwidth for bandwidth in BANDWIDTHS if any(run.bandwidth == bandwidth for run in talking)]
+    if not shown:
+        return
+    figure, panels = plt.subplots(
+        1, len(shown), figsize=(3.2 + 2.6 * len(shown), 0.9 + 0.26 * len(names)), sharey=True, squeeze=False
+    )
+    colours: dict[str, Any] = {"ds_pso": "C0", "torchft": "C1", "Accelerate": "C2", "DeepSpeed": "C3"}
+    for panel, bandwidth in zip(panels.flat, shown, strict=True):
+        for y, name in enumerate(names):
+            shares = [
+                100 * _share(table, r, row) for r, row in talking.items() if (r.name, r.bandwidth) == (name, bandwidth)
+            ]
+            if shares:
+                middle = median(shares)
+                panel.barh(y, middle, color=colours[name.split()[0]], height=0.7)
+                panel.plot([min(shares), max(shares)], [y, y], color="0.2", lw=1)
+                panel.text(middle + 2, y, f"{middle:.0f}", va="center", fontsize=7)
+        panel.set(title=bandwidth, xlim=(0, 115), xlabel="compute share, %", yticks=range(len(names)))
+        panel.axvline(95, color="0.6", lw=0.8, ls=":")
+        panel.set_yticklabels(names, fontsize=8)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels.flat[0].invert_yaxis()
+    figure.tight_layout()
+    temporary = picture.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=130)
+    plt.close(figure)
+    os.replace(temporary, picture)

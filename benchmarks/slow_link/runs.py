@@ -1,0 +1,84 @@
+"""Which runs the table consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+MICRO_BATCH, SEQ_LENGTH = 4, 128  # 512 tokens a step at each end
+BANDWIDTHS = {"1 Gbit/s": 1e9, "100 Mbit/s": 1e8, "20 Mbit/s": 2e7}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of one stack. The defaults are what most have."""
+
+    stack: str  # "DeepSpeed", "ds_pso", "torchft" or "Accelerate"
+    rule: str = "local_sgd"
+    stage: int = 2  # of ZeRO, where there is ZeRO
+    interval: int = 32  # 1: every step
+    wire: str = "fp32"
+    delay: int = 0
+    talks: bool = True  # false: the same stack, and the ends have nothing to say to each other
+    bandwidth: str = "100 Mbit/s"
+    number: int = 0  # of the repetition
+
+    @property
+    def alone(self) -> Run:
+        """What its compute share is measured against."""
+        rule = "diloco" if self.stack == "torchft" else "local_sgd"
+        return Run(self.stack, rule, self.stage, talks=False, number=self.number)
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """(before measuring, measured): whole intervals where there are any."""
+        if not self.talks:
+            return 4, 48
+        if self.interval == 1:
+            return 1, 4 if self.bandwidth == "20 Mbit/s" else 8
+        return self.interval, max(64, self.interval)
+
+    @property
+    def name(self) -> str:
+        """A row of the table, whatever the bandwidth."""
+        parts = [self.stack, f"ZeRO {self.stage}"] if self.stack in ("DeepSpeed", "ds_pso") else [self.stack]
+        if self.stack != "DeepSpeed":
+            parts.append(self.rule)
+        if not self.talks:
+            return f"{self.stack}{f' ZeRO {self.stage}' if 'ZeRO' in ' '.join(parts) else ''}, alone"
+        parts.append(f"n={self.interval}")
+        parts += [self.wire] if self.wire != "fp32" else []
+        parts += [f"d={self.delay}"] if self.delay else []
+        return " ".join(parts)
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.bandwidth}, run {self.number}" if self.talks else f"{self.name}, run {self.number}"
+
+
+_TALKING = [
+    Run("DeepSpeed", interval=1),
+    Run("torchft", "diloco"),
+    Run("torchft", "diloco", delay=8),
+    Run("torchft", "local_sgd"),
+    Run("Accelerate"),
+    Run("ds_pso"),
+    Run("ds_pso", "diloco"),
+    Run("ds_pso", wire="int4"),
+    Run("ds_pso", delay=8),
+    Run("ds_pso", wire="int4", delay=2),
+    Run("ds_pso", stage=0, wire="int4", delay=2),
+    Run("torchft", "diloco", interval=8),
+    Run("ds_pso", interval=8),
+    Run("ds_pso", interval=8, wire="int8", delay=4),
+    Run("ds_pso", interval=8, wire="int4", delay=2),
+    Run("ds_pso", stage=0, interval=8, wire="int4", delay=2),
+    Run("ds_pso", interval=4, wire="int4", delay=2),
+]
+
+
+def runs(number: int) -> Iterator[Run]:
+    """All of one repetition: each stack alone, then everything over each link, the slowest last."""
+    numbered = [replace(run, number=number) for run in _TALKING]
+    yield from dict.fromkeys(run.alone for run in numbered)
+    for bandwidth in BANDWIDTHS:
+        yield from (replace(run, bandwidth=bandwidth) for run in numbered)

@@ -1,0 +1,102 @@
+"""The slow link between two namespaces is as slow as it says, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.slow_link import network
+from benchmarks.slow_link.report import write_report
+from benchmarks.slow_link.results import Measured, SlowLinkTable
+from benchmarks.slow_link.runs import BANDWIDTHS, Run, runs
+
+needs_namespaces = pytest.mark.skipif(network.why_not() is not None, reason=str(network.why_not()))
+
+RECEIVE = """
+import socket, sys, time
+from benchmarks.slow_link.network import received_bytes
+server = socket.create_server((sys.argv[1], 5000))
+print("listening", flush=True)
+peer, _ = server.accept()
+begin, count, before = time.perf_counter(), 0, received_bytes()
+while part := peer.recv(1 << 16):
+    count += len(part)
+print(count, received_bytes() - before, time.perf_counter() - begin, flush=True)
+"""
+SEND = "import socket, sys; socket.create_connection((sys.argv[1], 5000)).sendall(bytes(int(sys.argv[2])))"
+
+
+def namespaces() -> str:
+    return subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+
+
+@needs_namespaces
+def test_the_link_is_as_slow_as_it_says_and_goes_away() -> None:
+    numel = 1_000_000
+    with network.slow_link(8e6) as link:  # a second for a million bytes
+        root = Path(__file__).parents[1]
+        environment = os.environ | {"PYTHONPATH": str(root)}
+        receiver = subprocess.Popen(
+            link.command(0, sys.executable, "-c", RECEIVE, link.addresses[0]),
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=root,
+        )
+        assert receiver.stdout is not None
+        assert receiver.stdout.readline() == "listening\n"
+        subprocess.run(link.command(1, sys.executable, "-c", SEND, link.addresses[0], str(numel)), check=True)
+        count, on_interface, seconds = map(float, receiver.communicate(timeout=60)[0].split())
+        assert all(name in namespaces() for name in link.namespaces)
+    assert count == numel
+    assert numel < on_interface < 1.1 * numel, "with headers"
+    assert seconds > 0.9, "never faster; slower if the machine is busy"
+    assert not any(name in namespaces() for name in link.namespaces)
+
+
+@needs_namespaces
+def test_a_failure_leaves_no_namespace_behind() -> None:
+    before = namespaces()
+    with pytest.raises(ZeroDivisionError), network.slow_link(1e6):
+        _ = 1 / 0
+    assert namespaces() == before
+
+
+def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network.sys, "platform", "darwin")
+    assert network.why_not() == "network namespaces exist on Linux only"
+    monkeypatch.setattr(network.sys, "platform", "linux")
+    monkeypatch.setattr(network.shutil, "which", lambda name: None)
+    assert network.why_not() == "the programs ip and tc are missing; install iproute2"
+    monkeypatch.setattr(network.shutil, "which", lambda name: name)
+    monkeypatch.setattr(network.os, "geteuid", lambda: 1000)
+    assert network.why_not() == "creating network namespaces needs root"
+
+
+def test_every_run_has_its_stack_alone_in_the_same_repetition() -> None:
+    wanted = list(runs(2))
+    assert len(set(wanted)) == len(wanted)
+    assert {run.alone for run in wanted} <= set(wanted)
+    assert {run.number for run in wanted} == {2}
+    assert {run.bandwidth for run in wanted if run.talks} == set(BANDWIDTHS)
+    for run in wanted:
+        warmup, measured = run.steps
+        assert not run.talks or (warmup % run.interval, measured % run.interval) == (0, 0)
+
+
+def test_shares_are_those_of_equal_repetitions(tmp_path: Path) -> None:
+    table = SlowLinkTable(tmp_path / "slow_link.csv")
+    for number, (alone_s, run_s) in enumerate([(1.0, 2.0), (3.0, 4.0), (1.0, 1.25)]):
+        run = Run("ds_pso", number=number)
+        table.add(run.alone, Measured(alone_s, 0.0, "m", "v"))
+        table.add(run, Measured(run_s, 1e6, "m", "v"))
+    assert SlowLinkTable(table.path).rows == table.rows
+    page = write_report(table)[0].read_text(encoding="utf-8")
+    assert "| ds_pso ZeRO 2 local_sgd n=32 |  | 75.0 (50.0 to 80.0) |  |" in page
+    assert "| ds_pso ZeRO 2 local_sgd n=32 |  | 32.00 (32.00 to 32.00) |  |" in page, "megabytes of 32 steps"
+    assert replace(Run("ds_pso"), talks=False).name == "ds_pso ZeRO 2, alone"
