@@ -14,9 +14,9 @@ from ds_pso.rules import Place, Plan, Rule
 from ds_pso.shards import Shards
 from ds_pso.wire import Differences
 
-# Elements that a rule updates at once: the few passes over them stay in the cache of a core. A GPU is
-# kept busy by one launch for many; this only bounds the temporaries.
-_CHUNK = {"cpu": 2**16, "cuda": 2**24}
+# Elements that a rule updates at once. On a CPU the few passes over them stay in the cache of a core; on other devices,
+# which one launch for many keeps busy, this only bounds the temporaries.
+_CHUNK_OF_CPU, _CHUNK = 2**17, 2**24
 
 
 class Updater:
@@ -75,6 +75,7 @@ class Updater:
     def _update(self, x: Tensor, piece: Piece, received: Tensor, plan: Plan) -> None:
         """Let the rule update a piece of shard ``x``, one parameter at a time if it asks for that."""
         me = self.exchange.particle
+        chunk = _CHUNK_OF_CPU if x.device.type == "cpu" else _CHUNK
         parts = [(piece.start, piece.stop, "")]
         if self.rule.per_parameter:
             segments = (s for s in self.segments if s.shard == piece.tensor)
@@ -82,8 +83,8 @@ class Updater:
                 (max(piece.start, s.shard_start), min(piece.stop, s.shard_start + s.numel), s.name) for s in segments
             ]
         for begin, end, name in parts:
-            for start in range(begin, end, _CHUNK[x.device.type]):
-                stop = min(end, start + _CHUNK[x.device.type])
+            for start in range(begin, end, chunk):
+                stop = min(end, start + chunk)
                 state = {key: value[start:stop] for key, value in self.state[piece.tensor].items()}
                 arrived = received[start - piece.start : stop - piece.start]
                 if self._measures:
