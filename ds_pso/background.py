@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+_LOOK_S = 0.1
+
 
 class Task:
     """Runs ``job`` in a thread of its own, behind what the device has been given to do so far."""
@@ -32,9 +34,13 @@ class Task:
         """Whether the caller is the job."""
         return threading.current_thread() is self._thread
 
-    def wait(self) -> None:
-        """Until it is done; raises what it raised."""
-        self._thread.join()
+    def wait(self, until: threading.Event | None = None) -> None:
+        """Until it is done, or has set the event; raises what it raised."""
+        if until is None:
+            self._thread.join()
+        else:
+            while self._thread.is_alive() and not until.wait(_LOOK_S):
+                pass  # it may have ended by an error, and then sets nothing any more
         if self._error is not None:
             raise self._error
 

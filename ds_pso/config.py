@@ -41,6 +41,12 @@ class SwarmConfig(StrictModel):
         description="Apply the result of a sync point so many optimizer steps later, and exchange in the background "
         "meanwhile; 0: training waits.",
     )
+    fragments: int = Field(
+        default=1,
+        ge=1,
+        description="Cut a delayed sync point into so many fragments, which are exchanged and applied one after the "
+        "other within `delay`, those first that the forward pass needs first.",
+    )
     fitness: Literal["train", "probe"] = Field(
         default="train",
         description="Loss that ranks the particles: mean training loss since the last sync, or a probe batch.",
@@ -188,6 +194,11 @@ def _check_consistent(ds_config: dict[str, Any], swarm: SwarmConfig, where: str)
         )
     if swarm.delay > 0:
         _check_delay(rule, swarm, where)
+    if swarm.fragments > max(1, swarm.delay):
+        raise ConfigError(
+            f"{where}: swarm.fragments = {swarm.fragments}: at most one is applied after each step of swarm.delay = "
+            f"{swarm.delay}; lower it, or set a longer delay"
+        )
     if swarm.wire != "fp32":
         _check_wire(rule, swarm, where)
     if rule.max_staleness is not None:

@@ -128,6 +128,7 @@ class Swarm(SwarmState):
                 schedule=schedule,
                 optimizer_state=self.config.optimizer_state,
                 wire=self.config.wire,
+                fragments=self.config.fragments,
             )
         self._engine = engine
         self._follow(engine)
@@ -136,13 +137,15 @@ class Swarm(SwarmState):
     def sync(self) -> None:
         """Meet the other particles now. ``engine.step`` does it when a sync point is due."""
         if self.synchronizer is not None:
-            self._finish()
+            self._advance(to_the_end=True)
             self._log_sync(self.synchronizer.sync(self.window, self.engine.global_steps))
 
-    def _finish(self) -> None:
-        """Apply what a delayed sync point has brought."""
+    def _advance(self, *, to_the_end: bool = False) -> None:
+        """Apply what a delayed sync point has brought, so far as it is due."""
         if self.synchronizer is not None and self.synchronizer.pending is not None:
-            self._log_sync(self.synchronizer.finish(self.window, self.engine.global_steps))
+            record = self.synchronizer.advance(self.window, self.engine.global_steps, to_the_end=to_the_end)
+            if record is not None:
+                self._log_sync(record)
 
     def _log_sync(self, record: dict[str, Any]) -> None:
         self.log("sync", **record)
@@ -156,8 +159,7 @@ class Swarm(SwarmState):
         schedule = synchronizer.schedule
         begins = schedule.is_due(step)
         # After resuming with a shorter interval the next one may begin before the last is due.
-        if synchronizer.pending is not None and (begins or step >= synchronizer.pending.due):
-            self._finish()
+        self._advance(to_the_end=begins)
         if begins:
             if self.config.delay == 0 or schedule.in_warmup(step) or schedule.progress(step) == 1:
                 self.sync()

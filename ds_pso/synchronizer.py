@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,6 +16,7 @@ from ds_pso.consensus import Consensus
 from ds_pso.errors import SwarmError
 from ds_pso.exchange import Exchange
 from ds_pso.fitness import FitnessWindow
+from ds_pso.fragments import Fragment, cut
 from ds_pso.letters import Mailbox
 from ds_pso.rules import Rule, SyncPoint
 from ds_pso.schedule import Observed, Schedule
@@ -44,18 +47,32 @@ class Pending:
     """
 
     begun: int  # optimizer step
-    due: int  # optimizer step after which the movement is made
+    delay: int  # steps until the last fragment is due
+    fragments: int
     movement: list[Tensor]
-    settled_s: float = 0.0  # what ``World.settled_s`` was at the beginning
+    applied: int = 0  # fragments
     record: dict[str, Any] = field(default_factory=dict)  # to log
     lr_factors: Sequence[float] = ()
     apart: Sequence[float] = (0.0, 0.0)
-    held_up_s: float = 0.0  # training, to begin it
+    arrived_s: list[float] = field(default_factory=list)  # of each fragment, after the beginning
+    held_up_s: float = 0.0  # training, to begin it and to apply what has come
     background_s: float = 0.0
+    settled_s: float = 0.0  # what ``World.settled_s`` was at the beginning
+    waited_s: float = 0.0  # what it has grown by in ``held_up_s``
+    arrived: list[threading.Event] = field(default_factory=list)  # of each fragment
+
+    def due(self, fragment: int) -> int:
+        """The optimizer step after which it is applied: spread over the delay."""
+        return self.begun + math.ceil(self.delay * (fragment + 1) / self.fragments)
+
+    def due_by(self, step: int) -> int:
+        """How many fragments are due."""
+        return sum(step >= self.due(fragment) for fragment in range(self.fragments))
 
     def state_dict(self) -> dict[str, Any]:
         """All but the tensors, once the meeting is over; JSON values."""
-        names = ("begun", "due", "record", "lr_factors", "apart", "held_up_s", "background_s")
+        numbers = ("begun", "delay", "fragments", "applied", "held_up_s", "background_s")
+        names = (*numbers, "record", "lr_factors", "apart", "arrived_s")
         return {name: getattr(self, name) for name in names}
 
 
@@ -67,6 +84,7 @@ class Synchronizer:
         schedule: decides when ``sync`` or ``begin`` is to be called, and is told what came of it.
         optimizer_state: what becomes of the optimizer's moments at a sync point.
         wire: how weights travel.
+        fragments: into how many pieces a delayed sync point is cut.
     """
 
     def __init__(
@@ -81,21 +99,25 @@ class Synchronizer:
         schedule: Schedule,
         optimizer_state: Literal["keep", "average", "reset"] = "keep",
         wire: Literal["fp32", "bf16", "int8", "int4"] = "fp32",
+        fragments: int = 1,
     ) -> None:
         self.world = world
         self.exchange = exchange
         self.rule = rule
         self.shards = shards
         self.optimizer_state = optimizer_state
+        self.fragments = fragments
         self.totals = SyncTotals()
         self.schedule = schedule
         self.census = Census(world, exchange, shards, probe=probe, rank_by=rank_by, total=schedule.count)
         self._check_same_model()
         self._start_alike()
         differences = None if wire == "fp32" else Differences(FORMATS[wire], shards.tensors)
-        self.updater = Updater(exchange, rule, shards, differences)
+        state = [rule.init_state(x) for x in shards.tensors]
+        self.updater = Updater(exchange, rule, shards.segments, state, differences)
         self.consensus = Consensus(self.census, self.updater, shards)
         self.pending: Pending | None = None
+        self._cuts: dict[int, list[Fragment]] = {}
         self._mailbox = world.open_mailbox() if rule.max_staleness is not None else None
         self._letter_bytes = 0
         self._clock = (time.perf_counter(), 0.0)  # when training began to be timed, and what had held it up before
@@ -177,7 +199,7 @@ class Synchronizer:
 
         Args:
             step: the optimizer step that has just been made.
-            delay: ``finish`` will be called this many steps later.
+            delay: ``advance`` will be called after each of so many following steps.
 
         Raises:
             SwarmError: as ``sync`` does.
@@ -192,7 +214,8 @@ class Synchronizer:
             movement = [t.clone() for t in (*self.shards.tensors, *buffers)]
         row = self._own_row(window, begin)
         window.clear()
-        pending = self.pending = Pending(step, step + delay, movement, self.world.settled_s)
+        pending = self.pending = Pending(step, delay, self.fragments, movement, settled_s=self.world.settled_s)
+        pending.arrived = [threading.Event() for _ in range(pending.fragments)]
         pending.held_up_s = time.perf_counter() - begin
         self.world.in_background(lambda: self._meet(pending, row))
 
@@ -201,27 +224,20 @@ class Synchronizer:
         begin, traffic = time.perf_counter(), self._traffic()
         waited = self._wait_for(self.world.layout.peers)
         point = self.census.of_all(row, self.schedule.progress(pending.begun))
-        note: dict[str, Any] = {}
+        # Whoever waits for the first fragment reads it.
+        pending.record = {"sync": point.index, "losses": point.fitness, "alive": point.alive, "waited_s": waited}
         if any(point.alive):
-            shards, buffers = self._split(pending.movement)
-            note, pending.lr_factors = self._move(shards, buffers, point)
-        pending.record = {"sync": point.index, "losses": point.fitness, "alive": point.alive, **note}
-        pending.apart = self._apart(point)
-        pending.record |= {"waited_s": waited, **self._traffic_since(traffic)}
+            pending.record |= self._move(pending, point, begin)
+        pending.record |= self._traffic_since(traffic)
         pending.background_s = time.perf_counter() - begin
 
-    def _split(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Those that belong to the shards, and those that belong to the buffers."""
-        return tensors[: len(self.updater.state)], tensors[len(self.updater.state) :]
-
-    def _move(
-        self, shards: Sequence[Tensor], buffers: Sequence[Tensor], point: SyncPoint
-    ) -> tuple[dict[str, Any], tuple[float, ...]]:
-        """Turn the tensors into what ``Pending.movement`` says.
+    def _move(self, pending: Pending, point: SyncPoint, begin: float) -> dict[str, Any]:
+        """Turn the copies into what ``Pending.movement`` says, one fragment after the other.
 
         Returns:
-            What to log of it, and the particles' factors of the learning rate.
+            What to log of it.
         """
+        shards, buffers = self._split(pending.movement)
         for piece, received in self.exchange.weighted_mean(buffers, point.mean_weights()):
             piece.of(buffers[piece.tensor]).copy_(received)
         plan = self.rule.plan(point, self.updater.memory)
@@ -231,61 +247,104 @@ class Synchronizer:
                 "uses_probe be true, so that this is told at once, or use 0",
                 agreed=True,
             )
-        note = self.updater.displace(plan, shards, alive=point.alive[self.exchange.particle])
+        note, squares = {}, []
+        for fragment, arrived in zip(self._cut(pending.fragments), pending.arrived, strict=True):
+            updater = self.updater.of(fragment)
+            alive = point.alive[self.exchange.particle]
+            note = updater.displace(plan, [r.of(shards) for r in fragment], alive=alive)
+            squares.append(updater.take_distance())
+            pending.arrived_s.append(time.perf_counter() - begin)
+            arrived.set()
         self.updater.memory = plan.memory
-        return note, plan.lr_factors
+        pending.lr_factors = plan.lr_factors
+        pending.apart = self.census.apart([sum(column) for column in zip(*squares, strict=True)], point)
+        return note
 
-    def _apply(self, pending: Pending) -> None:
-        """Make the movement."""
-        me, shards = self.exchange.particle, self.shards.tensors
-        moved, mean = self._split(pending.movement)
-        if pending.record["alive"][me]:
-            for x, movement in zip(shards, moved, strict=True):
-                x.add_(movement)
-        else:
-            replace(shards, moved)
-        with self.shards.flat_buffers() as buffers:
-            replace(buffers, mean)
-        if pending.lr_factors:
-            self.shards.lr_factor = pending.lr_factors[me]
-            pending.record["lr_factors"] = pending.lr_factors
-        if self.optimizer_state == "reset" or not pending.record["alive"][me]:
-            self.shards.reset_optimizer_state()
+    def _cut(self, count: int) -> list[Fragment]:
+        if count not in self._cuts:
+            self._cuts[count] = cut(self.shards, count)
+        return self._cuts[count]
 
-    def finish(self, window: FitnessWindow, step: int) -> dict[str, Any]:
-        """Wait for the meeting that was begun, and move by what came of it. Called alike on all ranks.
+    def _split(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Those that belong to the shards, and those that belong to the buffers."""
+        return tensors[: len(self.updater.state)], tensors[len(self.updater.state) :]
 
-        If the particle was not alive then, the losses since then were those of weights that are gone now: ``window``
-        forgets them.
+    def advance(self, window: FitnessWindow, step: int, *, to_the_end: bool = False) -> dict[str, Any] | None:
+        """Apply what is due of the meeting that was begun, and wait for it if need be. Called alike on all ranks.
 
         The correction of multi-step delayed updates: x <- result + (x now - x when it began).
 
-        Returns, raises:
+        A particle that was not alive then takes everything as soon as something is due, and ``window`` forgets the
+        losses since then, which were those of weights that are gone now.
+
+        Args:
+            to_the_end: also what is not due yet.
+
+        Returns:
+            What to log of it, once all is applied.
+
+        Raises:
             As ``sync`` does.
         """
         self.shards.check_present()
         begin, pending = time.perf_counter(), self.pending
         assert pending is not None
-        # An evaluation or a checkpoint may have had to wait for it before.
-        earlier = self.world.settled_s - pending.settled_s
-        self.world.settle()
-        waited_for = self.world.settled_s - pending.settled_s
-        record = pending.record
-        if any(record["alive"]):
-            self._apply(pending)
-        if not record["alive"][self.exchange.particle]:
-            window.clear_losses()
-        self.shards.publish()
-        self.pending = None
+        end = pending.fragments if to_the_end else pending.due_by(step)
+        if end == 0:
+            return None
+        settled_before = self.world.settled_s
+        if pending.arrived and end < pending.fragments:
+            self.world.wait_for_task(pending.arrived[end - 1])
+        else:
+            self.world.settle()
+        if pending.applied < end:
+            self._apply(pending, end, window)
+            self.shards.publish()
+        pending.waited_s += self.world.settled_s - settled_before
+        if end < pending.fragments:
+            pending.held_up_s += time.perf_counter() - begin
+            return None
 
-        self.census.losses = tuple(record["losses"])
+        self.pending = None
+        self.census.losses = tuple(pending.record["losses"])
         drift = self.census.drift(pending.apart)
-        seconds = pending.held_up_s + earlier + time.perf_counter() - begin
-        overlapped = max(0.0, pending.background_s - waited_for)
+        waited = self.world.settled_s - pending.settled_s
+        # An evaluation or a checkpoint may have had to wait for it before.
+        seconds = pending.held_up_s + waited - pending.waited_s + time.perf_counter() - begin
+        overlapped = max(0.0, pending.background_s - waited)
         self.totals.overlapped_s += overlapped
-        staleness = step - pending.begun
-        record = self._conclude(record, step, drift, staleness=staleness, seconds=seconds)
+        record = self._conclude(pending.record, step, drift, staleness=step - pending.begun, seconds=seconds)
+        if pending.fragments > 1:
+            due = [min(step, pending.due(fragment)) - pending.begun for fragment in range(pending.fragments)]
+            record |= {"fragments_staleness": due, "fragments_s": pending.arrived_s}
         return record | {"overlapped_s": overlapped}
+
+    def _apply(self, pending: Pending, end: int, window: FitnessWindow) -> None:
+        """Make the movement of the fragments before ``end``, and with the last one what is not theirs."""
+        me, shards = self.exchange.particle, self.shards.tensors
+        moved, mean = self._split(pending.movement)
+        alive = pending.record["alive"]
+        if not alive[me]:
+            # Half a particle would not live either.
+            self.world.settle()
+            end = pending.fragments
+            window.clear_losses()
+        if any(alive):
+            for fragment in self._cut(pending.fragments)[pending.applied : end]:
+                for r in fragment:
+                    if alive[me]:
+                        r.of(shards).add_(r.of(moved))
+                    else:
+                        r.of(shards).copy_(r.of(moved))
+        if any(alive) and end == pending.fragments:
+            with self.shards.flat_buffers() as buffers:
+                replace(buffers, mean)
+            if pending.lr_factors:
+                self.shards.lr_factor = pending.lr_factors[me]
+                pending.record["lr_factors"] = pending.lr_factors
+            if self.optimizer_state == "reset" or not alive[me]:
+                self.shards.reset_optimizer_state()
+        pending.applied = end
 
     def _own_row(self, window: FitnessWindow, now: float) -> list[float]:
         began, held_up_before = self._clock
@@ -295,9 +354,9 @@ class Synchronizer:
             window, trained_s=now - began - held_up, held_up_s=held_up, needs_loss=self.rule.uses_fitness
         )
 
-    def _apart(self, point: SyncPoint) -> list[float]:
+    def _apart(self, point: SyncPoint) -> Sequence[float]:
         """See ``Census.apart``; of particles that wait for nobody, this one's own distance."""
-        squares = list(self.updater.take_distance())
+        squares = self.updater.take_distance()
         return self.census.apart(squares, point) if self._mailbox is None and any(point.alive) else squares
 
     def _traffic(self) -> tuple[int, float]:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ds_pso.errors import SwarmError
 from ds_pso.exchange import Exchange, Piece
+from ds_pso.fragments import Fragment, segments_in, states_in
 from ds_pso.rules import Place, Plan, Rule
-from ds_pso.shards import Shards
+from ds_pso.shards import Segment
 from ds_pso.wire import Differences
 
 # Elements that a rule updates at once. On a CPU the few passes over them stay in the cache of a core; on other devices,
@@ -28,15 +29,30 @@ class Updater:
         differences: what the wire keeps; None where weights travel as they are.
     """
 
-    def __init__(self, exchange: Exchange, rule: Rule, shards: Shards, differences: Differences | None) -> None:
+    def __init__(
+        self,
+        exchange: Exchange,
+        rule: Rule,
+        segments: Sequence[Segment],
+        state: list[dict[str, Tensor]],
+        differences: Differences | None,
+    ) -> None:
         self.exchange = exchange
         self.rule = rule
-        self.segments = shards.segments
-        self.state: list[dict[str, Tensor]] = [rule.init_state(x) for x in shards.tensors]
+        self.segments = segments
+        self.state = state
         self.memory: Mapping[str, Any] = {}
         self.differences = differences
         self._squares: Tensor | None = None
         self._measures = False
+
+    def of(self, fragment: Fragment) -> Updater:
+        """One for a fragment, whose ranges it takes for shards. Its state and differences are parts of these."""
+        differences = self.differences
+        if differences is not None:
+            differences = differences.of([(r.shard, slice(r.start, r.stop)) for r in fragment])
+        segments = segments_in(fragment, self.segments) if self.rule.per_parameter else []
+        return Updater(self.exchange, self.rule, segments, states_in(fragment, self.state), differences)
 
     def carry_out(self, plan: Plan, shards: Sequence[Tensor], letter: Sequence[Tensor] | None = None) -> dict[str, Any]:
         """Update the shards in place.

@@ -113,6 +113,13 @@ class Differences:
         self.common = [t.clone() for t in tensors]
         self.residual = [torch.zeros_like(t) for t in tensors]
 
+    def of(self, parts: Sequence[tuple[int, slice]]) -> Differences:
+        """Those of parts of the tensors, live."""
+        view = Differences(self.format, [])
+        view.common = [self.common[i][part] for i, part in parts]
+        view.residual = [self.residual[i][part] for i, part in parts]
+        return view
+
     def agree_on(self, tensors: Sequence[Tensor]) -> None:
         """From now on these are what all peers know alike."""
         for common, tensor in zip(self.common, tensors, strict=True):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -209,10 +210,15 @@ class World(Roster):
         self._task = Task(job)
 
     def settle(self) -> None:
+        self.wait_for_task()
+        if self._task is not None and not self._task.is_mine:
+            self._task = None
+
+    def wait_for_task(self, until: threading.Event | None = None) -> None:
+        """Until what goes on in the background is done, or has set the event; raises what it raised."""
         if self._task is not None and not self._task.is_mine:
             begin = time.perf_counter()
-            self._task.wait()
-            self._task = None
+            self._task.wait(until)
             self.settled_s += time.perf_counter() - begin
 
     # -- talking inside the particle --------------------------------------------------------

@@ -149,10 +149,10 @@ def forget_the_steps_meanwhile() -> None:
         self.old = [x.clone() for x in self.shards.tensors]
         begin(self, *arguments)
 
-    def apply_to_the_old(self: Any, pending: Any) -> None:
+    def apply_to_the_old(self: Any, *arguments: Any) -> None:
         for x, old in zip(self.shards.tensors, self.old, strict=True):
             x.copy_(old)
-        apply_movement(self, pending)
+        apply_movement(self, *arguments)
 
     Synchronizer.begin, Synchronizer._apply = begin_and_remember, apply_to_the_old
 

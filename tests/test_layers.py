@@ -38,10 +38,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "monitor": set(),
     "config": {"errors", "rules", "schedule"},
     "census": {"errors", "exchange", "fitness", "rules", "shards", "world"},
-    "updater": {"errors", "exchange", "rules", "shards", "wire"},
+    "fragments": {"shards"},
+    "updater": {"errors", "exchange", "fragments", "rules", "shards", "wire"},
     "consensus": {"census", "errors", "shards", "updater"},
     "synchronizer": {
-        *("census", "consensus", "errors", "exchange", "fitness", "letters"),
+        *("census", "consensus", "errors", "exchange", "fitness", "fragments", "letters"),
         *("rules", "schedule", "shards", "updater", "wire", "world"),
     },
     "state": {"config", "errors", "exchange", "fitness", "metrics", "sampler", "synchronizer", "world"},

@@ -5,6 +5,7 @@ Written from the equations of docs/sync-modes.md and the papers, not from the co
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -277,13 +278,19 @@ def make_oracle(case: Case, start: np.ndarray) -> Oracle:
     return ORACLES[case.sync_mode](problem, **case.options)
 
 
-def train_particles(case: Case) -> list[Weights]:
-    """Final weights of each particle of a job with fp32, particle 0's start, and no BatchNorm or dropout."""
-    return follow(case)[0]
+def train_particles(case: Case, fragment_of: np.ndarray | None = None) -> list[Weights]:
+    """Final weights of each particle of a job with fp32, particle 0's start, and no BatchNorm or dropout.
+
+    ``fragment_of``: for each of the flat weights, the number of the fragment it is in.
+    """
+    return follow(case, fragment_of=fragment_of)[0]
 
 
-def follow(case: Case, lies: tuple[float, ...] | None = None) -> tuple[list[Weights], Oracle]:
+def follow(
+    case: Case, lies: tuple[float, ...] | None = None, fragment_of: np.ndarray | None = None
+) -> tuple[list[Weights], Oracle]:
     """The same, and the oracle that led there; ``lies`` are added to the losses that the particles report."""
+    fragments = case.swarm.get("fragments", 1)
     lies = lies or (0.0,) * int(case.particles)
     torch.manual_seed(100 if case.seed is None else case.seed)
     start = Net()
@@ -293,8 +300,9 @@ def follow(case: Case, lies: tuple[float, ...] | None = None) -> tuple[list[Weig
     optimizers = [_optimizer(case, model) for model in models]
     oracle = make_oracle(case, flat(start))
     losses: list[list[float]] = [[] for _ in models]
-    # The step at which it is due: weights before and after the sync point, and learning rates.
-    pending: dict[int, tuple[Particles, Particles, list[float]]] = {}
+    # Of each fragment on its way the step at which it is due; its elements; weights before and after the sync point,
+    # and learning rates, which come with the last one.
+    pending: list[tuple[int, Any, Particles, Particles, list[float] | None]] = []
     for step in range(case.steps):
         for particle, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
             x, y = particle_batch(particle, step)
@@ -303,22 +311,20 @@ def follow(case: Case, lies: tuple[float, ...] | None = None) -> tuple[list[Weig
             loss.backward()
             optimizer.step()
             losses[particle].append(loss.item() + lies[particle])
-        due = [pending.pop(step + 1)] if step + 1 in pending else []
+        pending = _arrive(case, models, optimizers, pending, step + 1)
         if (step + 1) % case.interval == 0:
-            if due:
-                _arrive(case, models, optimizers, *due.pop())
+            assert not pending
             x = [flat(model) for model in models]
             moved = oracle.sync(x, [float(np.mean(part)) for part in losses])
             losses = [[] for _ in models]
             is_last = oracle.problem.total is not None and oracle.index >= oracle.problem.total
             delay = 0 if is_last else case.swarm.get("delay", 0)
-            arrival = (x, moved, list(oracle.lr_factors))
-            if delay:
-                pending[step + 1 + delay] = arrival
-            else:
-                due.append(arrival)
-        for before, after, factors in due:
-            _arrive(case, models, optimizers, before, after, factors)
+            for number in range(fragments):
+                elements = slice(None) if fragment_of is None else fragment_of == number
+                completes = number == fragments - 1
+                due = step + 1 + math.ceil(delay * (number + 1) / fragments)
+                pending.append((due, elements, x, moved, list(oracle.lr_factors) if completes else None))
+            pending = _arrive(case, models, optimizers, pending, step + 1)
     return [{name: p.detach().numpy().copy() for name, p in model.named_parameters()} for model in models], oracle
 
 
@@ -326,15 +332,22 @@ def _arrive(
     case: Case,
     models: list[Net],
     optimizers: list[torch.optim.Optimizer],
-    before: Particles,
-    after: Particles,
-    factors: list[float],
-) -> None:
-    """What came of a sync point, and the local steps since it began."""
-    for model, optimizer, x, y, factor in zip(models, optimizers, before, after, factors, strict=True):
-        _set(model, y + (flat(model) - x))
-        optimizer.param_groups[0]["lr"] = case.lr * factor
-    _treat_moments(case.swarm.get("optimizer_state", "keep"), optimizers)
+    pending: list[Any],
+    step: int,
+) -> list[Any]:
+    """Apply what is due after ``step``: what came of a sync point, and the local steps since it began. The rest."""
+    for due, elements, before, after, factors in pending:
+        if due > step:
+            continue
+        for model, x, y in zip(models, before, after, strict=True):
+            weights = flat(model)
+            weights[elements] = (y + (weights - x))[elements]
+            _set(model, weights)
+        if factors is not None:
+            for optimizer, factor in zip(optimizers, factors, strict=True):
+                optimizer.param_groups[0]["lr"] = case.lr * factor
+            _treat_moments(case.swarm.get("optimizer_state", "keep"), optimizers)
+    return [item for item in pending if item[0] > step]
 
 
 def _optimizer(case: Case, model: nn.Module) -> torch.optim.Optimizer:

@@ -99,9 +99,9 @@ def final_weights(case: Case) -> Weights:
         return working_weights(engine)
 
 
-def assert_true(ranks: list[Weights], case: Case) -> None:
+def assert_true(ranks: list[Weights], case: Case, fragment_of: np.ndarray | None = None) -> None:
     size = len(ranks) // int(case.particles)
-    for particle, expected in enumerate(train_particles(case)):
+    for particle, expected in enumerate(train_particles(case, fragment_of)):
         first, *mates = ranks[particle * size : (particle + 1) * size]
         assert_close(first, expected)
         for mate in mates:

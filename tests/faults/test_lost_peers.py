@@ -75,7 +75,7 @@ def lose_in_the_background(case: Case, lost: int, how: str) -> Any:
         if swarm.world.layout.rank == lost:
             leave(how)
         swarm.synchronizer.begin(swarm.window, step=1, delay=1)
-        swarm.synchronizer.finish(swarm.window, step=2)
+        swarm.synchronizer.advance(swarm.window, step=2)
 
 
 def assert_named(outcomes: list[Outcome], lost: int, waiting: list[int]) -> None:
