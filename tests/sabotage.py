@@ -171,6 +171,52 @@ def wait_in_the_foreground() -> None:
     Synchronizer.begin = begin
 
 
+@sabotage("distributed/test_fragments.py")
+def apply_fragments_together() -> None:
+    """Each waits for the last one."""
+    from ds_pso.synchronizer import Pending
+
+    Pending.due = lambda self, fragment: self.begun + self.delay
+
+
+@sabotage("distributed/test_fragments.py")
+def carry_nan_into_fragments() -> None:
+    """A particle that is not alive takes its fragments one by one."""
+    from ds_pso.synchronizer import Synchronizer
+
+    real = Synchronizer._apply
+
+    def apply_some(self: Any, pending: Any, end: int, window: Any) -> None:
+        if pending.record["alive"][self.exchange.particle] or end == pending.fragments:
+            real(self, pending, end, window)
+            return
+        for fragment in self._cut(pending.fragments)[pending.applied : end]:
+            for r in fragment:
+                r.of(self.shards.tensors).copy_(r.of(pending.movement))
+        pending.applied = end
+
+    Synchronizer._apply = apply_some
+
+
+@sabotage("distributed/test_schedule.py")
+def measure_the_second_half() -> None:
+    """The drift is that of some elements only."""
+    from ds_pso.updater import Updater
+
+    real = Updater._measure
+    Updater._measure = lambda self, x, received: real(self, x[len(x) // 2 :], received[len(x) // 2 :])
+
+
+@sabotage("distributed/test_schedule.py")
+def decide_alone() -> None:
+    """Each rank's schedule goes by the distance of its own shard."""
+    import math
+
+    from ds_pso.census import Census
+
+    Census.drift = lambda self, apart: math.sqrt(apart[0] / apart[1])
+
+
 @sabotage("distributed/test_resume.py")
 def forget_what_is_owed() -> None:
     """The state of the wire is not in the checkpoint."""

@@ -48,6 +48,7 @@ def test_defaults():
         "schedule": {"type": "fixed", "warmup_steps": 0},
         "fitness": "train",
         "delay": 0,
+        "fragments": 1,
         "optimizer_state": "keep",
         "wire": "fp32",
         "total_steps": None,
@@ -159,6 +160,8 @@ BAD_VALUES = [
     *[("schedule", value, "must be an object") for value in (3, "adaptive", None, [], True)],
     ("delay", -1, "must be greater than or equal to 0"),
     *[("delay", value, "must be a valid integer") for value in (1.0, "1", True, None)],
+    ("fragments", 0, "must be greater than or equal to 1"),
+    *[("fragments", value, "must be a valid integer") for value in (2.0, "2", True, None)],
     *[("wire", value, "must be 'fp32', 'bf16', 'int8' or 'int4'") for value in ("fp16", "INT8", "", 8, None)],
     *[("total_steps", value, "must be greater than or equal to 1") for value in (0, -320)],
     *[("total_steps", value, "must be a valid integer") for value in (320.0, "320", True, math.inf)],
@@ -413,6 +416,16 @@ def test_a_bad_schedule_is_refused(schedule, said):
             {"sync_mode": "nosync", "total_steps": 9, "nosync": {"asynchronous": True}, "schedule": ADAPTIVE},
             'swarm.schedule.type = "adaptive": particles that wait for nobody cannot agree on an interval; '
             'use "fixed", or set swarm.nosync.asynchronous to false',
+        ),
+        (
+            {"fragments": 2},
+            "swarm.fragments = 2: at most one is applied after each step of swarm.delay = 0; lower it, or set a longer "
+            "delay",
+        ),
+        (
+            {"delay": 4, "fragments": 5},
+            "swarm.fragments = 5: at most one is applied after each step of swarm.delay = 4; lower it, or set a longer "
+            "delay",
         ),
         (
             {"delay": 2, "schedule": ADAPTIVE},

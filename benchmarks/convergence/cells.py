@@ -59,6 +59,7 @@ class Cell:
     scale: float = 1.0
     wire: str = "fp32"
     delay: int = 0
+    fragments: int = 1
 
     @property
     def num_worlds(self) -> int:
@@ -87,6 +88,7 @@ class Cell:
         parts += [self.optimizer_state] if self.optimizer_state != "keep" else []
         parts += [self.wire] if self.wire != "fp32" else []
         parts += [f"d={self.delay}"] if self.delay else []
+        parts += [f"F={self.fragments}"] if self.fragments > 1 else []
         parts += [f"equal steps {self.steps}"] if self.eval_every else []
         parts += [f"lr={self.lr:g}"] if self.split == "validation" else []
         return " ".join([*parts, f"seed={self.seed}"])
@@ -196,17 +198,20 @@ def _optimizer_state(scale: float) -> Iterator[Cell]:
 
 
 def _slow_network(scale: float) -> Iterator[Cell]:
-    """Fewer digits and later results: alone, and for the bytes of fp32 at n = 32."""
+    """Fewer digits, later results and those in fragments: alone, and for the bytes of fp32 at n = 32."""
     plain = [("fp32", n, 0) for n in (32, 16, 8, 4)]
     few_digits = [(wire, 32, 0) for wire in ("bf16", "int8", "int4")]
     equal_bytes = [("bf16", 16, 0), ("int8", 8, 0), ("int4", 4, 0)]
     late = [("fp32", 32, d) for d in (4, 8, 16, 32)] + [("int4", 4, d) for d in (1, 2, 4)]
+    in_fragments = [("fp32", 32, 8, 4), ("fp32", 32, 16, 8), ("fp32", 32, 32, 8), ("int4", 4, 2, 2), ("int4", 4, 4, 4)]
     for cell in _grid(("gpt_small",), (4,), (32,), scale, ("allreduce", "local_sgd")):
         if cell.rule == "allreduce":
             yield cell
         else:
             for wire, interval, delay in plain + few_digits + equal_bytes + late:
                 yield replace(cell, wire=wire, interval=interval, delay=delay)
+            for wire, interval, delay, fragments in in_fragments:
+                yield replace(cell, wire=wire, interval=interval, delay=delay, fragments=fragments)
 
 
 _TABLES = {

@@ -129,7 +129,8 @@ def condition(cell: Cell, table: str) -> str:
 
 def _row(cell: Cell, table: str) -> str:
     if table == "slow_network" and cell.rule != "allreduce":
-        return f"{cell.wire}, d = {cell.delay}"
+        fragments = f" in {cell.fragments}" if cell.fragments > 1 else ""
+        return f"{cell.wire}, d = {cell.delay}{fragments}"
     return cell.rule
 
 
@@ -141,7 +142,7 @@ def _place(cell: Cell) -> tuple[float, ...]:
 
 def _row_place(cell: Cell) -> tuple[int, ...]:
     """Sorts rows."""
-    return RULES.index(cell.rule), WIRES.index(cell.wire), cell.delay
+    return RULES.index(cell.rule), WIRES.index(cell.wire), cell.delay, cell.fragments
 
 
 # -- grids --------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ def config_of(cell: Cell, world_size: int, zero_stage: int) -> dict[str, Any]:
             "optimizer_state": cell.optimizer_state,
             "wire": cell.wire,
             "delay": cell.delay,
+            "fragments": cell.fragments,
         },
     }
 

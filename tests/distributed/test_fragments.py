@@ -92,7 +92,8 @@ def with_a_dead_particle(case: Case) -> list[Any]:
         for step in range(case.steps):
             train(case, engine, range(step, step + 1))
             if step == 1 and swarm.particle == 1:
-                swarm.synchronizer.shards.tensors[0][:2] = float("nan")
+                for x in swarm.synchronizer.shards.tensors:
+                    x.fill_(float("nan"))
                 swarm.synchronizer.shards.publish()
             weights = working_weights(engine)
             found.append(all(bool(np.isfinite(value).all()) for value in weights.values()))
