@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import json
@@ -142,6 +143,8 @@ def load_config(source: ConfigSource) -> tuple[dict[str, Any], SwarmConfig]:
         raise ConfigError(f'{where}: swarm = {section!r}: must be an object such as {{"particles": 2}}')
     modes = [*RULES, str(section.get("sync_mode"))] if ":" in str(section.get("sync_mode")) else [*RULES]
     options = {name: section.pop(name) for name in modes if name in section}
+    with contextlib.suppress(ValueError):  # validation says what is wrong
+        find_rule(str(section.get("sync_mode"))).complete(section)
     swarm = _validate(SwarmConfig, section, f"{where}: swarm", known=[*SwarmConfig.model_fields, *RULES])
     if swarm.sync_mode != ALLREDUCE:
         options.setdefault(swarm.sync_mode, {})

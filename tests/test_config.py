@@ -376,6 +376,38 @@ def test_what_needs_all_particles_is_refused_where_nobody_waits(key, value, said
     load(section | {"sync_mode": "local_sgd", "nosync": {"asynchronous": True}})
 
 
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({}, {"delay": 4, "fragments": 4, "sync_interval": 8, "min_interval": 4}),
+        ({"delay": 2}, {"delay": 2, "fragments": 2, "sync_interval": 8, "min_interval": 2}),
+        ({"delay": 10}, {"delay": 10, "fragments": 4, "sync_interval": 20, "min_interval": 10}),
+        ({"delay": 0}, {"delay": 0, "fragments": 1, "sync_interval": 8, "min_interval": 1}),
+        (
+            {"sync_interval": 64, "fragments": 1, "wire": "int4"},
+            {"delay": 4, "fragments": 1, "sync_interval": 64, "min_interval": 4},
+        ),
+        (
+            {"schedule": {"type": "fixed"}},
+            {"delay": 4, "fragments": 4, "sync_interval": 8, "min_interval": 1},
+        ),
+    ],
+)
+def test_delayed_has_defaults_of_its_own(section, expected):
+    swarm = load({"sync_mode": "delayed", **section})
+    found = {key: getattr(swarm, key) for key in ("delay", "fragments", "sync_interval")}
+    assert found | {"min_interval": swarm.schedule.min_interval} == expected
+    assert swarm.schedule.type == section.get("schedule", {"type": "adaptive"})["type"]
+    assert load({"sync_mode": "local_sgd", **section}).fragments == section.get("fragments", 1), "and only there"
+
+
+@pytest.mark.parametrize("delay", [True, -1, "4", None, [4]])
+def test_delayed_leaves_what_is_wrong_to_validation(delay):
+    assert message_of({"swarm": {"sync_mode": "delayed", "delay": delay}}).startswith(
+        f"config: swarm.delay = {delay!r}"
+    )
+
+
 ADAPTIVE = {"type": "adaptive"}
 NO_NUMBER = "must be a valid number"
 

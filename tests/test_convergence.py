@@ -116,7 +116,9 @@ def test_rows_survive_and_half_a_row_does_not(tmp_path):
 def test_a_file_without_the_newest_columns_gets_them(tmp_path):
     path = tmp_path / "table.csv"
     Results(path).add(CELL, OUTCOME)
-    old = [line.replace(",fp32,0,1,", ",").replace(",wire,delay,fragments,", ",") for line in path.read_text().splitlines()]
+    old = [
+        line.replace(",fp32,0,1,", ",").replace(",wire,delay,fragments,", ",") for line in path.read_text().splitlines()
+    ]
     assert old != path.read_text().splitlines()
     path.write_text("\n".join(old) + "\n")
     assert Results(path).rows == {CELL: OUTCOME}

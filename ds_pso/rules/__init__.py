@@ -6,6 +6,7 @@ import importlib
 import inspect
 
 from ds_pso.rules.base import Place, Plan, Rule, RuleConfig, SyncPoint
+from ds_pso.rules.delayed import Delayed
 from ds_pso.rules.diloco import DiLoCo
 from ds_pso.rules.easgd import Easgd
 from ds_pso.rules.line_search import LineSearch
@@ -16,6 +17,7 @@ from ds_pso.rules.swarm import SwarmRule
 
 RULES: dict[str, type[Rule]] = {
     "local_sgd": LocalSGD,
+    "delayed": Delayed,
     "diloco": DiLoCo,
     "easgd": Easgd,
     "nosync": NoSync,

@@ -123,6 +123,13 @@ class Rule(ABC):
         self.options = options
         self.seed = seed
 
+    @classmethod
+    def complete(cls, section: MutableMapping[str, Any]) -> None:  # noqa: B027
+        """Fill in keys of the ``swarm`` section that are left open, where the rule has other defaults.
+
+        ``section`` is as it was read: nothing in it has been checked yet.
+        """
+
     @property
     def uses_fitness(self) -> bool:
         """Whether a first sync point without any loss is an error; later ones take the last losses again."""

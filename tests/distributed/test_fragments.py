@@ -66,6 +66,15 @@ def test_fragments_matter_and_one_is_the_whole(pool: Pool) -> None:
         assert any((four[name] != whole[name]).any() for name in whole)
 
 
+def test_delayed_is_all_of_it_by_name(pool: Pool) -> None:
+    base = Case(steps=10, interval=4, seed=1)
+    keys = {"delay": 3, "schedule": {"type": "fixed"}}
+    by_name = replace(base, sync_mode="delayed", swarm=keys)
+    by_keys = replace(base, swarm=keys | {"fragments": 3})
+    for mine, expected in pool.run(weights_of_each, [by_name, by_keys], world_size=4):
+        assert_equal(mine, expected)
+
+
 def records_of(case: Case) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     with swarm_of(case) as (swarm, engine):
