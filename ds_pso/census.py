@@ -46,14 +46,15 @@ class Census:
         self.total = total
         self.index = 0  # sync points so far
         self.losses: tuple[float, ...] = (math.nan,) * exchange.num_particles  # at the last one
-        self.step_s = math.nan  # of an optimizer step of the slowest particle, between the last two
-        self.held_up_s = 0.0  # how long the last one but one held up the particle that others had to wait for
+        self.step_s = math.nan  # of an optimizer step of the slowest particle
+        self.held_up_s = 0.0  # see ``Observed``
 
-    def own_row(self, window: FitnessWindow, *, trained_s: float, held_up_s: float, needs_loss: bool) -> list[float]:
+    def own_row(self, window: FitnessWindow, *, step_s: float, held_up_s: float, needs_loss: bool) -> list[float]:
         """Of this particle, the same bits on all its ranks: loss, whether alive, optimizer steps, and the two times.
 
         Args:
-            trained_s: since the last sync point began, but for how long that held up training, ``held_up_s``.
+            step_s: of an optimizer step of this rank; 0 if not known.
+            held_up_s: how long the last sync point held training up on this rank.
 
         Raises:
             SwarmError: ``needs_loss``, and no loss was ever seen.
@@ -67,7 +68,7 @@ class Census:
                 "this sync_mode ranks particles by their loss, and none was seen; "
                 "call engine.backward(loss), not loss.backward()"
             )
-        rows = self.world.particle_gather([total, count, float(self.shards.all_finite()), trained_s, held_up_s])
+        rows = self.world.particle_gather([total, count, float(self.shards.all_finite()), step_s, held_up_s])
         fitness, alive = combine(rows)
         if nothing_new:
             fitness = self.losses[self.exchange.particle]
@@ -89,7 +90,7 @@ class Census:
         return self._point(table, done)
 
     def _point(self, table: Sequence[Sequence[float]], done: float | None) -> SyncPoint:
-        self.step_s = max(row[3] / max(1.0, row[2]) for row in table)
+        self.step_s = max(row[3] for row in table) or self.step_s
         self.held_up_s = min(row[4] for row in table)
         return SyncPoint(
             self.index,
@@ -108,9 +109,14 @@ class Census:
         return SyncPoint(self.index, tuple(row[0] for row in rows), tuple(row[1] == 1.0 for row in rows))
 
     def apart(self, squares: Sequence[float], point: SyncPoint) -> list[float]:
-        """Of the living particles, the mean of ``Updater.take_distance``; of this rank and its peers."""
+        """Of the living particles, the mean of ``Updater.take_distance``; of this rank and its peers.
+
+        NaN if there is but one: it has nobody to be apart from.
+        """
         rows = self.exchange.all_gather(squares)
         living = [row for row, alive in zip(rows, point.alive, strict=True) if alive]
+        if len(living) < 2:
+            return [math.nan, math.nan]
         return [sum(column) / len(living) for column in zip(*living, strict=True)]
 
     def drift(self, apart: Sequence[float]) -> float:

@@ -37,7 +37,7 @@ from ds_pso.errors import CheckpointError, SwarmError
 from ds_pso.files import hash_file, replace_folder, write_atomically
 from ds_pso.state import SwarmState
 
-FORMAT = 3
+FORMAT = 4
 LATEST = "latest"
 _DEEPSPEED_TAG = "deepspeed"
 

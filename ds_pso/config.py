@@ -238,7 +238,7 @@ def _check_delay(rule: Rule, swarm: SwarmConfig, where: str) -> None:
     if swarm.delay > shortest:
         raise ConfigError(
             f"{where}: swarm.delay = {swarm.delay}: the next sync point would come first; use at most "
-            f"swarm.{key} = {shortest}"
+            f"swarm.{key} = {shortest}, or raise that"
         )
     if rule.uses_probe:
         raise ConfigError(

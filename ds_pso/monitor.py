@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,4 +26,4 @@ def events(record: Mapping[str, Any], samples: int) -> list[tuple[str, float, in
     found = [(f"Swarm/{name}", record[name]) for name in _NUMBERS if record.get(name) is not None]
     for key, name in _OF_PARTICLES.items():
         found += [(f"Swarm/{name}/particle_{i}", value) for i, value in enumerate(record.get(key) or ())]
-    return [(name, float(value), samples) for name, value in found]
+    return [(name, float(value), samples) for name, value in found if math.isfinite(value)]

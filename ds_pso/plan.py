@@ -9,6 +9,7 @@ from typing import Any
 
 from ds_pso.config import SwarmConfig, is_allowed
 from ds_pso.rules import Rule, SyncPoint
+from ds_pso.schedule import ScheduleConfig
 
 BYTES_PER_ELEMENT = {"fp32": 4.0, "bf16": 2.0, "int8": 1 + 4 / 256, "int4": 1 / 2 + 4 / 256}
 _TO_MEET = 5  # messages, one after the other: that all are there, their losses, how far they were apart
@@ -148,12 +149,13 @@ def synchronous(cluster: Cluster, ds_config: Mapping[str, Any]) -> Plan:
 def describe(cluster: Cluster, ds_config: Mapping[str, Any], swarm: SwarmConfig, share: float) -> str:
     """What ``ds-pso plan`` prints."""
     now, plain, percent = plan(cluster, swarm), synchronous(cluster, ds_config), f"{100 * share:g} %"
+    at_first = "" if swarm.schedule.type == "fixed" else " at first"
     wires = [wire for wire in BYTES_PER_ELEMENT if is_allowed(dict(ds_config), swarm, wire=wire)]
     lines = [
         f"{cluster.particles} particles of {cluster.ranks}, {cluster.parameters / 1e6:g} M parameters, "
         f"{cluster.step_s:g} s a step, {_rate(cluster.bandwidth)} into each particle",
         "",
-        f"{swarm.sync_mode} every {now.interval} steps, wire {now.wire}, delay {now.delay}:",
+        f"{swarm.sync_mode} every {now.interval} steps{at_first}, wire {now.wire}, delay {now.delay}:",
         f"  {now.megabytes:.3g} MB into each particle at a sync point, in {now.exchange_s:.3g} s; "
         f"training stands still for {now.held_up_s:.3g} s",
         f"  compute share {100 * now.compute_share:.1f} %; {percent} {_enough(now, cluster, share)}",
@@ -164,7 +166,7 @@ def describe(cluster: Cluster, ds_config: Mapping[str, Any], swarm: SwarmConfig,
     ]
     for row in (plan(cluster, swarm, wire) for wire in wires):
         delay = row.delay_for(share)
-        fits = is_allowed(dict(ds_config), swarm, wire=row.wire, delay=delay)
+        fits = is_allowed(dict(ds_config), swarm, wire=row.wire, delay=delay, fragments=1, schedule=ScheduleConfig())
         lines.append(
             f"{row.wire:8}{row.megabytes:>10.3g}{row.exchange_s:>10.3g}{row.interval_for(share):>11}"
             f"{delay if fits else '-':>11}"

@@ -68,8 +68,8 @@ class Observed:
     """What a sync point has shown; the same numbers on every rank of the swarm."""
 
     drift: float  # see ScheduleConfig.drift
-    step_s: float  # seconds of an optimizer step, of the slowest particle
-    held_up_s: float  # how long the last sync point held training up, of the particle that others waited for
+    step_s: float  # seconds of an optimizer step, of the slowest particle; NaN if not known
+    held_up_s: float  # how long the sync point before held training up, of the particle that others waited for
 
 
 class Schedule:
@@ -82,6 +82,7 @@ class Schedule:
         self.options = options
         self.interval = interval
         self.total_steps = total_steps
+        self._begun = 0  # the step of the last sync point
 
     def is_due(self, step: int) -> bool:
         """Whether the particles meet after optimizer step ``step``, counted from 1."""
@@ -119,15 +120,16 @@ class Schedule:
 
     def begin(self, step: int) -> None:
         """The particles begin to meet after ``step``."""
+        self._begun = step
 
     def observe(self, observed: Observed) -> None:
         """What the last sync point has shown."""
 
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        return {"begun": self._begun}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass
+        self._begun = state["begun"]
 
 
 class VaryingSchedule(Schedule, ABC):
@@ -136,7 +138,7 @@ class VaryingSchedule(Schedule, ABC):
     def __init__(self, options: ScheduleConfig, interval: int, total_steps: int | None) -> None:
         super().__init__(options, interval, total_steps)
         self._wanted = self._within(interval)  # not whole, so that it can grow from 1
-        self._begun = 0  # the step of the last sync point
+        self._whole = False  # whether the last interval was as long as wanted
 
     @abstractmethod
     def _wish(self, observed: Observed) -> float:
@@ -163,18 +165,21 @@ class VaryingSchedule(Schedule, ABC):
         return None
 
     def begin(self, step: int) -> None:
-        self._begun = step
+        # Not in the warm-up, nor where the script has asked for a sync point, nor where training ends.
+        self._whole = step - self._begun >= round(self._wanted) and not self.in_warmup(step)
+        super().begin(step)
 
     def observe(self, observed: Observed) -> None:
-        if self._begun > self.options.warmup_steps:  # where every interval is one step
+        if self._whole:
             self._wanted = self._within(self._wish(observed))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"wanted": self._wanted, "begun": self._begun}
+        return {**super().state_dict(), "wanted": self._wanted, "whole": self._whole}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state:  # a fixed one has none
-            self._wanted, self._begun = self._within(state["wanted"]), state["begun"]
+        super().load_state_dict(state)
+        if "wanted" in state:  # a fixed schedule wants nothing
+            self._wanted, self._whole = self._within(state["wanted"]), state["whole"]
 
 
 class AdaptiveSchedule(VaryingSchedule):
@@ -187,6 +192,8 @@ class AdaptiveSchedule(VaryingSchedule):
         wish = self._wanted
         if math.isfinite(observed.drift):  # NaN where no particle is alive
             wish *= min(max(self.options.drift / observed.drift, 0.5), 2.0) if observed.drift > 0 else 2.0
+        if not observed.step_s > 0:
+            return wish
         share = self.options.compute_share
         return max(wish, math.ceil(observed.held_up_s * share / ((1 - share) * observed.step_s) - 1e-9))
 
@@ -195,7 +202,7 @@ class WallTimeSchedule(VaryingSchedule):
     """As many steps as the slowest particle makes in so many seconds."""
 
     def _wish(self, observed: Observed) -> float:
-        return self.options.seconds / observed.step_s
+        return self.options.seconds / observed.step_s if observed.step_s > 0 else self._wanted
 
 
 def make_schedule(options: ScheduleConfig, interval: int, total_steps: int | None) -> Schedule:

@@ -156,15 +156,17 @@ class Swarm(SwarmState):
         synchronizer = self.synchronizer
         if synchronizer is None:
             return
+        synchronizer.clock.tick()
+        self._advance()
         schedule = synchronizer.schedule
-        begins = schedule.is_due(step)
-        # After resuming with a shorter interval the next one may begin before the last is due.
-        self._advance(to_the_end=begins)
-        if begins:
+        if schedule.is_due(step):
+            # After resuming with a shorter interval it may begin before the last one is due.
+            self._advance(to_the_end=True)
             if self.config.delay == 0 or schedule.in_warmup(step) or schedule.progress(step) == 1:
                 self.sync()
             else:
                 synchronizer.begin(self.window, step, self.config.delay)
+        synchronizer.clock.go_on()
 
     def sampler(
         self, dataset: Sized, *, batch_size: int | None = None, shuffle: bool = True, seed: int = 0

@@ -21,6 +21,7 @@ from ds_pso.letters import Mailbox
 from ds_pso.rules import Rule, SyncPoint
 from ds_pso.schedule import Observed, Schedule
 from ds_pso.shards import Shards, replace
+from ds_pso.step_clock import StepClock
 from ds_pso.updater import Updater
 from ds_pso.wire import FORMATS, Differences
 from ds_pso.world import World
@@ -54,6 +55,7 @@ class Pending:
     record: dict[str, Any] = field(default_factory=dict)  # to log
     lr_factors: Sequence[float] = ()
     apart: Sequence[float] = (0.0, 0.0)
+    pace: Sequence[float] = (math.nan, 0.0)  # seconds of a step, and that the sync point before held training up
     arrived_s: list[float] = field(default_factory=list)  # of each fragment, after the beginning
     held_up_s: float = 0.0  # training, to begin it and to apply what has come
     background_s: float = 0.0
@@ -72,7 +74,7 @@ class Pending:
     def state_dict(self) -> dict[str, Any]:
         """All but the tensors, once the meeting is over; JSON values."""
         numbers = ("begun", "delay", "fragments", "applied", "held_up_s", "background_s")
-        names = (*numbers, "record", "lr_factors", "apart", "arrived_s")
+        names = (*numbers, "record", "lr_factors", "apart", "pace", "arrived_s")
         return {name: getattr(self, name) for name in names}
 
 
@@ -120,7 +122,8 @@ class Synchronizer:
         self._cuts: dict[int, list[Fragment]] = {}
         self._mailbox = world.open_mailbox() if rule.max_staleness is not None else None
         self._letter_bytes = 0
-        self._clock = (time.perf_counter(), 0.0)  # when training began to be timed, and what had held it up before
+        self.clock = StepClock()
+        self._held_up_s = 0.0  # by the last sync point
 
     def _check_same_model(self) -> None:
         prints = self.world.gather("the model of every particle", self.shards.fingerprint())
@@ -164,7 +167,7 @@ class Synchronizer:
         layout = self.world.layout  # mates too: a frozen one would be waited for without a word inside the particle
         waited = self._wait_for(layout.peers, layout.mates) if self._mailbox is None else 0.0
         self.shards.zero_padding()
-        mine = self._own_row(window, begin)
+        mine = self._own_row(window)
         count = self.census.of_all if self._mailbox is None else self.census.of_one
         point = count(mine, self.schedule.progress(step))
         note: dict[str, Any] = {}
@@ -178,20 +181,32 @@ class Synchronizer:
         drift = self.census.drift(self._apart(point))
         record: dict[str, Any] = {"sync": point.index, "losses": point.fitness, "alive": point.alive, **note}
         record |= {"waited_s": waited, **self._traffic_since(traffic)}
-        return self._conclude(record, step, drift, staleness=0, seconds=time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
+        return self._conclude(record, step, drift, self._pace(), staleness=0, seconds=seconds)
+
+    def _pace(self) -> tuple[float, float]:
+        return self.census.step_s, self.census.held_up_s
 
     def _conclude(
-        self, record: dict[str, Any], step: int, drift: float, *, staleness: int, seconds: float
+        self,
+        record: dict[str, Any],
+        begun: int,
+        drift: float,
+        pace: tuple[float, float],
+        *,
+        staleness: int,
+        seconds: float,
     ) -> dict[str, Any]:
         """Count the sync point, and let the schedule know what it was like; returns the whole record."""
         self.totals.count += 1
         self.census.index = self.totals.count
+        self._held_up_s = seconds
         self.totals.seconds += seconds
         self.totals.waited_s += record["waited_s"]
         self.totals.bytes_received += record["bytes_received"]
-        self.schedule.observe(Observed(drift, self.census.step_s, self.census.held_up_s))
-        interval = self.schedule.next_after(step) - step + staleness
-        times = {"seconds": seconds, "step_s": self.census.step_s}
+        self.schedule.observe(Observed(drift, *pace))
+        interval = self.schedule.next_after(begun) - begun
+        times = {"seconds": seconds, "step_s": pace[0]}
         return record | {"drift": drift, "staleness": staleness, "next_interval": interval, **times}
 
     def begin(self, window: FitnessWindow, step: int, delay: int) -> None:
@@ -212,7 +227,7 @@ class Synchronizer:
         self.shards.zero_padding()
         with self.shards.flat_buffers() as buffers:
             movement = [t.clone() for t in (*self.shards.tensors, *buffers)]
-        row = self._own_row(window, begin)
+        row = self._own_row(window)
         window.clear()
         pending = self.pending = Pending(step, delay, self.fragments, movement, settled_s=self.world.settled_s)
         pending.arrived = [threading.Event() for _ in range(pending.fragments)]
@@ -224,6 +239,7 @@ class Synchronizer:
         begin, traffic = time.perf_counter(), self._traffic()
         waited = self._wait_for(self.world.layout.peers)
         point = self.census.of_all(row, self.schedule.progress(pending.begun))
+        pending.pace = self._pace()
         # Whoever waits for the first fragment reads it.
         pending.record = {"sync": point.index, "losses": point.fitness, "alive": point.alive, "waited_s": waited}
         if any(point.alive):
@@ -313,7 +329,8 @@ class Synchronizer:
         seconds = pending.held_up_s + waited - pending.waited_s + time.perf_counter() - begin
         overlapped = max(0.0, pending.background_s - waited)
         self.totals.overlapped_s += overlapped
-        record = self._conclude(pending.record, step, drift, staleness=step - pending.begun, seconds=seconds)
+        staleness, pace = step - pending.begun, (pending.pace[0], pending.pace[1])
+        record = self._conclude(pending.record, pending.begun, drift, pace, staleness=staleness, seconds=seconds)
         if pending.fragments > 1:
             due = [min(step, pending.due(fragment)) - pending.begun for fragment in range(pending.fragments)]
             record |= {"fragments_staleness": due, "fragments_s": pending.arrived_s}
@@ -346,12 +363,9 @@ class Synchronizer:
                 self.shards.reset_optimizer_state()
         pending.applied = end
 
-    def _own_row(self, window: FitnessWindow, now: float) -> list[float]:
-        began, held_up_before = self._clock
-        self._clock = (now, self.totals.seconds)
-        held_up = self.totals.seconds - held_up_before
+    def _own_row(self, window: FitnessWindow) -> list[float]:
         return self.census.own_row(
-            window, trained_s=now - began - held_up, held_up_s=held_up, needs_loss=self.rule.uses_fitness
+            window, step_s=self.clock.take(), held_up_s=self._held_up_s, needs_loss=self.rule.uses_fitness
         )
 
     def _apart(self, point: SyncPoint) -> Sequence[float]:
@@ -459,6 +473,8 @@ class Synchronizer:
             "last_losses": self.census.losses,
             "totals": asdict(self.totals),
             "schedule": self.schedule.state_dict(),
+            "held_up_s": self._held_up_s,
+            "step_s": self.census.step_s,
             "pending": None if self.pending is None else self.pending.state_dict(),
         }
 
@@ -475,4 +491,4 @@ class Synchronizer:
         self.totals = SyncTotals(**state["totals"])
         self.census.index = self.totals.count
         self.schedule.load_state_dict(state["schedule"])
-        self._clock = (time.perf_counter(), self.totals.seconds)
+        self._held_up_s, self.census.step_s = state["held_up_s"], state["step_s"]

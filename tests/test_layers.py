@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rules": set(),
     "files": set(),
     "background": set(),
+    "step_clock": set(),
     "layout": {"errors"},
     "roster": {"errors", "layout"},
     "letters": set(),
@@ -43,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "consensus": {"census", "errors", "shards", "updater"},
     "synchronizer": {
         *("census", "consensus", "errors", "exchange", "fitness", "fragments", "letters"),
-        *("rules", "schedule", "shards", "updater", "wire", "world"),
+        *("rules", "schedule", "shards", "step_clock", "updater", "wire", "world"),
     },
     "state": {"config", "errors", "exchange", "fitness", "metrics", "sampler", "synchronizer", "world"},
     "checkpoint": {"errors", "files", "state", "synchronizer"},
@@ -51,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 MAY_IMPORT["swarm"] = set(MAY_IMPORT) - {"_version"}
 MAY_IMPORT["simulate"] = {"config", "errors", "simulated_world", "swarm"}
-MAY_IMPORT["plan"] = {"config", "rules"}
+MAY_IMPORT["plan"] = {"config", "rules", "schedule"}
 MAY_IMPORT["cli"] = {"config", "errors", "plan", "simulate"}
 MAY_IMPORT["ds_pso"] = {"_version", "errors", "simulate", "swarm"}
 MAY_IMPORT["training"] = {"ds_pso", "config", "errors", "files", "metrics", "swarm"}

@@ -37,7 +37,7 @@ def test_an_example_by_hand() -> None:
     assert synchronous(CLUSTER, {}).exchange_s == pytest.approx(2.4)
     assert synchronous(CLUSTER, {"bf16": {"enabled": True}}).exchange_s == pytest.approx(1.2)
     waits = plan(replace(CLUSTER, latency_s=0.1), section())
-    assert waits.exchange_s == pytest.approx(2.4 + 0.1 * (4 + 2))  # to meet, and round the ring
+    assert waits.exchange_s == pytest.approx(2.4 + 0.1 * (5 + 2))  # to meet, and round the ring
     assert plan(CLUSTER, section(sync_mode="nosync", nosync={"asynchronous": True})).compute_share == 1
 
 
@@ -215,3 +215,15 @@ def test_units():
         1e-3,
     ]
     assert math.isclose(cli._quantity("1.3B"), 1.3e9)
+
+
+def test_a_varying_interval_is_planned_as_it_begins(tmp_path, capsys):
+    """And a delay is offered, whatever the schedule's shortest interval is."""
+    config = write(tmp_path, sync_mode="delayed", sync_interval=16)
+    assert cli.main(["plan", config, *ARGUMENTS]) == 0
+    printed = capsys.readouterr().out
+    assert "delayed every 16 steps at first, wire fp32, delay 4:" in printed
+    plain = write(tmp_path, sync_mode="local_sgd", sync_interval=16)
+    assert cli.main(["plan", plain, *ARGUMENTS]) == 0
+    delays = [[line.split()[-1] for line in text.splitlines()[-4:]] for text in (printed, capsys.readouterr().out)]
+    assert delays[0] == delays[1] != ["-"] * 4

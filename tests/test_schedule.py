@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_pso.schedule import Observed, Schedule, ScheduleConfig, make_schedule
+from ds_pso.step_clock import StepClock
 
 CALM = Observed(drift=1e-9, step_s=0.1, held_up_s=0.0)
 
@@ -120,6 +121,45 @@ def test_the_last_step_of_the_training_is_due_and_is_the_end_of_progress(kind: s
     assert plan.count is None
     assert [plan.progress(step) for step in (0, 29)] == [0, 1]
     assert plan.next_after(29) > 29
+
+
+@pytest.mark.parametrize("kind", ["adaptive", "wall_time"])
+def test_a_sync_point_out_of_turn_decides_nothing_and_begins_the_interval_anew(kind: str):
+    """The script asked for it, after three steps of eight or right after another: its drift is not that of eight."""
+    plan = schedule(8, type=kind)
+    for step in (3, 3, 4):
+        plan.begin(step)
+        plan.observe(Observed(drift=1e-6, step_s=1e-6, held_up_s=1.0))
+        assert plan.next_after(step) == step + 8
+
+
+def test_the_time_of_a_step_may_not_be_known():
+    unknown = Observed(drift=0.1, step_s=math.nan, held_up_s=1.0)
+    assert run(schedule(4, type="adaptive", drift=0.1), 12, [unknown]) == [4, 8, 12]
+    assert run(schedule(4, type="wall_time"), 12, [unknown]) == [4, 8, 12]
+
+
+def test_a_fixed_schedule_is_followed_by_another_from_the_last_sync_point_on():
+    fixed, plan = schedule(8), schedule(8, type="adaptive")
+    fixed.begin(16)
+    plan.load_state_dict(fixed.state_dict())
+    assert [plan.is_due(step) for step in (19, 23, 24)] == [False, False, True]
+
+
+def test_a_step_clock_tells_steps_from_what_else_happens(monkeypatch: pytest.MonkeyPatch):
+    now = 100.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    clock = StepClock()
+    now += 50  # data, compilation and whatever else comes first
+    clock.tick()
+    assert clock.take() == 0.0
+    for extra in (0, 0, 30, 0, 0):  # an evaluation in the third
+        now += 1 + extra
+        clock.tick()
+        now += 20  # a sync point
+        clock.go_on()
+    assert clock.take() == 1.0
+    assert clock.take() == 0.0
 
 
 def test_a_varying_interval_goes_on_where_it_was_saved():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +21,7 @@ from benchmarks.slow_link.report import write_report
 from benchmarks.slow_link.results import Measured, SlowLinkTable
 from benchmarks.slow_link.runs import BANDWIDTHS, Run, runs
 from benchmarks.slow_link.worker import MARK
-from benchmarks.table import machine, versions
+from benchmarks.table import versions
 
 LIMIT_S = 600.0  # of one run
 
@@ -43,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
                 break
             try:
                 measured = measure(run)
-            except (RuntimeError, subprocess.TimeoutExpired) as error:
+            except (RuntimeError, ValueError, subprocess.TimeoutExpired) as error:
                 failed += 1
                 print(f"[{count}/{len(missing)}] {run}: failed: {error}", file=sys.stderr, flush=True)
                 continue
@@ -56,26 +59,37 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(run: Run) -> Measured:
     """Both ends at once, a core each; the slower one counts."""
-    with slow_link(BANDWIDTHS[run.bandwidth]) as link:
-        ends = [_start(link, end, run) for end in range(2)]
+    with slow_link(BANDWIDTHS[run.bandwidth]) as link, tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder, f"{end}.log") for end in range(2)]  # a pipe that nobody reads would fill
+        ends = [_start(link, end, run, log) for end, log in enumerate(logs)]
+        deadline = time.monotonic() + LIMIT_S
         try:
-            texts = [end.communicate(timeout=LIMIT_S)[0] for end in ends]
+            for end in ends:
+                end.wait(max(0.0, deadline - time.monotonic()))
         finally:
             for end in ends:
                 if end.poll() is None:
                     os.killpg(end.pid, signal.SIGKILL)
-    found = [json.loads(line.removeprefix(MARK)) for text in texts for line in text.splitlines() if MARK in line]
+        texts = [log.read_text(encoding="utf-8", errors="replace") for log in logs]
+    found = [json.loads(line.split(MARK)[1]) for text in texts for line in text.splitlines() if MARK in line]
     if len(found) < 2:
         raise RuntimeError("no result:\n" + "\n".join(text[-2000:] for text in texts))
     return Measured(
         step_s=max(end["step_s"] for end in found),
         bytes_per_step=max(end["bytes_per_step"] for end in found),
-        machine=machine(),
-        versions=versions(),
+        machine=f"{os.cpu_count()} CPU cores ({platform.machine()})",
+        versions=f"{versions()}{_version_of('torchft')}{_version_of('accelerate')}",
     )
 
 
-def _start(link: Link, end: int, run: Run) -> subprocess.Popen[str]:
+def _version_of(package: str) -> str:
+    try:
+        return f", {package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _start(link: Link, end: int, run: Run, log: Path) -> subprocess.Popen[bytes]:
     environment = os.environ | {
         "RANK": str(end),
         "WORLD_SIZE": "2",
@@ -91,15 +105,15 @@ def _start(link: Link, end: int, run: Run) -> subprocess.Popen[str]:
         "TOKENIZERS_PARALLELISM": "false",
     }
     command = link.command(end, sys.executable, "-m", "benchmarks.slow_link.worker", json.dumps(asdict(run)))
-    return subprocess.Popen(
-        command,
-        cwd=Path(__file__).parents[2],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            command,
+            cwd=Path(__file__).parents[2],
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

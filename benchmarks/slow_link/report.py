@@ -22,22 +22,24 @@ _ABOUT = (
 )
 _SHARE = (
     "Compute share: tokens/s over the tokens/s of the same stack, in the same repetition, with nothing to say to the "
-    "other end. n: steps between two sync points; d: `delay`, for torchft its fragment_sync_delay."
+    "other end; for DeepSpeed that is a world of one, which updates all of the optimizer's state and not a half. "
+    "n: steps between two sync points; d: `delay`, for torchft its fragment_sync_delay."
 )
 
 
 def write_report(table: SlowLinkTable) -> list[Path]:
     """Draw what there is."""
     page, picture = table.path.with_suffix(".md"), table.path.with_suffix(".png")
-    some = next(iter(table.rows.values()))
+    machines = " and ".join(sorted({row.machine for row in table.rows.values()}))
+    versions = " and ".join(sorted({row.versions for row in table.rows.values()}))
     repetitions = len({run.number for run in table.rows})
     lines = [
         f"# {table.path.stem}",
         "",
         f"![The same as a picture]({picture.name})",
         "",
-        f"Made by `python -m benchmarks.slow_link` on {some.machine} with {some.versions}; {len(table.rows)} runs, "
-        f"{repetitions} of each.",
+        f"Made by `python -m benchmarks.slow_link` on {machines} with {versions}; {len(table.rows)} runs, in "
+        f"{repetitions} repetition{'s' if repetitions > 1 else ''}.",
         "",
         _ABOUT,
         "",

@@ -87,8 +87,8 @@ class SwarmRule(Rule):
         x_i <- m, or with inertia beta > 0 and the last consensus a:  v <- beta v + (a - m);  a <- a - v;  x_i <- a
 
     Losses are clearly unequal when softmax(-q / tau) is clearly not uniform, or one is not finite. beta
-    is 0 at the last sync point, and throughout a training of 10 sync points or fewer, if the length of
-    training is known.
+    is 0 at the last sync point, and throughout a training of 10 sync points or fewer, if it is
+    known how many there will be.
 
     Each particle's learning rate is multiplied by exp(mu + sigma z_i), z evenly spaced in [-1, 1] and
     shuffled when losses have been compared, sigma = ln(lr_spread), shrinking to 0 in the second half of training if

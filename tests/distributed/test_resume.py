@@ -42,6 +42,15 @@ LATER_RULES: dict[str, Case] = {
     "int4": Case(sync_mode="diloco", swarm={"wire": "int4"}),
     "bf16": Case(sync_mode="easgd", swarm={"wire": "bf16"}),
     # The drift decides, not the time: with this share of it sync points may take what they like.
+    # Saved at step 5 while the one of step 4 is pending; at 3 that of step 2.
+    "adaptive-delay": Case(
+        interval=2,
+        swarm={
+            "delay": 2,
+            "fragments": 2,
+            "schedule": {"type": "adaptive", "drift": 0.03, "compute_share": 0, "min_interval": 2},
+        },
+    ),
     "adaptive": Case(
         interval=1, swarm={"schedule": {"type": "adaptive", "drift": 0.03, "compute_share": 0, "warmup_steps": 1}}
     ),

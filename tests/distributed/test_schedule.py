@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import itertools
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -170,6 +172,69 @@ def slow_particle(case: Case) -> list[dict[str, Any]]:
         return records
 
 
+def at_its_own_pace(case: Case, training_s: float, meeting_s: float) -> list[dict[str, Any]]:
+    """Particle 1 needs so long for a step; whatever a sync point needs takes so long on all."""
+    with swarm_of(case) as (swarm, engine):
+        records: list[dict[str, Any]] = []
+        swarm.log = lambda event, **record: records.append(record | {"step": engine.global_steps})
+        publish = swarm.synchronizer.shards.publish
+
+        def slow_publish() -> None:
+            time.sleep(meeting_s)
+            publish()
+
+        swarm.synchronizer.shards.publish = slow_publish
+        for step in range(case.steps):
+            if step == 5 and swarm.particle == 1:
+                time.sleep(1.0)  # an evaluation
+            time.sleep(training_s * swarm.particle)
+            train(case, engine, range(step, step + 1))
+        return records
+
+
+def test_time_for_training_is_left(pool: Pool) -> None:
+    """0.4 s of a sync point against steps of 0.1 s and a bit: at a share of a half that is nearly 4 steps."""
+    schedule = {"type": "adaptive", "drift": 1e-9, "compute_share": 0.5}
+    ranks = pool.run(at_its_own_pace, Case(interval=3, steps=16, swarm={"schedule": schedule}), 0.1, 0.4, world_size=4)
+    for records in ranks:
+        assert [r["step_s"] for r in records] == [r["step_s"] for r in ranks[0]]
+        assert [r["next_interval"] for r in records] == [r["next_interval"] for r in ranks[0]]
+        assert all(0.1 <= record["step_s"] < 0.3 for record in records), "neither the second nor the sync points count"
+        assert records[0]["next_interval"] < 3, "nothing has held training up before"
+        for before, record in itertools.pairwise(records):
+            fewest = min(other[records.index(before)]["seconds"] for other in ranks)
+            assert fewest >= 0.4
+            floor = math.ceil(fewest / record["step_s"] - 1e-9)
+            assert floor - 1 <= record["next_interval"] <= math.ceil(1.5 * floor) + 1
+            assert record["next_interval"] >= 2
+
+
+def survivors(case: Case) -> list[dict[str, Any]]:
+    with swarm_of(case) as (swarm, engine):
+        records: list[dict[str, Any]] = []
+        swarm.log = lambda event, **record: records.append(record)
+        train(case, engine, range(4), spoil=lambda step, loss: loss * float("nan") if swarm.particle == 1 else loss)
+        return records
+
+
+def test_one_survivor_is_no_reason_to_meet_less_often(pool: Pool) -> None:
+    schedule = {"type": "adaptive", "drift": 10.0, "compute_share": 0}
+    for records in pool.run(survivors, Case(interval=2, steps=4, swarm={"schedule": schedule}), world_size=4):
+        found = [(r["alive"], math.isnan(r["drift"]), r["next_interval"]) for r in records]
+        assert found == [((True, False), True, 2)] * 2
+
+
+def test_the_next_interval_counts_from_the_beginning(pool: Pool) -> None:
+    cases = [
+        Case(steps=10, interval=4, swarm={"delay": 4}),
+        Case(steps=14, interval=4, swarm={"delay": 4, "schedule": ADAPTIVE | {"drift": 1e-9, "min_interval": 4}}),
+    ]
+    for fixed, adaptive in pool.run(lives, cases, world_size=4):
+        for life, steps in ((fixed, [8]), (adaptive, [8, 12])):
+            assert life.steps == steps
+            assert [record["next_interval"] for record in life.records] == [4] * len(steps)
+
+
 def monitored(case: Case, folder: Path) -> list[dict[str, Any]]:
     with swarm_of(case) as (swarm, engine):
         records: list[dict[str, Any]] = []
@@ -196,6 +261,8 @@ def test_deepspeeds_monitor_shows_sync_points(pool: Pool, tmp_path: Path) -> Non
     for particle in range(2):
         expected = [(at, record["losses"][particle]) for at, record in zip(samples, records, strict=True)]
         assert read(first / f"Swarm_loss_particle_{particle}.csv") == expected
+    for name in first.glob("Swarm*"):
+        assert "nan" not in name.read_text(), name
     assert not list(other.glob("Swarm*")), "the leader's are enough"
     for folder in (first, other):
         assert list(folder.glob("Train*")), "DeepSpeed's own are those of each particle"
