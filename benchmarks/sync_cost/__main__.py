@@ -1,0 +1,204 @@
+"""``torchrun --nproc_per_node 2 -m benchmarks.sync_cost``: what a sync point takes beyond the bare collective.
+
+No DeepSpeed and no model: each rank is a particle with one shard of so many elements.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks.table import Table, machine, versions
+from ds_pso.exchange import Exchange
+from ds_pso.files import write_atomically
+from ds_pso.rules import RULES, Rule, SyncPoint
+from ds_pso.updater import Updater
+from ds_pso.wire import FORMATS, Differences
+from ds_pso.world import World
+
+FOLDER = Path(__file__).parent / "results"
+MODES = ("local_sgd", "diloco", "easgd", "nosync", "pso")  # the others make the same plans, and score besides
+OPTIONS: dict[str, dict[str, Any]] = {"nosync": {"growth": "constant"}}
+
+
+@dataclass(frozen=True)
+class Case:
+    rule: str
+    wire: str
+    numel: int  # of the shard
+    particles: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds; of the slowest rank, medians over the runs."""
+
+    pass_s: float  # to copy as many bytes as the rule must read and write
+    bare_s: float  # one bare collective of the same bytes
+    collectives_s: float  # inside collectives
+    rest_s: float  # everything else: filling buckets, rounding, updating
+    runs: int
+    machine: str
+    versions: str
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sync_cost", description=__doc__)
+    parser.add_argument("--numel", type=float, nargs="+", default=[1e6, 1e7, 1e8], help="elements of the shard")
+    parser.add_argument("--runs", type=int, default=7, help="of each case (default 7)")
+    parser.add_argument("--report", action="store_true", help="only draw")
+    arguments = parser.parse_args()
+    table = Table(FOLDER / "sync_cost.csv", Case, Cost)
+    if not arguments.report:
+        torch.set_num_threads(1)
+        world = World.carve(int(os.environ["WORLD_SIZE"]), timeout_s=300)
+        exchange = Exchange(world, bucket_mb=64)
+        for case in _cases(arguments.numel, world):
+            if case not in table.rows:
+                cost = measure(case, exchange, arguments.runs)
+                if world.is_leader:
+                    table.add(case, cost)
+                    print(f"{case.rule} {case.wire} {case.numel:.0e}: {_ratios(case, cost)}", flush=True)
+        leads = world.is_leader
+        world.close()
+        if not leads:
+            return 0
+    print(write_report(table))
+    return 0
+
+
+def _cases(sizes: list[float], world: World) -> list[Case]:
+    P, device = world.layout.num_particles, world.peer_device.type
+    plain = [Case(rule, "fp32", int(numel), P, device) for numel in sizes for rule in MODES]
+    return plain + [Case("local_sgd", wire, int(numel), P, device) for numel in sizes for wire in FORMATS]
+
+
+def measure(case: Case, exchange: Exchange, runs: int) -> Cost:
+    device = exchange.device
+    torch.manual_seed(exchange.particle)
+    x = torch.randn(case.numel, device=device)
+    rule = _rule(case.rule)
+    differences = None if case.wire == "fp32" else Differences(FORMATS[case.wire], [torch.zeros_like(x)])
+    updater = Updater(exchange, rule, [], [rule.init_state(x)], differences)
+    alive = (True,) * case.particles
+    fitness = tuple(float(i) for i in range(case.particles))
+
+    def sync(index: int) -> None:
+        plan = rule.plan(SyncPoint(index, fitness, alive, total=100), updater.memory)
+        updater.carry_out(plan, [x])
+        updater.take_distance()
+        updater.memory = plan.memory
+
+    moved = sum(_passes(case.rule)) * x.numel() * x.element_size()
+    source, target = (torch.empty(moved // 8, device=device) for _ in range(2))  # a copy reads and writes
+    payload = torch.empty(_payload(case, x), dtype=torch.uint8, device=device).view(torch.int8)
+    if case.wire == "fp32":
+        payload = torch.empty_like(x)
+    times: dict[str, list[float]] = {"pass": [], "bare": [], "collectives": [], "rest": []}
+    for index in range(runs + 1):
+        times["pass"].append(_timed(lambda: target.copy_(source), exchange))
+        times["bare"].append(_timed(lambda: _bare(case, exchange, payload), exchange))
+        before = exchange.seconds
+        whole = _timed(partial(sync, index), exchange)
+        times["collectives"].append(exchange.seconds - before)
+        times["rest"].append(whole - times["collectives"][-1])
+    mine = [median(values[1:]) for values in times.values()]  # the first one warms up
+    slowest = [max(column) for column in zip(*exchange.all_gather(mine), strict=True)]
+    pass_s, bare_s, collectives_s, rest_s = slowest
+    return Cost(pass_s, bare_s, collectives_s, rest_s, runs, machine(), versions())
+
+
+def _rule(name: str) -> Rule:
+    kind = RULES[name]
+    return kind(kind.Config(**OPTIONS.get(name, {})))
+
+
+def _passes(rule: str) -> tuple[int, int]:
+    """How many tensors like the shard must be read and written: what is sent and received, x and the state."""
+    state = len(_rule(rule).init_state(torch.zeros(1)))
+    return 2 + 1 + state, 1 + 1 + state  # x into the bucket; what arrived, x and the state; x and the state
+
+
+def _payload(case: Case, x: Tensor) -> int:
+    return x.numel() * 4 if case.wire == "fp32" else FORMATS[case.wire].nbytes(x.numel() // 256 * 256)
+
+
+def _bare(case: Case, exchange: Exchange, payload: Tensor) -> None:
+    group = exchange.world.peer_group
+    if case.rule == "pso":
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        group.broadcast([payload], options).wait()
+    elif case.wire == "fp32":
+        group.allreduce([payload]).wait()
+    else:
+        # As many bytes as a two-phase exchange: a part to each peer, and then a part from each.
+        part = payload.numel() // case.particles
+        sizes = [part * (i != exchange.particle) for i in range(case.particles)]
+        sent = payload[: sum(sizes)]
+        group.alltoall_base(torch.empty_like(sent), sent, sizes, sizes).wait()
+        rows = [torch.empty_like(payload[:part]) for _ in range(case.particles)]
+        group.allgather([rows], [payload[:part]]).wait()
+
+
+def _timed(job: Callable[[], Any], exchange: Exchange) -> float:
+    exchange.all_gather([0.0])  # begin together
+    if exchange.device.type == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    job()
+    if exchange.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def _ratios(case: Case, cost: Cost) -> str:
+    return (
+        f"exchange {cost.collectives_s / cost.bare_s:.2f} of the bare collective, "
+        f"rest {cost.rest_s / cost.pass_s:.2f} of a memory pass"
+    )
+
+
+def write_report(table: Table[Case, Cost]) -> Path:
+    rows = table.rows
+    some = next(iter(rows.values()))
+    lines = [
+        "# sync_cost",
+        "",
+        f"Made by `torchrun --nproc_per_node {next(iter(rows)).particles} -m benchmarks.sync_cost` on "
+        f"{' and '.join(sorted({row.machine for row in rows.values()}))} with {some.versions}; medians of {some.runs} "
+        "runs, of the slowest rank.",
+        "",
+        "One shard on each of P ranks of one machine, no model. *exchange*: time inside collectives over the time of "
+        "one bare collective of the same bytes (an all-reduce; for `pso` a broadcast; for rounded differences an "
+        "all-to-all and an all-gather). *rest*: all other time (filling buckets, rounding, updating, measuring the "
+        "drift) over the time of copying as many bytes as the rule must read and write. Both from the same run.",
+        "",
+        "| rule | wire | elements | exchange, s | of the bare collective | rest, s | of a memory pass |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for case, cost in sorted(rows.items(), key=lambda item: (item[0].numel, item[0].wire != "fp32")):
+        lines.append(
+            f"| `{case.rule}` | {case.wire} | {case.numel:,} | {cost.collectives_s:.3f} | "
+            f"{cost.collectives_s / cost.bare_s:.2f} | {cost.rest_s:.4f} | {cost.rest_s / cost.pass_s:.2f} |"
+        )
+    page = table.path.with_suffix(".md")
+    write_atomically(page, "\n".join(lines) + "\n")
+    return page
+
+
+if __name__ == "__main__":
+    sys.exit(main())
