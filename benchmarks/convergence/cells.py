@@ -129,7 +129,8 @@ def tuned_rates(scores: Mapping[Cell, float]) -> Rates:
     """
     runs: dict[RateKey, dict[float, list[float]]] = {}
     for cell, score in scores.items():
-        runs.setdefault(cell.rate_key, {}).setdefault(cell.lr, []).append(score)
+        if cell.interval == cell.rate_key[2]:  # there are old runs at other intervals
+            runs.setdefault(cell.rate_key, {}).setdefault(cell.lr, []).append(score)
     rates = {}
     for key, found in runs.items():
         seeds = TASKS[key[0]].tuning_seeds

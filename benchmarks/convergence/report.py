@@ -94,7 +94,9 @@ def _head(table: str, rows: Rows, num_cells: int) -> list[str]:
         f"of computing. Mean +- sample standard deviation over {seeds}.",
         "",
     ]
-    if len(rows) < num_cells:
+    if options.startswith(" --real"):
+        lines += [f"These {len(rows)} of the table's {num_cells} runs were made to confirm the simulated ones.", ""]
+    elif len(rows) < num_cells:
         lines += [f"**Not finished: {num_cells - len(rows)} of {num_cells} runs are missing.**", ""]
     return lines
 
