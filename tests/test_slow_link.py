@@ -15,7 +15,8 @@ from benchmarks.slow_link.report import write_report
 from benchmarks.slow_link.results import Measured, SlowLinkTable
 from benchmarks.slow_link.runs import BANDWIDTHS, Run, runs
 
-needs_namespaces = pytest.mark.skipif(network.why_not() is not None, reason=str(network.why_not()))
+REASON = network.why_not()
+needs_namespaces = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 RECEIVE = """
 import socket, sys, time
@@ -76,6 +77,13 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network.shutil, "which", lambda name: name)
     monkeypatch.setattr(network.os, "geteuid", lambda: 1000)
     assert network.why_not() == "creating network namespaces needs root"
+    monkeypatch.setattr(network.os, "geteuid", lambda: 0)
+
+    def refuse(*command: str) -> None:
+        raise RuntimeError(f"{' '.join(command[:3])}: Operation not permitted")
+
+    monkeypatch.setattr(network, "_run", refuse)
+    assert network.why_not() == "no slow link can be made: ip netns add: Operation not permitted"
 
 
 def test_every_run_has_its_stack_alone_in_the_same_repetition() -> None:

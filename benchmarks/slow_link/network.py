@@ -24,7 +24,11 @@ def why_not() -> str | None:
         return f"the programs {' and '.join(missing)} are missing; install iproute2"
     if os.geteuid() != 0:
         return "creating network namespaces needs root"
-    return None
+    try:
+        with slow_link(1e6):
+            return None
+    except RuntimeError as error:  # root in a container, a kernel without veth or tbf
+        return f"no slow link can be made: {error}"
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ def slow_link(bits_per_s: float) -> Iterator[Link]:
         yield link
     finally:
         for name in link.namespaces:
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+            with contextlib.suppress(OSError):
+                subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
 
 def received_bytes() -> int:
