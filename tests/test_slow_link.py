@@ -22,9 +22,9 @@ RECEIVE = """
 import socket, sys, time
 from benchmarks.slow_link.network import received_bytes
 server = socket.create_server((sys.argv[1], 5000))
+begin, count, before = time.perf_counter(), 0, received_bytes()
 print("listening", flush=True)
 peer, _ = server.accept()
-begin, count, before = time.perf_counter(), 0, received_bytes()
 while part := peer.recv(1 << 16):
     count += len(part)
 print(count, received_bytes() - before, time.perf_counter() - begin, flush=True)
