@@ -126,7 +126,7 @@ class Census:
             apart: what ``apart`` returned.
         """
         squares = [sum(column) for column in zip(*self.world.particle_gather(list(apart)), strict=True)]
-        return math.sqrt(squares[0] / squares[1]) if squares[1] > 0 and squares[0] >= 0 else math.nan
+        return math.sqrt(squares[0] / squares[1]) if squares[1] > 0 else math.nan
 
     def score(self) -> tuple[float, ...]:
         """Loss of every particle's present weights on the probe batch, shape (P,); inf if not finite."""

@@ -190,7 +190,7 @@ class AdaptiveSchedule(VaryingSchedule):
 
     def _wish(self, observed: Observed) -> float:
         wish = self._wanted
-        if math.isfinite(observed.drift):  # NaN where no particle is alive
+        if math.isfinite(observed.drift):  # NaN where fewer than two particles are alive
             wish *= min(max(self.options.drift / observed.drift, 0.5), 2.0) if observed.drift > 0 else 2.0
         if not observed.step_s > 0:
             return wish

@@ -123,13 +123,12 @@ class Rule(ABC):
         self.options = options
         self.seed = seed
 
-    @classmethod
+    @classmethod  # noqa: B027
     def complete(cls, section: MutableMapping[str, Any]) -> None:
         """Fill in keys of the ``swarm`` section that are left open, where the rule has other defaults.
 
         ``section`` is as it was read: nothing in it has been checked yet.
         """
-        return
 
     @property
     def uses_fitness(self) -> bool:
