@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ds_pso.census import Census
 from ds_pso.errors import ConfigError
+from ds_pso.exchange import fill
 from ds_pso.shards import Shards, replace
 from ds_pso.updater import Updater
 
@@ -61,6 +62,5 @@ class Consensus:
 
     def _mean(self, tensors: list[Tensor], weights: tuple[float, ...]) -> list[Tensor]:
         mean = [torch.empty_like(t) for t in tensors]
-        for piece, received in self.updater.exchange.weighted_mean(tensors, weights):
-            piece.of(mean[piece.tensor]).copy_(received)
+        fill(mean, self.updater.exchange.weighted_mean(tensors, weights))
         return mean

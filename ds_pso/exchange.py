@@ -6,7 +6,7 @@ Knows the peer group; knows nothing of rules or of DeepSpeed.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -34,6 +34,12 @@ class Piece:
 
     def in_bucket(self, bucket: Tensor) -> Tensor:
         return bucket[self.offset : self.offset + self.stop - self.start]
+
+
+def fill(tensors: Sequence[Tensor], arriving: Iterable[tuple[Piece, Tensor]]) -> None:
+    """Copy what arrives into its places in ``tensors``."""
+    for piece, received in arriving:
+        piece.of(tensors[piece.tensor]).copy_(received)
 
 
 def plan_buckets(numels: Sequence[int], bucket_numel: int) -> list[list[Piece]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ds_pso.census import Census, Probe
 from ds_pso.consensus import Consensus
 from ds_pso.errors import SwarmError
-from ds_pso.exchange import Exchange
+from ds_pso.exchange import Exchange, fill
 from ds_pso.fitness import FitnessWindow
 from ds_pso.fragments import Fragment, cut
 from ds_pso.letters import Mailbox
@@ -140,11 +140,9 @@ class Synchronizer:
         """Give every particle the weights of particle 0, whatever its random seed was."""
         self.shards.zero_padding()
         for tensors in (self.shards.tensors, self.shards.frozen()):
-            for piece, received in self.exchange.from_one(tensors, source=0):
-                piece.of(tensors[piece.tensor]).copy_(received)
+            fill(tensors, self.exchange.from_one(tensors, source=0))
         with self.shards.flat_buffers() as buffers:
-            for piece, received in self.exchange.from_one(buffers, source=0):
-                piece.of(buffers[piece.tensor]).copy_(received)
+            fill(buffers, self.exchange.from_one(buffers, source=0))
         self.shards.publish()
 
     def sync(self, window: FitnessWindow, step: int) -> dict[str, Any]:
@@ -254,8 +252,7 @@ class Synchronizer:
             What to log of it.
         """
         shards, buffers = self._split(pending.movement)
-        for piece, received in self.exchange.weighted_mean(buffers, point.mean_weights()):
-            piece.of(buffers[piece.tensor]).copy_(received)
+        fill(buffers, self.exchange.weighted_mean(buffers, point.mean_weights()))
         plan = self.rule.plan(point, self.updater.memory)
         if plan.score:
             raise SwarmError(
@@ -455,15 +452,13 @@ class Synchronizer:
             if not point.alive[self.exchange.particle]:
                 self.shards.reset_optimizer_state()
             return
-        for piece, received in self.exchange.weighted_mean(moments, point.mean_weights()):
-            piece.of(moments[piece.tensor]).copy_(received)
+        fill(moments, self.exchange.weighted_mean(moments, point.mean_weights()))
         self.shards.publish_moments()
 
     def _average_buffers(self, point: SyncPoint) -> None:
         """Statistics are no parameters: whatever the rule, they become the mean of the living."""
         with self.shards.flat_buffers() as buffers:
-            for piece, received in self.exchange.weighted_mean(buffers, point.mean_weights()):
-                piece.of(buffers[piece.tensor]).copy_(received)
+            fill(buffers, self.exchange.weighted_mean(buffers, point.mean_weights()))
 
     def state_dict(self) -> dict[str, Any]:
         """What is equal on all ranks of a particle, or small; JSON values."""

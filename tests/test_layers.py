@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "census": {"errors", "exchange", "fitness", "rules", "shards", "world"},
     "fragments": {"shards"},
     "updater": {"errors", "exchange", "fragments", "rules", "shards", "wire"},
-    "consensus": {"census", "errors", "shards", "updater"},
+    "consensus": {"census", "errors", "exchange", "shards", "updater"},
     "synchronizer": {
         *("census", "consensus", "errors", "exchange", "fitness", "fragments", "letters"),
         *("rules", "schedule", "shards", "step_clock", "updater", "wire", "world"),
