@@ -174,7 +174,7 @@ def wait_in_the_foreground() -> None:
 @sabotage("distributed/test_fragments.py")
 def apply_fragments_together() -> None:
     """Each waits for the last one."""
-    from ds_pso.synchronizer import Pending
+    from ds_pso.pending import Pending
 
     Pending.due = lambda self, fragment: self.begun + self.delay
 

@@ -40,10 +40,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"errors", "rules", "schedule"},
     "census": {"errors", "exchange", "fitness", "rules", "shards", "world"},
     "fragments": {"shards"},
+    "pending": set(),
     "updater": {"errors", "exchange", "fragments", "rules", "shards", "wire"},
     "consensus": {"census", "errors", "exchange", "shards", "updater"},
     "synchronizer": {
-        *("census", "consensus", "errors", "exchange", "fitness", "fragments", "letters"),
+        *("census", "consensus", "errors", "exchange", "fitness", "fragments", "letters", "pending"),
         *("rules", "schedule", "shards", "step_clock", "updater", "wire", "world"),
     },
     "state": {"config", "errors", "exchange", "fitness", "metrics", "sampler", "synchronizer", "world"},
