@@ -37,7 +37,7 @@ from ds_pso.errors import CheckpointError, SwarmError
 from ds_pso.files import hash_file, replace_folder, write_atomically
 from ds_pso.state import SwarmState
 
-FORMAT = 4
+FORMAT = 5
 LATEST = "latest"
 _DEEPSPEED_TAG = "deepspeed"
 
@@ -90,6 +90,7 @@ def _save_rank(swarm: SwarmState, folder: Path) -> None:
         "particle_size": layout.particle_size,
         "sync_mode": swarm.config.sync_mode,
         "wire": swarm.config.wire,
+        "turns": swarm.config.turns,
         "zero_stage": swarm.engine.zero_optimization_stage(),
         "model": _model_fingerprint(swarm),
         "window": swarm.window.state(),
@@ -215,6 +216,7 @@ def _check_fits(record: dict[str, Any], swarm: SwarmState, source: Path) -> None
         "particle_size": layout.particle_size,
         "sync_mode": swarm.config.sync_mode,
         "wire": swarm.config.wire,
+        "turns": swarm.config.turns,
         "zero_stage": swarm.engine.zero_optimization_stage(),
         "model": _model_fingerprint(swarm),
     }
@@ -223,6 +225,7 @@ def _check_fits(record: dict[str, Any], swarm: SwarmState, source: Path) -> None
         "particle_size": "start that many ranks per particle",
         "sync_mode": "set swarm.sync_mode to that",
         "wire": "set swarm.wire to that",
+        "turns": "set swarm.fragments to that and swarm.streaming to true, or if it is 1 to false",
         "zero_stage": "set zero_optimization.stage to that",
         "model": "build the model, precision and parameter groups it was saved with",
     }

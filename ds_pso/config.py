@@ -48,6 +48,10 @@ class SwarmConfig(StrictModel):
         description="Cut a delayed sync point into so many fragments, which are exchanged and applied one after the "
         "other within `delay`, those first that the forward pass needs first.",
     )
+    streaming: bool = Field(
+        default=False,
+        description="Let each fragment meet by itself, one after the other, evenly spread over the interval.",
+    )
     fitness: Literal["train", "probe"] = Field(
         default="train",
         description="Loss that ranks the particles: mean training loss since the last sync, or a probe batch.",
@@ -67,6 +71,16 @@ class SwarmConfig(StrictModel):
         default="fp32",
         description="How weights travel: as they are, or as differences to the last common state, rounded, and what "
         "rounding loses sent with the next ones.",
+    )
+    state_device: Literal["auto", "cpu"] = Field(
+        default="auto",
+        description="Where the state of the rule and of the wire lies between sync points: beside the shard, or in the "
+        "memory of the host.",
+    )
+    state_dtype: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="How movements in that state are kept: momenta, velocities, and what the wire owes. "
+        "Positions are always kept in fp32.",
     )
     bucket_mb: float = Field(default=64.0, gt=0, le=4096, description="Exchange buffer, in MiB.")
     peer_backend: Literal["auto", "gloo", "nccl"] = Field(
@@ -100,6 +114,11 @@ class SwarmConfig(StrictModel):
             return None
         return self._rule_options[self.sync_mode]
 
+    @property
+    def turns(self) -> int:
+        """In how many parts an interval is divided, each with a sync point for a part of the model."""
+        return self.fragments if self.streaming else 1
+
     def build_rule(self) -> Rule | None:
         """The rule that ``sync_mode`` names; None for ``allreduce``."""
         options = self.rule_options
@@ -108,7 +127,8 @@ class SwarmConfig(StrictModel):
     def build_schedule(self, ds_config: Mapping[str, Any]) -> Schedule:
         """When to meet. The length of the training is this section's, or that of DeepSpeed's scheduler."""
         steps = _total_num_steps(ds_config) if self.total_steps is None else self.total_steps
-        return make_schedule(self.schedule, self.sync_interval, steps if isinstance(steps, int) else None)
+        interval = self.sync_interval // self.turns
+        return make_schedule(self.schedule, interval, steps if isinstance(steps, int) else None)
 
     def resolved(self) -> dict[str, Any]:
         """The section with every default filled in, as JSON types."""
@@ -176,6 +196,8 @@ def _check_consistent(ds_config: dict[str, Any], swarm: SwarmConfig, where: str)
     rule, mode = swarm.build_rule(), swarm.sync_mode
     if rule is None:
         return
+    if swarm.streaming:
+        _check_streaming(swarm, where)
     if swarm.schedule.type != "fixed":
         _check_schedule(rule, swarm, where)
     if rule.uses_progress and swarm.total_steps is None:
@@ -197,13 +219,14 @@ def _check_consistent(ds_config: dict[str, Any], swarm: SwarmConfig, where: str)
         )
     if swarm.delay > 0:
         _check_delay(rule, swarm, where)
-    if swarm.fragments > max(1, swarm.delay):
+    if not swarm.streaming and swarm.fragments > max(1, swarm.delay):
         raise ConfigError(
             f"{where}: swarm.fragments = {swarm.fragments}: at most one is applied after each step of swarm.delay = "
             f"{swarm.delay}; lower it, or set a longer delay"
         )
     if swarm.wire != "fp32":
         _check_wire(rule, swarm, where)
+    _check_state(rule, swarm, where)
     if rule.max_staleness is not None:
         if swarm.optimizer_state != "keep":
             raise ConfigError(
@@ -228,6 +251,35 @@ def _check_schedule(rule: Rule, swarm: SwarmConfig, where: str) -> None:
         raise ConfigError(
             f'{where}: swarm.schedule.type = "{schedule.type}": particles that wait for nobody cannot agree on an '
             f'interval; use "fixed", or set swarm.{swarm.sync_mode}.asynchronous to false'
+        )
+
+
+def _check_streaming(swarm: SwarmConfig, where: str) -> None:
+    if swarm.fragments == 1 or swarm.delay == 0:
+        raise ConfigError(
+            f"{where}: swarm.streaming = true: it spreads at least two fragments over the interval, each applied at "
+            f"least one step late, and swarm.fragments = {swarm.fragments}, swarm.delay = {swarm.delay}; raise them, "
+            "or remove streaming"
+        )
+    if swarm.schedule.type != "fixed":
+        raise ConfigError(
+            f'{where}: swarm.schedule.type = "{swarm.schedule.type}": swarm.streaming divides a fixed interval; use '
+            '"fixed", or remove streaming'
+        )
+    if swarm.sync_interval % swarm.fragments:
+        raise ConfigError(
+            f"{where}: swarm.sync_interval = {swarm.sync_interval}: swarm.streaming divides it by swarm.fragments = "
+            f"{swarm.fragments}, and the rest is not 0; change one of them"
+        )
+    if swarm.delay > swarm.sync_interval // swarm.fragments:
+        raise ConfigError(
+            f"{where}: swarm.delay = {swarm.delay}: the next fragment would come first; use at most "
+            f"swarm.sync_interval / swarm.fragments = {swarm.sync_interval // swarm.fragments}, or lower fragments"
+        )
+    if swarm.optimizer_state != "keep":
+        raise ConfigError(
+            f'{where}: swarm.optimizer_state = "{swarm.optimizer_state}": with swarm.streaming only a part of the '
+            'model has met; use "keep", or remove streaming'
         )
 
 
@@ -272,6 +324,20 @@ def _check_wire(rule: Rule, swarm: SwarmConfig, where: str) -> None:
         raise ConfigError(
             f'{where}: swarm.wire = "{swarm.wire}": with swarm.optimizer_state = "average" the moments would travel in '
             'fp32, and be more than what was saved; use "keep" or "reset"'
+        )
+
+
+def _check_state(rule: Rule, swarm: SwarmConfig, where: str) -> None:
+    kept = rule.state_names
+    if swarm.state_device != "auto" and not kept and swarm.wire == "fp32":
+        raise ConfigError(
+            f'{where}: swarm.state_device = "{swarm.state_device}": with these options swarm.{swarm.sync_mode} keeps '
+            'no state, nor does the wire "fp32"; remove the key'
+        )
+    if swarm.state_dtype != "fp32" and not kept & rule.rough_state and swarm.wire == "fp32":
+        raise ConfigError(
+            f'{where}: swarm.state_dtype = "{swarm.state_dtype}": with these options swarm.{swarm.sync_mode} keeps no '
+            'state that may be rounded, nor does the wire "fp32"; remove the key'
         )
 
 

@@ -128,10 +128,11 @@ class Exchange:
             for piece in pieces:
                 part = piece.in_bucket(values)
                 if weights[me] != 0:
-                    torch.sub(piece.of(tensors[piece.tensor]), piece.of(differences.common[piece.tensor]), out=part)
+                    common = piece.of(differences.common[piece.tensor]).to(part)
+                    torch.sub(piece.of(tensors[piece.tensor]), common, out=part)
                     part.mul_(weights[me])
                 if feedback:
-                    part.add_(piece.of(differences.residual[piece.tensor]))
+                    part.add_(piece.of(differences.residual[piece.tensor]).to(part))
             parts, mine = values.view(P, -1), values.view(P, -1)[me]
             others = [i for i in range(P) if i != me]
             nbytes = form.nbytes(padded // P)
@@ -154,7 +155,7 @@ class Exchange:
                 for piece in pieces:
                     owed = piece.of(differences.residual[piece.tensor])
                     # What overflowed would be owed for ever.
-                    torch.nan_to_num(piece.in_bucket(values), 0.0, 0.0, 0.0, out=owed)
+                    owed.copy_(piece.in_bucket(values).nan_to_num_(0.0, 0.0, 0.0))
             for part, row in zip(parts, self._gather_parts(encoded), strict=True):
                 form.decode(row, part)
             yield from self._add_common(values, pieces, differences, become_common=feedback)
@@ -171,8 +172,9 @@ class Exchange:
             encoded = torch.empty(differences.format.nbytes(padded), dtype=torch.uint8, device=values.device)
             if self.particle == source:
                 for piece in pieces:
-                    here, common = piece.of(tensors[piece.tensor]), piece.of(differences.common[piece.tensor])
-                    torch.sub(here, common, out=piece.in_bucket(values))
+                    part = piece.in_bucket(values)
+                    common = piece.of(differences.common[piece.tensor]).to(part)
+                    torch.sub(piece.of(tensors[piece.tensor]), common, out=part)
                 differences.format.encode(values, encoded)
             encoded = self._broadcast(encoded.to(self.device), source).to(values.device)
             differences.format.decode(encoded, values)
@@ -261,7 +263,7 @@ class Exchange:
     ) -> Iterator[tuple[Piece, Tensor]]:
         for piece in pieces:
             common, part = piece.of(differences.common[piece.tensor]), piece.in_bucket(values)
-            part.add_(common)
+            part.add_(common.to(part))
             if become_common:
                 common.copy_(part)
             yield piece, part

@@ -15,14 +15,15 @@ from torch import Tensor
 class Pending:
     """A meeting that goes on while training does.
 
-    ``movement`` holds copies of the shards and the flat buffers as they were at the beginning. In the end: how far
-    the shards shall move, or where they shall be if the particle was not alive; and the mean of the buffers, which
-    are statistics (a variance that was corrected could become negative).
+    ``movement`` holds copies of the fragments' ranges, one after the other, and of the flat buffers as they were at the
+    beginning. In the end: how far they shall move, or where they shall be if the particle was not alive; and the mean
+    of the buffers, which are statistics (a variance that was corrected could become negative).
     """
 
     begun: int  # optimizer step
     delay: int  # steps until the last fragment is due
-    fragments: int
+    cut_into: int  # fragments that the shards consist of
+    numbers: Sequence[int]  # of those that are on their way
     movement: list[Tensor]
     applied: int = 0  # fragments
     record: dict[str, Any] = field(default_factory=dict)  # to log
@@ -36,6 +37,11 @@ class Pending:
     waited_s: float = 0.0  # what it has grown by in ``held_up_s``
     arrived: list[threading.Event] = field(default_factory=list)  # of each fragment
 
+    @property
+    def fragments(self) -> int:
+        """How many are on their way."""
+        return len(self.numbers)
+
     def due(self, fragment: int) -> int:
         """The optimizer step after which it is applied: spread over the delay."""
         return self.begun + math.ceil(self.delay * (fragment + 1) / self.fragments)
@@ -46,6 +52,6 @@ class Pending:
 
     def state_dict(self) -> dict[str, Any]:
         """All but the tensors, once the meeting is over; JSON values."""
-        numbers = ("begun", "delay", "fragments", "applied", "held_up_s", "background_s")
+        numbers = ("begun", "delay", "cut_into", "numbers", "applied", "held_up_s", "background_s")
         names = (*numbers, "record", "lr_factors", "apart", "pace", "arrived_s")
         return {name: getattr(self, name) for name in names}

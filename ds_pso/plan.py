@@ -41,13 +41,14 @@ class Plan:
     """One way to meet, and what it costs."""
 
     wire: str
-    interval: int  # optimizer steps between two sync points, n
+    interval: int  # optimizer steps after which the whole model has met, n
     delay: int
     megabytes: float  # into each particle at a sync point
     transfer_s: float  # of the bytes
     latency_s: float  # of the messages
     step_s: float
     waits: bool = True  # false: particles that wait for nobody
+    turns: int = 1  # sync points in an interval, each of a part of the model
 
     @property
     def exchange_s(self) -> float:
@@ -61,22 +62,22 @@ class Plan:
     @property
     def compute_share(self) -> float:
         """Of the time, in which training goes on."""
-        training = self.interval * self.step_s
+        training = self.interval / self.turns * self.step_s
         return training / (training + self.held_up_s)
 
     def interval_for(self, share: float) -> int:
         """The smallest interval with this compute share."""
         least = self.held_up_s * share / ((1 - share) * self.step_s)
-        return max(1, self.delay, math.ceil(least - 1e-9))
+        return self.turns * max(1, self.delay, math.ceil(least - 1e-9))
 
     def delay_for(self, share: float) -> int:
         """The smallest delay with this compute share; more than the interval if none is enough."""
-        allowed = self.interval * self.step_s * (1 / share - 1)
+        allowed = self.interval / self.turns * self.step_s * (1 / share - 1)
         return max(0, math.ceil((self.exchange_s - allowed) / self.step_s - 1e-9)) if self.waits else 0
 
     def slowdown_for(self, share: float) -> float:
         """By what factor the bandwidth may be smaller for this compute share; 0 if latency alone is too much."""
-        allowed = (self.interval * (1 / share - 1) + self.delay) * self.step_s - self.latency_s
+        allowed = (self.interval / self.turns * (1 / share - 1) + self.delay) * self.step_s - self.latency_s
         return max(0.0, allowed / self.transfer_s) if self.waits and self.transfer_s else math.inf
 
 
@@ -92,11 +93,12 @@ def plan(cluster: Cluster, swarm: SwarmConfig, wire: str | None = None) -> Plan:
     rule = swarm.build_rule()
     assert rule is not None, "allreduce has no sync points"
     wire = wire or swarm.wire
-    P, per_rank = cluster.particles, cluster.parameters / cluster.ranks
+    P, parameters = cluster.particles, cluster.parameters / swarm.turns  # of a sync point
+    per_rank = parameters / cluster.ranks
     num_buckets = max(1, math.ceil(4 * per_rank / (swarm.bucket_mb * 2**20)))
     received, sent, messages = 0.0, 0.0, float(_TO_MEET)
     for kind, sources in _exchanges(rule, P, swarm.sync_interval):
-        nbytes = cluster.parameters * (4.0 if kind == "newest" else BYTES_PER_ELEMENT[wire])
+        nbytes = parameters * (4.0 if kind == "newest" else BYTES_PER_ELEMENT[wire])
         if kind == "mean":
             received, sent = received + 2 * nbytes * (P - 1) / P, sent + 2 * nbytes * (P - 1) / P
             messages += num_buckets * (2 * (P - 1) if wire == "fp32" else 2)
@@ -114,6 +116,7 @@ def plan(cluster: Cluster, swarm: SwarmConfig, wire: str | None = None) -> Plan:
         messages * cluster.latency_s,
         cluster.step_s,
         waits=rule.max_staleness is None,
+        turns=swarm.turns,
     )
 
 
@@ -150,12 +153,13 @@ def describe(cluster: Cluster, ds_config: Mapping[str, Any], swarm: SwarmConfig,
     """What ``ds-pso plan`` prints."""
     now, plain, percent = plan(cluster, swarm), synchronous(cluster, ds_config), f"{100 * share:g} %"
     at_first = "" if swarm.schedule.type == "fixed" else " at first"
+    in_turns = "" if swarm.turns == 1 else f", 1/{swarm.turns} of the model every {now.interval // swarm.turns}"
     wires = [wire for wire in BYTES_PER_ELEMENT if is_allowed(dict(ds_config), swarm, wire=wire)]
     lines = [
         f"{cluster.particles} particles of {cluster.ranks}, {cluster.parameters / 1e6:g} M parameters, "
         f"{cluster.step_s:g} s a step, {_rate(cluster.bandwidth)} into each particle",
         "",
-        f"{swarm.sync_mode} every {now.interval} steps{at_first}, wire {now.wire}, delay {now.delay}:",
+        f"{swarm.sync_mode} every {now.interval} steps{at_first}{in_turns}, wire {now.wire}, delay {now.delay}:",
         f"  {now.megabytes:.3g} MB into each particle at a sync point, in {now.exchange_s:.3g} s; "
         f"training stands still for {now.held_up_s:.3g} s",
         f"  compute share {100 * now.compute_share:.1f} %; {percent} {_enough(now, cluster, share)}",
@@ -166,7 +170,8 @@ def describe(cluster: Cluster, ds_config: Mapping[str, Any], swarm: SwarmConfig,
     ]
     for row in (plan(cluster, swarm, wire) for wire in wires):
         delay = row.delay_for(share)
-        fits = is_allowed(dict(ds_config), swarm, wire=row.wire, delay=delay, fragments=1, schedule=ScheduleConfig())
+        pieces = {} if swarm.streaming else {"fragments": 1}
+        fits = is_allowed(dict(ds_config), swarm, wire=row.wire, delay=delay, schedule=ScheduleConfig(), **pieces)
         lines.append(
             f"{row.wire:8}{row.megabytes:>10.3g}{row.exchange_s:>10.3g}{row.interval_for(share):>11}"
             f"{delay if fits else '-':>11}"

@@ -59,6 +59,8 @@ class SwarmState:
             return f"1 particle x {ranks}: plain DeepSpeed"
         n, kind = self.config.sync_interval, self.config.schedule.type
         when = f"every {n} steps" if kind == "fixed" else f"every {n} steps at first, {kind} from there"
+        if self.config.streaming:
+            when += f", one of {self.config.fragments} fragments at a time"
         return f"{self.num_particles} particles x {ranks}, {self.config.sync_mode} {when}"
 
     @property

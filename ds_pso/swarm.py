@@ -14,6 +14,7 @@ from ds_pso import checkpoint, export, lr_schedule, monitor
 from ds_pso.census import Probe
 from ds_pso.config import ALLREDUCE, ConfigSource, load_config
 from ds_pso.errors import ConfigError, SwarmError
+from ds_pso.keeping import Keeping
 from ds_pso.sampler import SwarmSampler
 from ds_pso.shards import find_shards
 from ds_pso.simulated_world import Crew
@@ -129,6 +130,8 @@ class Swarm(SwarmState):
                 optimizer_state=self.config.optimizer_state,
                 wire=self.config.wire,
                 fragments=self.config.fragments,
+                streaming=self.config.streaming,
+                keeping=Keeping(self.config.state_device, self.config.state_dtype),
             )
         self._engine = engine
         self._follow(engine)

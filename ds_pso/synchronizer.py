@@ -16,6 +16,7 @@ from ds_pso.errors import SwarmError
 from ds_pso.exchange import Exchange, fill
 from ds_pso.fitness import FitnessWindow
 from ds_pso.fragments import Fragment, cut
+from ds_pso.keeping import AS_IT_COMES, Keeping
 from ds_pso.letters import Mailbox
 from ds_pso.pending import Pending
 from ds_pso.rules import Rule, SyncPoint
@@ -47,6 +48,8 @@ class Synchronizer:
         optimizer_state: what becomes of the optimizer's moments at a sync point.
         wire: how weights travel.
         fragments: into how many pieces a delayed sync point is cut.
+        streaming: whether each of them meets by itself, in its turn.
+        keeping: where state lies, and in how many bits.
     """
 
     def __init__(
@@ -62,6 +65,8 @@ class Synchronizer:
         optimizer_state: Literal["keep", "average", "reset"] = "keep",
         wire: Literal["fp32", "bf16", "int8", "int4"] = "fp32",
         fragments: int = 1,
+        streaming: bool = False,
+        keeping: Keeping = AS_IT_COMES,
     ) -> None:
         self.world = world
         self.exchange = exchange
@@ -69,14 +74,20 @@ class Synchronizer:
         self.shards = shards
         self.optimizer_state = optimizer_state
         self.fragments = fragments
+        self.streaming = streaming
         self.totals = SyncTotals()
         self.schedule = schedule
         self.census = Census(world, exchange, shards, probe=probe, rank_by=rank_by, total=schedule.count)
         self._check_same_model()
         self._start_alike()
-        differences = None if wire == "fp32" else Differences(FORMATS[wire], shards.tensors)
-        state = [rule.init_state(x) for x in shards.tensors]
+        differences = None if wire == "fp32" else Differences(FORMATS[wire], shards.tensors, keeping)
+        state = [
+            {key: keeping.keep(value, rough=key in rule.rough_state) for key, value in rule.init_state(x).items()}
+            for x in shards.tensors
+        ]
         self.updater = Updater(exchange, rule, shards.segments, state, differences)
+        # Of the rule: numbers that are equal on all ranks; of each fragment if they meet by themselves.
+        self.memories: list[Mapping[str, Any]] = [{}] * (fragments if streaming else 1)
         self.consensus = Consensus(self.census, self.updater, shards)
         self.pending: Pending | None = None
         self._cuts: dict[int, list[Fragment]] = {}
@@ -129,14 +140,16 @@ class Synchronizer:
         count = self.census.of_all if self._mailbox is None else self.census.of_one
         point = count(mine, self.schedule.progress(step))
         note: dict[str, Any] = {}
+        apart: Sequence[float] = (0.0, 0.0)
         if self._mailbox is not None:
             note = self._take_letter(self._mailbox, point)
+            apart = self.updater.take_distance()  # of this particle alone
         elif any(point.alive):
-            note = self._follow_rule(point)
+            note, apart = self._follow_rule(point)
         self.shards.publish()
         window.clear()
         self.census.losses = point.fitness
-        drift = self.census.drift(self._apart(point))
+        drift = self.census.drift(apart)
         record: dict[str, Any] = {"sync": point.index, "losses": point.fitness, "alive": point.alive, **note}
         record |= {"waited_s": waited, **self._traffic_since(traffic)}
         seconds = time.perf_counter() - begin
@@ -183,11 +196,13 @@ class Synchronizer:
         self.schedule.begin(step)
         self._wait_for(self.world.layout.mates)
         self.shards.zero_padding()
-        with self.shards.flat_buffers() as buffers:
-            movement = [t.clone() for t in (*self.shards.tensors, *buffers)]
+        numbers = list(range(self.fragments))
+        if self.streaming:
+            numbers = [(step // self.schedule.interval - 1) % self.fragments]
         row = self._own_row(window)
         window.clear()
-        pending = self.pending = Pending(step, delay, self.fragments, movement, settled_s=self.world.settled_s)
+        pending = self.pending = Pending(step, delay, self.fragments, numbers, [], settled_s=self.world.settled_s)
+        pending.movement = [t.clone() for t in self._touched(pending)]
         pending.arrived = [threading.Event() for _ in range(pending.fragments)]
         pending.held_up_s = time.perf_counter() - begin
         self.world.in_background(lambda: self._meet(pending, row))
@@ -200,7 +215,9 @@ class Synchronizer:
         pending.pace = self._pace()
         # Whoever waits for the first fragment reads it.
         pending.record = {"sync": point.index, "losses": point.fitness, "alive": point.alive, "waited_s": waited}
-        if any(point.alive):
+        if self.streaming:
+            pending.record["fragment"] = pending.numbers[0]
+        if any(point.alive) and not self._is_abandoned(point.alive):
             pending.record |= self._move(pending, point, begin)
         pending.record |= self._traffic_since(traffic)
         pending.background_s = time.perf_counter() - begin
@@ -211,9 +228,10 @@ class Synchronizer:
         Returns:
             What to log of it.
         """
-        shards, buffers = self._split(pending.movement)
+        copies, buffers = self._split(pending)
         fill(buffers, self.exchange.weighted_mean(buffers, point.mean_weights()))
-        plan = self.rule.plan(point, self.updater.memory)
+        memory = pending.numbers[0] if self.streaming else 0
+        plan = self.rule.plan(point, self.memories[memory])
         if plan.score:
             raise SwarmError(
                 "swarm.delay: the rule scores weights before it settles, and training has gone on meanwhile; let its "
@@ -221,26 +239,40 @@ class Synchronizer:
                 agreed=True,
             )
         note, squares = {}, []
-        for fragment, arrived in zip(self._cut(pending.fragments), pending.arrived, strict=True):
+        for fragment, own, arrived in zip(self._fragments_of(pending), copies, pending.arrived, strict=True):
             updater = self.updater.of(fragment)
-            alive = point.alive[self.exchange.particle]
-            note = updater.displace(plan, [r.of(shards) for r in fragment], alive=alive)
+            note = updater.displace(plan, own, alive=point.alive[self.exchange.particle])
             squares.append(updater.take_distance())
             pending.arrived_s.append(time.perf_counter() - begin)
             arrived.set()
-        self.updater.memory = plan.memory
+        self.memories[memory] = plan.memory
         pending.lr_factors = plan.lr_factors
-        pending.apart = self.census.apart([sum(column) for column in zip(*squares, strict=True)], point)
+        pending.apart = self._apart(squares, point)
         return note
+
+    def _is_abandoned(self, alive: Sequence[bool]) -> bool:
+        """Whether a fragment does not meet after all: a particle that is not alive needs the whole model."""
+        return self.streaming and not all(alive)
 
     def _cut(self, count: int) -> list[Fragment]:
         if count not in self._cuts:
             self._cuts[count] = cut(self.shards, count)
         return self._cuts[count]
 
-    def _split(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Those that belong to the shards, and those that belong to the buffers."""
-        return tensors[: len(self.updater.state)], tensors[len(self.updater.state) :]
+    def _fragments_of(self, pending: Pending) -> list[Fragment]:
+        return [self._cut(pending.cut_into)[number] for number in pending.numbers]
+
+    def _touched(self, pending: Pending) -> list[Tensor]:
+        """What the sync point is about, in the order of ``Pending.movement``."""
+        shards = self.shards.tensors
+        ranges = [r.of(shards) for fragment in self._fragments_of(pending) for r in fragment]
+        return [*ranges, *(buffer.reshape(-1) for _, buffer in self.shards.buffers())]
+
+    def _split(self, pending: Pending) -> tuple[list[list[Tensor]], list[Tensor]]:
+        """``Pending.movement``: of each fragment the tensors of its ranges; and those of the buffers."""
+        tensors = iter(pending.movement)
+        ranges = [[next(tensors) for _ in fragment] for fragment in self._fragments_of(pending)]
+        return ranges, list(tensors)
 
     def advance(self, window: FitnessWindow, step: int, *, to_the_end: bool = False) -> dict[str, Any] | None:
         """Apply what is due of the meeting that was begun, and wait for it if need be. Called alike on all ranks.
@@ -279,6 +311,9 @@ class Synchronizer:
             return None
 
         self.pending = None
+        if self._is_abandoned(pending.record["alive"]):
+            self.totals.bytes_received += pending.record["bytes_received"]
+            return self.sync(window, step)
         self.census.losses = tuple(pending.record["losses"])
         drift = self.census.drift(pending.apart)
         waited = self.world.settled_s - pending.settled_s
@@ -296,20 +331,23 @@ class Synchronizer:
     def _apply(self, pending: Pending, end: int, window: FitnessWindow) -> None:
         """Make the movement of the fragments before ``end``, and with the last one what is not theirs."""
         me, shards = self.exchange.particle, self.shards.tensors
-        moved, mean = self._split(pending.movement)
+        moved, mean = self._split(pending)
         alive = pending.record["alive"]
+        if self._is_abandoned(alive):
+            return
         if not alive[me]:
             # Half a particle would not live either.
             self.world.settle()
             end = pending.fragments
             window.clear_losses()
         if any(alive):
-            for fragment in self._cut(pending.fragments)[pending.applied : end]:
-                for r in fragment:
+            fragments = self._fragments_of(pending)
+            for number in range(pending.applied, end):
+                for r, movement in zip(fragments[number], moved[number], strict=True):
                     if alive[me]:
-                        r.of(shards).add_(r.of(moved))
+                        r.of(shards).add_(movement)
                     else:
-                        r.of(shards).copy_(r.of(moved))
+                        r.of(shards).copy_(movement)
         if any(alive) and end == pending.fragments:
             with self.shards.flat_buffers() as buffers:
                 replace(buffers, mean)
@@ -325,10 +363,9 @@ class Synchronizer:
             window, step_s=self.clock.take(), held_up_s=self._held_up_s, needs_loss=self.rule.uses_fitness
         )
 
-    def _apart(self, point: SyncPoint) -> Sequence[float]:
-        """See ``Census.apart``; of particles that wait for nobody, this one's own distance."""
-        squares = self.updater.take_distance()
-        return self.census.apart(squares, point) if self._mailbox is None and any(point.alive) else squares
+    def _apart(self, distances: Sequence[Sequence[float]], point: SyncPoint) -> Sequence[float]:
+        """See ``Census.apart``; ``distances``: of each part of this rank's elements."""
+        return self.census.apart([sum(column) for column in zip(*distances, strict=True)], point)
 
     def _traffic(self) -> tuple[int, float]:
         return self.exchange.bytes_received, self.exchange.seconds
@@ -346,22 +383,28 @@ class Synchronizer:
             self.world.forget(f"sync {turn - 2}")
         return time.perf_counter() - begin
 
-    def _follow_rule(self, point: SyncPoint) -> dict[str, Any]:
-        """Carry out the rule's plans, one after the other; returns what to log of them."""
+    def _follow_rule(self, point: SyncPoint) -> tuple[dict[str, Any], Sequence[float]]:
+        """Carry out the rule's plans, one after the other; returns what to log of them, and what ``_apart`` says."""
         self._average_buffers(point)
-        plan, shards = self.rule.plan(point, self.updater.memory), self.shards.tensors
-        note = self.updater.carry_out(plan, shards)
-        while plan.score:
-            self.shards.publish()
-            plan = self.rule.proceed(plan, self.census.score())
-            note |= self.updater.carry_out(plan, shards)
-        self.updater.agree_on(shards)
-        self.updater.memory = plan.memory
+        shards, note, distances = self.shards.tensors, dict[str, Any](), []
+        parts = [(self.updater, shards)]
+        if self.streaming:
+            parts = [(self.updater.of(part), [r.of(shards) for r in part]) for part in self._cut(self.fragments)]
+        for number, (updater, x) in enumerate(parts):
+            plan = self.rule.plan(point, self.memories[number])
+            note |= updater.carry_out(plan, x)
+            while plan.score:
+                self.shards.publish()
+                plan = self.rule.proceed(plan, self.census.score())
+                note |= updater.carry_out(plan, x)
+            updater.agree_on(x)
+            self.memories[number] = plan.memory
+            distances.append(updater.take_distance())
         if plan.lr_factors:
             self.shards.lr_factor = plan.lr_factors[self.exchange.particle]
             note["lr_factors"] = plan.lr_factors
         self._treat_optimizer_state(point)
-        return note
+        return note, self._apart(distances, point)
 
     def _take_letter(self, mailbox: Mailbox, point: SyncPoint) -> dict[str, Any]:
         """Send the particle's state to a peer, and use what came meanwhile.
@@ -389,9 +432,9 @@ class Synchronizer:
             if point.index - letter.index > self.rule.max_staleness:
                 return {"from": None}
             parts = letter.flat.split([t.numel() for t in tensors])
-            plan = self.rule.plan(point, self.updater.memory)
+            plan = self.rule.plan(point, self.memories[0])
             self.updater.carry_out(plan, shards, parts[: len(shards)])
-            self.updater.memory = plan.memory
+            self.memories[0] = plan.memory
             if not point.alive[me]:
                 replace(buffers, parts[len(shards) :])
                 self.shards.reset_optimizer_state()
@@ -423,7 +466,7 @@ class Synchronizer:
     def state_dict(self) -> dict[str, Any]:
         """What is equal on all ranks of a particle, or small; JSON values."""
         return {
-            "rule_memory": self.updater.memory,
+            "rule_memories": self.memories,
             "lr_factor": self.shards.lr_factor,
             "last_losses": self.census.losses,
             "totals": asdict(self.totals),
@@ -435,12 +478,11 @@ class Synchronizer:
 
     def load_state_dict(self, state: Mapping[str, Any], movement: Sequence[Tensor] = ()) -> None:
         """``movement``: of the meeting that was pending, if there was one."""
-        targets = [*self.shards.tensors, *(buffer for _, buffer in self.shards.buffers())]
-        on_device = [values.to(t.device) for t, values in zip(targets, movement, strict=False)]
         self.pending = None
         if state["pending"]:
-            self.pending = Pending(movement=on_device, settled_s=self.world.settled_s, **state["pending"])
-        self.updater.memory = state["rule_memory"]
+            pending = self.pending = Pending(movement=[], settled_s=self.world.settled_s, **state["pending"])
+            pending.movement = [values.to(t) for t, values in zip(self._touched(pending), movement, strict=True)]
+        self.memories = list(state["rule_memories"])
         self.shards.lr_factor = state["lr_factor"]
         self.census.losses = tuple(state["last_losses"])
         self.totals = SyncTotals(**state["totals"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from ds_pso.errors import SwarmError
 from ds_pso.exchange import Exchange, Piece
 from ds_pso.fragments import Fragment, segments_in, states_in
+from ds_pso.keeping import at_hand
 from ds_pso.rules import Place, Plan, Rule
 from ds_pso.shards import Segment
 from ds_pso.wire import Differences
@@ -21,11 +22,10 @@ _CHUNK_OF_CPU, _CHUNK = 2**17, 2**24
 
 
 class Updater:
-    """The rule, with all that it keeps from one sync point to the next.
+    """The rule, with the tensors that it keeps from one sync point to the next.
 
     Attributes:
         state: tensors like the shards, one dict for each of them.
-        memory: numbers, equal on all ranks.
         differences: what the wire keeps; None where weights travel as they are.
     """
 
@@ -41,7 +41,6 @@ class Updater:
         self.rule = rule
         self.segments = segments
         self.state = state
-        self.memory: Mapping[str, Any] = {}
         self.differences = differences
         self._squares: Tensor | None = None
         self._measures = False
@@ -91,7 +90,6 @@ class Updater:
     def _update(self, x: Tensor, piece: Piece, received: Tensor, plan: Plan) -> None:
         """Let the rule update a piece of shard ``x``, one parameter at a time if it asks for that."""
         me = self.exchange.particle
-        chunk = _CHUNK_OF_CPU if x.device.type == "cpu" else _CHUNK
         parts = [(piece.start, piece.stop, "")]
         if self.rule.per_parameter:
             segments = (s for s in self.segments if s.shard == piece.tensor)
@@ -99,13 +97,13 @@ class Updater:
                 (max(piece.start, s.shard_start), min(piece.stop, s.shard_start + s.numel), s.name) for s in segments
             ]
         for begin, end, name in parts:
-            for start in range(begin, end, chunk):
-                stop = min(end, start + chunk)
-                state = {key: value[start:stop] for key, value in self.state[piece.tensor].items()}
-                arrived = received[start - piece.start : stop - piece.start]
+            for start, stop in _chunks(begin, end, x.device):
+                arrived = received[start - piece.start : stop - piece.start].to(x)
                 if self._measures:
                     self._measure(x[start:stop], arrived)
-                self.rule.update(x[start:stop], arrived, state, plan, Place(me, name))
+                kept = {key: value[start:stop] for key, value in self.state[piece.tensor].items()}
+                with at_hand(kept, x) as state:
+                    self.rule.update(x[start:stop], arrived, state, plan, Place(me, name))
 
     def take_distance(self) -> tuple[float, float]:
         """Of this rank's elements, how far they were from what arrived first since this was last asked.
@@ -129,8 +127,11 @@ class Updater:
         if self._measures:
             device = shards[0].device if shards else None
             self._squares = torch.zeros(2, dtype=torch.float64, device=device)
-        for x, state in zip(shards, self.state, strict=True):
-            self.rule.before_exchange(x, state, plan, Place(self.exchange.particle))
+        me = Place(self.exchange.particle)
+        for x, kept in zip(shards, self.state, strict=True):
+            for start, stop in _chunks(0, x.numel(), x.device):
+                with at_hand({name: value[start:stop] for name, value in kept.items()}, x) as state:
+                    self.rule.before_exchange(x[start:stop], state, plan, me)
         if letter is not None:
             return ((piece, piece.of(letter[piece.tensor]).to(x)) for piece, x in self.exchange.from_self(shards))
         outgoing = shards if plan.send == "x" else [state[plan.send] for state in self.state]
@@ -161,3 +162,8 @@ class Updater:
     def _note(plan: Plan) -> dict[str, Any]:
         moved: dict[str, dict[str, Any]] = {"mean": {"weights": plan.weights}, "one": {"sources": plan.sources}}
         return {**plan.note, **moved.get(plan.receive, {})}
+
+
+def _chunks(begin: int, end: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    size = _CHUNK_OF_CPU if device.type == "cpu" else _CHUNK
+    return ((start, min(end, start + size)) for start in range(begin, end, size))

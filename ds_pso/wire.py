@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ds_pso.keeping import AS_IT_COMES, Keeping
+
 BLOCK = 256  # elements that share a scale
 _BLOCKS_AT_ONCE = 1024  # so that the passes over them stay in cache
 
@@ -107,11 +109,11 @@ class Differences:
     Interspeech 2014; S. P. Karimireddy et al., "Error Feedback Fixes SignSGD", arXiv 1901.09847.
     """
 
-    def __init__(self, format: Format, tensors: Sequence[Tensor]) -> None:
-        """``tensors``: flat, fp32, and equal on all peers."""
+    def __init__(self, format: Format, tensors: Sequence[Tensor], keeping: Keeping = AS_IT_COMES) -> None:
+        """``tensors``: flat, fp32, and equal on all peers. ``keeping`` may round the residual."""
         self.format = format
-        self.common = [t.clone() for t in tensors]
-        self.residual = [torch.zeros_like(t) for t in tensors]
+        self.common = [keeping.keep(t.clone()) for t in tensors]
+        self.residual = [keeping.keep(torch.zeros_like(t), rough=True) for t in tensors]
 
     def of(self, parts: Sequence[tuple[int, slice]]) -> Differences:
         """Those of parts of the tensors, live."""

@@ -190,12 +190,49 @@ def carry_nan_into_fragments() -> None:
         if pending.record["alive"][self.exchange.particle] or end == pending.fragments:
             real(self, pending, end, window)
             return
-        for fragment in self._cut(pending.fragments)[pending.applied : end]:
-            for r in fragment:
-                r.of(self.shards.tensors).copy_(r.of(pending.movement))
+        fragments, (copies, _) = self._fragments_of(pending), self._split(pending)
+        for number in range(pending.applied, end):
+            for r, values in zip(fragments[number], copies[number], strict=True):
+                r.of(self.shards.tensors).copy_(values)
         pending.applied = end
 
     Synchronizer._apply = apply_some
+
+
+@sabotage("distributed/test_streaming.py")
+def heal_only_the_fragment_in_turn() -> None:
+    """A particle that is not alive waits for the other fragments until their turn comes."""
+    from ds_pso.synchronizer import Synchronizer
+
+    Synchronizer._is_abandoned = lambda self, alive: False
+
+
+@sabotage("distributed/test_streaming.py")
+def share_a_memory() -> None:
+    """What a rule has noted of one fragment it takes for another's."""
+    from ds_pso.synchronizer import Synchronizer
+
+    real = Synchronizer.__init__
+
+    def init(self: Any, *args: Any, **options: Any) -> None:
+        real(self, *args, **options)
+        self.memories = Shared(self.memories)
+
+    class Shared(list):  # type: ignore[type-arg]
+        def __setitem__(self, _: Any, value: Any) -> None:
+            for index in range(len(self)):
+                super().__setitem__(index, value)
+
+    Synchronizer.__init__ = init
+
+
+@sabotage("distributed/test_state.py")
+def round_positions() -> None:
+    """Anchors are kept in bf16, too."""
+    from ds_pso.keeping import Keeping
+
+    real = Keeping.keep
+    Keeping.keep = lambda self, tensor, rough=False: real(self, tensor, rough=True)
 
 
 @sabotage("distributed/test_schedule.py")

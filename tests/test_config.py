@@ -49,6 +49,9 @@ def test_defaults():
         "fitness": "train",
         "delay": 0,
         "fragments": 1,
+        "streaming": False,
+        "state_device": "auto",
+        "state_dtype": "fp32",
         "optimizer_state": "keep",
         "wire": "fp32",
         "total_steps": None,
@@ -162,6 +165,9 @@ BAD_VALUES = [
     *[("delay", value, "must be a valid integer") for value in (1.0, "1", True, None)],
     ("fragments", 0, "must be greater than or equal to 1"),
     *[("fragments", value, "must be a valid integer") for value in (2.0, "2", True, None)],
+    *[("streaming", value, "must be a valid boolean") for value in (1, "true", None)],
+    *[("state_device", value, "must be 'auto' or 'cpu'") for value in ("cuda", None, 0)],
+    *[("state_dtype", value, "must be 'fp32' or 'bf16'") for value in ("fp16", None, 16)],
     *[("wire", value, "must be 'fp32', 'bf16', 'int8' or 'int4'") for value in ("fp16", "INT8", "", 8, None)],
     *[("total_steps", value, "must be greater than or equal to 1") for value in (0, -320)],
     *[("total_steps", value, "must be a valid integer") for value in (320.0, "320", True, math.inf)],
@@ -409,6 +415,7 @@ def test_delayed_leaves_what_is_wrong_to_validation(delay):
 
 
 ADAPTIVE = {"type": "adaptive"}
+STREAMING = {"streaming": True, "fragments": 4, "delay": 2}
 NO_NUMBER = "must be a valid number"
 
 
@@ -458,6 +465,48 @@ def test_a_bad_schedule_is_refused(schedule, said):
             {"delay": 4, "fragments": 5},
             "swarm.fragments = 5: at most one is applied after each step of swarm.delay = 4; lower it, or set a longer "
             "delay",
+        ),
+        *[
+            (
+                {"streaming": True, **keys},
+                "swarm.streaming = true: it spreads at least two fragments over the interval, each applied at least "
+                f"one step late, and swarm.fragments = {keys.get('fragments', 1)}, swarm.delay = "
+                f"{keys.get('delay', 0)}; raise them, or remove streaming",
+            )
+            for keys in ({}, {"delay": 2}, {"fragments": 2}, {"sync_interval": 1})
+        ],
+        (
+            {**STREAMING, "schedule": ADAPTIVE},
+            'swarm.schedule.type = "adaptive": swarm.streaming divides a fixed interval; use "fixed", or remove '
+            "streaming",
+        ),
+        (
+            {**STREAMING, "sync_interval": 6},
+            "swarm.sync_interval = 6: swarm.streaming divides it by swarm.fragments = 4, and the rest is not 0; change "
+            "one of them",
+        ),
+        (
+            {**STREAMING, "sync_interval": 4, "total_steps": 9},
+            "swarm.delay = 2: the next fragment would come first; use at most swarm.sync_interval / swarm.fragments = "
+            "1, or lower fragments",
+        ),
+        *[
+            (
+                {**STREAMING, "optimizer_state": what},
+                f'swarm.optimizer_state = "{what}": with swarm.streaming only a part of the model has met; use "keep", '
+                "or remove streaming",
+            )
+            for what in ("reset", "average")
+        ],
+        (
+            {"state_device": "cpu"},
+            'swarm.state_device = "cpu": with these options swarm.local_sgd keeps no state, nor does the wire "fp32"; '
+            "remove the key",
+        ),
+        (
+            {"sync_mode": "easgd", "state_dtype": "bf16"},
+            'swarm.state_dtype = "bf16": with these options swarm.easgd keeps no state that may be rounded, nor does '
+            'the wire "fp32"; remove the key',
         ),
         (
             {"delay": 2, "schedule": ADAPTIVE},

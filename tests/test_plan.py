@@ -41,6 +41,20 @@ def test_an_example_by_hand() -> None:
     assert plan(CLUSTER, section(sync_mode="nosync", nosync={"asynchronous": True})).compute_share == 1
 
 
+def test_what_streams_meets_more_often_for_fewer_bytes() -> None:
+    turns = {"streaming": True, "fragments": 4}
+    found = plan(CLUSTER, section(sync_interval=32, delay=2, **turns))
+    part = plan(replace(CLUSTER, parameters=7.5e6 / 4), section(sync_interval=8, delay=2))
+    assert (found.megabytes, found.exchange_s) == (part.megabytes, part.exchange_s)
+    assert found.compute_share == part.compute_share == 1
+    slow = replace(CLUSTER, bandwidth=20e6)  # 3 s for a quarter, of which 0.86 are hidden
+    late = plan(slow, section(sync_interval=32, delay=2, **turns))
+    assert late.held_up_s == pytest.approx(3 - 2 * 0.43)
+    assert late.delay_for(0.999999) == math.ceil(3 / 0.43)
+    assert late.interval_for(0.95) == 4 * math.ceil(19 * late.held_up_s / 0.43)
+    assert late.slowdown_for(late.compute_share) == pytest.approx(1)
+
+
 clusters = st.builds(
     Cluster,
     parameters=st.floats(1e5, 1e11),

@@ -14,6 +14,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -118,6 +119,7 @@ class Rule(ABC):
 
     Config: ClassVar[type[RuleConfig]] = RuleConfig
     model_in: ClassVar[str] = "x"  # what is exported: the mean of the shards, or of the state tensor of this name
+    rough_state: ClassVar[frozenset[str]] = frozenset()  # state that may be kept in bf16: movements, not positions
 
     def __init__(self, options: Any, seed: int = 0) -> None:
         self.options = options
@@ -177,6 +179,11 @@ class Rule(ABC):
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         """State for a shard ``x`` on which all particles agree; empty when the rule keeps none."""
         return {}
+
+    @property
+    def state_names(self) -> frozenset[str]:
+        """Of the tensors that it keeps."""
+        return frozenset(self.init_state(torch.zeros(0)))
 
     @abstractmethod
     def plan(self, sync: SyncPoint, memory: Mapping[str, Any]) -> Plan:

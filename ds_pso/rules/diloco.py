@@ -34,6 +34,7 @@ class DiLoCo(Rule):
     """
 
     Config = DiLoCoConfig
+    rough_state = frozenset({"momentum"})
 
     @property
     def ends_equal(self) -> bool:

@@ -41,6 +41,7 @@ class LineSearch(Rule):
     """
 
     Config = LineSearchConfig
+    rough_state = frozenset({"momentum"})
     options: LineSearchConfig
 
     @property

@@ -97,6 +97,7 @@ class Pso(Rule):
     """
 
     Config = PsoConfig
+    rough_state = frozenset({"velocity"})
     options: PsoConfig
 
     @property

@@ -108,6 +108,7 @@ class SwarmRule(Rule):
     """
 
     Config = SwarmRuleConfig
+    rough_state = frozenset({"momentum"})
     options: SwarmRuleConfig
 
     @property

@@ -32,6 +32,7 @@ class Problem:
     total: int | None  # sync points of the whole training
     interval: int  # optimizer steps between two of them
     score: Score
+    rounds: bool = False  # whether movements are kept in bf16
 
 
 class Oracle:
@@ -49,7 +50,12 @@ class Oracle:
     def sync(self, x: Particles, losses: list[float]) -> Particles:
         moved = self.move(x, losses)
         self.index += 1
+        if self.problem.rounds:
+            self.round()
         return moved
+
+    def round(self) -> None:
+        """Keep movements in bf16."""
 
     def move(self, x: Particles, losses: list[float]) -> Particles:
         return [np.mean(x, axis=0) for _ in x]
@@ -70,6 +76,9 @@ class DiLoCoOracle(Oracle):
     def begin(self, start: np.ndarray, outer_lr: float = 0.7, outer_momentum: float = 0.6) -> None:
         self.anchor, self.momentum = start, np.zeros_like(start)
         self.eta, self.mu = outer_lr, outer_momentum
+
+    def round(self) -> None:
+        self.momentum = in_bf16(self.momentum)
 
     def move(self, x: Particles, losses: list[float]) -> Particles:
         gradient = self.anchor - np.mean(x, axis=0)
@@ -120,6 +129,9 @@ class PsoOracle(Oracle):
         self.velocity = [np.zeros_like(start) for _ in range(self.problem.num_particles)]
         self.best = [start.copy() for _ in range(self.problem.num_particles)]
         self.best_loss = [np.inf] * self.problem.num_particles
+
+    def round(self) -> None:
+        self.velocity = [in_bf16(velocity) for velocity in self.velocity]
 
     def coefficient(self, name: str) -> float:
         start, final = self.options[name], self.options.get(f"final_{name}")
@@ -198,6 +210,9 @@ class SwarmOracle(Oracle):
         self._set_learning_rates(losses, believed, compared)
         return [self.anchor.copy() for _ in x]
 
+    def round(self) -> None:
+        self.momentum = in_bf16(self.momentum)
+
     def _softmax(self, losses: list[float]) -> np.ndarray:
         weights = np.exp((min(losses) - np.array(losses)) / self.options["temperature"])
         return weights / weights.sum()
@@ -230,6 +245,9 @@ class LineSearchOracle(Oracle):
         self.inertia, self.longest, self.margin = inertia, longest, margin
         self.winners: list[int] = []
         self.scores: list[list[float]] = []
+
+    def round(self) -> None:
+        self.momentum = in_bf16(self.momentum)
 
     def move(self, x: Particles, losses: list[float]) -> Particles:
         lengths = np.linspace(0, self.longest, len(x))
@@ -271,11 +289,17 @@ def make_oracle(case: Case, start: np.ndarray) -> Oracle:
         start=start,
         num_particles=int(case.particles),
         sizes={name: p.numel() for name, p in Net().named_parameters()},
-        total=None if total is None else total // case.interval,
+        total=None if total is None else total // (case.interval // _turns(case)),
         interval=case.interval,
         score=partial(probe_loss, dtype=case.dtype),
+        rounds=case.swarm.get("state_dtype") == "bf16",
     )
     return ORACLES[case.sync_mode](problem, **case.options)
+
+
+def _turns(case: Case) -> int:
+    """How many sync points an interval has, each for one fragment."""
+    return case.swarm["fragments"] if case.swarm.get("streaming") else 1
 
 
 def train_particles(case: Case, fragment_of: np.ndarray | None = None) -> list[Weights]:
@@ -290,7 +314,8 @@ def follow(
     case: Case, lies: tuple[float, ...] | None = None, fragment_of: np.ndarray | None = None
 ) -> tuple[list[Weights], Oracle]:
     """The same, and the oracle that led there; ``lies`` are added to the losses that the particles report."""
-    fragments = case.swarm.get("fragments", 1)
+    fragments, turns = case.swarm.get("fragments", 1), _turns(case)
+    spacing = case.interval // turns
     lies = lies or (0.0,) * int(case.particles)
     torch.manual_seed(100 if case.seed is None else case.seed)
     start = Net()
@@ -298,7 +323,8 @@ def follow(
     for model in models:
         model.load_state_dict(start.state_dict())
     optimizers = [_optimizer(case, model) for model in models]
-    oracle = make_oracle(case, flat(start))
+    oracles = [make_oracle(case, flat(start)) for _ in range(turns)]
+    oracle, count = oracles[0], 0
     losses: list[list[float]] = [[] for _ in models]
     # Of each fragment on its way the step at which it is due; its elements; weights before and after the sync point,
     # and learning rates, which come with the last one.
@@ -312,13 +338,23 @@ def follow(
             optimizer.step()
             losses[particle].append(loss.item() + lies[particle])
         pending = _arrive(case, models, optimizers, pending, step + 1)
-        if (step + 1) % case.interval == 0:
+        if (step + 1) % spacing == 0:
             assert not pending
             x = [flat(model) for model in models]
-            moved = oracle.sync(x, [float(np.mean(part)) for part in losses])
+            means = [float(np.mean(part)) for part in losses]
             losses = [[] for _ in models]
-            is_last = oracle.problem.total is not None and oracle.index >= oracle.problem.total
+            count += 1
+            is_last = oracle.problem.total is not None and count >= oracle.problem.total
             delay = 0 if is_last else case.swarm.get("delay", 0)
+            if turns > 1:
+                assert fragment_of is not None
+                for number in range(turns) if is_last else [(count - 1) % turns]:
+                    oracles[number].index = count - 1
+                    moved = oracles[number].sync(x, means)
+                    pending.append((step + 1 + delay, fragment_of == number, x, moved, None))
+                pending = _arrive(case, models, optimizers, pending, step + 1)
+                continue
+            moved = oracle.sync(x, means)
             for number in range(fragments):
                 elements = slice(None) if fragment_of is None else fragment_of == number
                 completes = number == fragments - 1
@@ -366,6 +402,10 @@ def _treat_moments(what: str, optimizers: list[torch.optim.Optimizer]) -> None:
                 mean = torch.stack([state[name].double() for state in states]).mean(0).float()
                 for state in states:
                     state[name].copy_(mean)
+
+
+def in_bf16(values: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(values).float().bfloat16().double().numpy()
 
 
 def flat(model: nn.Module) -> np.ndarray:

@@ -41,6 +41,13 @@ LATER_RULES: dict[str, Case] = {
     "delay-diloco": Case(sync_mode="diloco", swarm={"delay": 1}),
     "int4": Case(sync_mode="diloco", swarm={"wire": "int4"}),
     "bf16": Case(sync_mode="easgd", swarm={"wire": "bf16"}),
+    "rough-state": Case(sync_mode="diloco", swarm={"wire": "int4", "state_dtype": "bf16"}),
+    "streaming": Case(
+        sync_mode="pso",
+        interval=4,
+        options={"inertia": 0.3, "cognitive": 0.5},
+        swarm={"delay": 2, "fragments": 2, "streaming": True},
+    ),
     # The drift decides, not the time: with this share of it sync points may take what they like.
     # Saved at step 5 while the one of step 4 is pending; at 3 that of step 2.
     "adaptive-delay": Case(
@@ -87,12 +94,12 @@ def train_from_loader(case: Case, swarm: Swarm, engine: Any, steps: int, folder:
     return {
         "weights": working_weights(engine),
         "moments": optimizer_state(engine),
-        "rule": {f"{i}.{k}": v.numpy().copy() for i, s in enumerate(synchronizer.updater.state) for k, v in s.items()},
+        "rule": {f"{i}.{k}": v.float().numpy() for i, s in enumerate(synchronizer.updater.state) for k, v in s.items()},
         "wire": wire_state(synchronizer),
         "lr_factor": synchronizer.shards.lr_factor,
         "numbers": repr(
             [
-                dict(synchronizer.updater.memory),
+                [dict(memory) for memory in synchronizer.memories],
                 synchronizer.census.losses,
                 synchronizer.totals.count,
                 synchronizer.totals.bytes_received,
@@ -112,7 +119,7 @@ def wire_state(synchronizer: Any) -> dict[str, np.ndarray]:
     if differences is None:
         return {}
     named = {"common": differences.common, "residual": differences.residual}
-    return {f"{name}.{i}": t.numpy().copy() for name, tensors in named.items() for i, t in enumerate(tensors)}
+    return {f"{name}.{i}": t.float().numpy().copy() for name, tensors in named.items() for i, t in enumerate(tensors)}
 
 
 def job(case: Case, steps: int, folder: Path | None, stop: int | None) -> Any:

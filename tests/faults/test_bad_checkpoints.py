@@ -24,7 +24,7 @@ from ds_pso import CheckpointError, checkpoint
 from ds_pso.files import hash_file
 from ds_pso.swarm import Swarm
 
-CASE = Case(sync_mode="pso", options={"inertia": 0.3, "cognitive": 0.5}, batch_norm=True, swarm={"timeout_s": 5})
+CASE = Case(sync_mode="pso", options={"inertia": 0.3, "cognitive": 0.5}, batch_norm=True, swarm={"timeout_s": 20})
 STEP = "step_00000003"
 DATA = range(64)
 
@@ -190,6 +190,11 @@ OTHERS = {
     "fewer ranks": Other("saved with particle_size 2", CASE, world_size=2),
     "more particles": Other("saved with num_particles 2, and this run has 3", replace(CASE, particles=3), world_size=6),
     "rule": Other("saved with sync_mode pso", replace(CASE, sync_mode="diloco", options={})),
+    "wire": Other("saved with wire fp32", replace(CASE, swarm=CASE.swarm | {"wire": "int8"})),
+    "turns": Other(
+        "saved with turns 1, and this run has 2",
+        replace(CASE, interval=4, swarm=CASE.swarm | {"streaming": True, "fragments": 2, "delay": 1}),
+    ),
     "options": Other("as configured now", replace(CASE, options={"cognitive": 0.5})),
     "stage": Other("saved with zero_stage 2", replace(CASE, stage=1)),
     "precision": Other("saved with model", replace(CASE, precision="bf16", batch_norm=False)),
@@ -284,7 +289,8 @@ def disk_of_one_rank_full(case: Case, folder: Path) -> None:
 
 def test_one_rank_fails_inside_deepspeed(pool: Pool, tmp_path: Path) -> None:
     """DeepSpeed's save has collectives of its own: the others learn of it when the rank leaves."""
-    outcomes = pool.outcomes(disk_of_one_rank_full, CASE, tmp_path, timeout=40)
+    case = replace(CASE, swarm={"timeout_s": 5})
+    outcomes = pool.outcomes(disk_of_one_rank_full, case, tmp_path, timeout=40)
     assert (outcomes[3].kind, "cannot write" in outcomes[3].text) == ("CheckpointError", True), outcomes[3]
     assert {outcome.kind for outcome in outcomes[:3]} <= {"CheckpointError", "PeerError"}, outcomes
     assert not (tmp_path / "latest").exists()

@@ -1,0 +1,40 @@
+"""Where state lies from one sync point to the next, and in how many bits."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """Keeps tensors like the shards. The defaults keep them as they are."""
+
+    device: Literal["auto", "cpu"] = "auto"  # "auto": as they come
+    rough_dtype: Literal["fp32", "bf16"] = "fp32"  # of tensors that may be rounded
+
+    def keep(self, tensor: Tensor, *, rough: bool = False) -> Tensor:
+        """The tensor as it is kept; a copy only if it has to be one."""
+        kept = tensor.bfloat16() if rough and self.rough_dtype == "bf16" else tensor
+        if self.device == "auto" or kept.device.type == "cpu":
+            return kept
+        return torch.empty_like(kept, device="cpu", pin_memory=True).copy_(kept)
+
+
+AS_IT_COMES = Keeping()
+
+
+@contextlib.contextmanager
+def at_hand(kept: Mapping[str, Tensor], like: Tensor) -> Iterator[dict[str, Tensor]]:
+    """The tensors on the device and in the dtype of ``like``; what is written to them in the block is kept."""
+    near = {name: tensor.to(like) for name, tensor in kept.items()}
+    versions = {name: tensor._version for name, tensor in near.items()}
+    yield near
+    for name, tensor in near.items():
+        if tensor is not kept[name] and tensor._version != versions[name]:
+            kept[name].copy_(tensor)
