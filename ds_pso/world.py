@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from ds_pso.background import Task
 from ds_pso.errors import ConfigError, PeerError
+from ds_pso.gloo import FullDuplexGloo
 from ds_pso.layout import Layout, read_int, read_layout
 from ds_pso.letters import GlooMailbox, Mailbox
 from ds_pso.roster import Roster
@@ -128,7 +129,7 @@ class World(Roster):
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         with self._connecting():
             if self.backend == "gloo":
-                return dist.ProcessGroupGloo(store, layout.particle, layout.num_particles, timeout)
+                return FullDuplexGloo(store, layout.particle, layout.num_particles, timeout)
             options = dist.ProcessGroupNCCL.Options()
             # Longer than Exchange waits, so that an error is raised before the watchdog ends the process.
             options._timeout = 2 * timeout

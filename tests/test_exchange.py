@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ds_pso.errors import PeerError
 from ds_pso.exchange import Exchange, plan_buckets, wire_dtype
+from ds_pso.gloo import FullDuplexGloo
 from ds_pso.layout import Layout
 from ds_pso.wire import BLOCK, FORMATS, Differences
 
@@ -81,7 +82,7 @@ def make_worlds(num_particles: int, timeout_s: float = 30.0) -> list[Any]:
     def make(particle: int) -> Any:
         group = None
         if num_particles > 1:
-            group = dist.ProcessGroupGloo(store, particle, num_particles, timedelta(seconds=timeout_s))
+            group = FullDuplexGloo(store, particle, num_particles, timedelta(seconds=timeout_s))
         return SimpleNamespace(
             layout=Layout(particle, num_particles, num_particles),
             backend="none" if group is None else "gloo",
