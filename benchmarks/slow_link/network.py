@@ -52,7 +52,9 @@ def slow_link(bits_per_s: float) -> Iterator[Link]:
             _run("ip", "netns", "add", name)
         first, second = link.namespaces
         _run(*f"ip -n {first} link add {INTERFACE} type veth peer name {INTERFACE} netns {second}".split())
-        burst = max(32_000, int(bits_per_s / 8 / 250))  # at least what comes between two ticks of the kernel
+        # At least what comes between two ticks of the kernel, and a packet of 64 KB as TCP makes them: the kernel would
+        # cut it with the time of the core that trains, where a network card does it.
+        burst = max(70_000, int(bits_per_s / 8 / 250))
         limit = burst + int(bits_per_s / 8 * _PORT_QUEUE_S)
         for name, address in zip(link.namespaces, link.addresses, strict=True):
             _run(*f"ip -n {name} addr add {address}/24 dev {INTERFACE}".split())

@@ -18,12 +18,13 @@ _TOKENS = 2 * MICRO_BATCH * SEQ_LENGTH  # of both ends, in a step
 _ABOUT = (
     f"A Llama of 7.4 million parameters, AdamW in fp32, {MICRO_BATCH * SEQ_LENGTH} tokens a step at each end, P = 2, "
     "S = 1, one core for each end. The ends are network namespaces joined by a veth pair whose bandwidth `tc tbf` "
-    "limits in both directions. Median over the runs, and from the lowest to the highest if there are several."
+    "limits in both directions; packets are as large as TCP makes them, so that their headers hardly count. Median over the runs, and from the lowest to the highest if there are several."
 )
 _SHARE = (
     "Compute share: tokens/s over the tokens/s of the same stack, in the same repetition, with nothing to say to the "
     "other end; for DeepSpeed that is a world of one, which updates all of the optimizer's state and not a half. "
-    "n: steps between two sync points; d: `delay`, for torchft its fragment_sync_delay."
+    "n: steps between two sync points, with a schedule at first; d: `delay`, for torchft its fragment_sync_delay; "
+    "streaming: `swarm.streaming` with so many fragments."
 )
 
 
@@ -51,7 +52,7 @@ def write_report(table: SlowLinkTable) -> list[Path]:
         ("Tokens per second, both ends", lambda run, row: _TOKENS / row.step_s, ".0f"),
         ("Seconds of a step, sync points included", lambda run, row: row.step_s, ".3f"),
         (
-            "Received at a sync point on the interface, MB (10^6 bytes), headers and acknowledgements included",
+            "Received in n steps on the interface, MB (10^6 bytes)",
             lambda run, row: row.bytes_per_step * run.interval / 1e6,
             ".2f",
         ),

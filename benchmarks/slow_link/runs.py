@@ -19,6 +19,8 @@ class Run:
     interval: int = 32  # 1: every step
     wire: str = "fp32"
     delay: int = 0
+    fragments: int = 1  # more: one after the other (``swarm.streaming``)
+    schedule: str = "fixed"  # of ``swarm.schedule``
     talks: bool = True  # false: the same stack, and the ends have nothing to say to each other
     bandwidth: str = "100 Mbit/s"
     number: int = 0  # of the repetition
@@ -49,36 +51,60 @@ class Run:
         parts.append(f"n={self.interval}")
         parts += [self.wire] if self.wire != "fp32" else []
         parts += [f"d={self.delay}"] if self.delay else []
+        parts += [f"streaming F={self.fragments}"] if self.fragments > 1 else []
+        parts += [self.schedule] if self.schedule != "fixed" else []
         return " ".join(parts)
 
     def __str__(self) -> str:
         return f"{self.name}, {self.bandwidth}, run {self.number}" if self.talks else f"{self.name}, run {self.number}"
 
 
-_TALKING = [
-    Run("DeepSpeed", interval=1),
-    Run("torchft", "diloco"),
-    Run("torchft", "diloco", delay=8),
-    Run("torchft", "local_sgd"),
-    Run("Accelerate"),
-    Run("ds_pso"),
-    Run("ds_pso", "diloco"),
-    Run("ds_pso", wire="int4"),
-    Run("ds_pso", delay=8),
-    Run("ds_pso", wire="int4", delay=2),
-    Run("ds_pso", stage=0, wire="int4", delay=2),
-    Run("torchft", "diloco", interval=8),
-    Run("ds_pso", interval=8),
-    Run("ds_pso", interval=8, wire="int8", delay=4),
-    Run("ds_pso", interval=8, wire="int4", delay=2),
-    Run("ds_pso", stage=0, interval=8, wire="int4", delay=2),
-    Run("ds_pso", interval=4, wire="int4", delay=2),
-]
+# Over each link what tells something there.
+_OVER = {
+    "1 Gbit/s": [
+        Run("DeepSpeed", interval=1),
+        Run("torchft", "diloco"),
+        Run("ds_pso"),
+        Run("torchft", "diloco", interval=8),
+        Run("ds_pso", interval=8),
+        Run("ds_pso", interval=8, wire="int4", delay=1),
+    ],
+    "100 Mbit/s": [
+        Run("DeepSpeed", interval=1),
+        Run("torchft", "diloco"),
+        Run("torchft", "diloco", delay=8),
+        Run("torchft", "local_sgd"),
+        Run("Accelerate"),
+        Run("ds_pso"),
+        Run("ds_pso", "diloco"),
+        Run("ds_pso", wire="bf16"),
+        Run("ds_pso", wire="int8"),
+        Run("ds_pso", wire="int4"),
+        Run("ds_pso", delay=8),
+        Run("ds_pso", wire="int4", delay=2),
+        Run("ds_pso", wire="int4", delay=1, fragments=4),
+        Run("torchft", "diloco", interval=8),
+        Run("ds_pso", interval=8),
+        Run("ds_pso", interval=8, wire="int8", delay=4),
+        Run("ds_pso", interval=8, wire="int4", delay=2),
+        Run("ds_pso", stage=0, interval=8, wire="int4", delay=2),
+        Run("ds_pso", interval=8, wire="int4", delay=2, schedule="adaptive"),
+        Run("ds_pso", interval=8, wire="int4", delay=2, schedule="wall_time"),
+        Run("ds_pso", interval=4, wire="int4", delay=2),
+    ],
+    "20 Mbit/s": [
+        Run("DeepSpeed", interval=1),
+        Run("torchft", "diloco"),
+        Run("ds_pso"),
+        Run("ds_pso", wire="int4", delay=2),
+        Run("ds_pso", wire="int4", delay=8),
+        Run("ds_pso", wire="int4", delay=2, fragments=4),
+    ],
+}
 
 
 def runs(number: int) -> Iterator[Run]:
-    """All of one repetition: each stack alone, then everything over each link, the slowest last."""
-    numbered = [replace(run, number=number) for run in _TALKING]
-    yield from dict.fromkeys(run.alone for run in numbered)
-    for bandwidth in BANDWIDTHS:
-        yield from (replace(run, bandwidth=bandwidth) for run in numbered)
+    """All of one repetition: each stack alone, then what goes over each link, the slowest last."""
+    talking = [replace(run, bandwidth=link, number=number) for link in BANDWIDTHS for run in _OVER[link]]
+    yield from dict.fromkeys(run.alone for run in talking)
+    yield from talking

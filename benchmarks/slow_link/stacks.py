@@ -90,12 +90,19 @@ def _deepspeed(run: Run) -> Iterator[Callable[[Tensor], None]]:
     yield _engine_step(_initialize(_deepspeed_config(run.stage)))
 
 
+_SCHEDULES: dict[str, dict[str, Any]] = {"adaptive": {"compute_share": 0.95}, "wall_time": {"seconds": 5}}
+
+
 @contextlib.contextmanager
 def _ds_pso(run: Run) -> Iterator[Callable[[Tensor], None]]:
     import ds_pso
 
     section = {"particles": 2, "sync_mode": run.rule, "sync_interval": run.interval, "wire": run.wire}
     section |= {"delay": run.delay, "timeout_s": 300, "peer_backend": "gloo"}
+    if run.fragments > 1:
+        section |= {"fragments": run.fragments, "streaming": True}
+    if run.schedule != "fixed":
+        section["schedule"] = {"type": run.schedule, "min_interval": run.delay} | _SCHEDULES[run.schedule]
     if not run.talks:
         section |= {"sync_interval": 10**6, "delay": 0}
     with ds_pso.init(_deepspeed_config(run.stage) | {"swarm": section}) as swarm:
