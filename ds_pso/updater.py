@@ -63,7 +63,8 @@ class Updater:
             What to log of it.
         """
         for piece, received in self._arriving(plan, shards, letter):
-            self._update(shards[piece.tensor], piece, received, plan)
+            for chunk, name in self._chunks(piece, shards):
+                self._update(shards, chunk, received[_within(piece, chunk)], plan, name)
         return self._note(plan)
 
     def displace(self, plan: Plan, shards: Sequence[Tensor], *, alive: bool) -> dict[str, Any]:
@@ -73,13 +74,14 @@ class Updater:
             What to log of it.
         """
         for piece, received in self._arriving(plan, shards):
-            x = piece.of(shards[piece.tensor])
-            before = x.clone()
-            self._update(shards[piece.tensor], piece, received, plan)
-            if self.differences is not None and self.rule.ends_equal:
-                piece.of(self.differences.common[piece.tensor]).copy_(x)
-            if alive:
-                x.sub_(before)
+            for chunk, name in self._chunks(piece, shards):
+                x = chunk.of(shards[piece.tensor])
+                before = x.clone()
+                self._update(shards, chunk, received[_within(piece, chunk)], plan, name)
+                if self.differences is not None and self.rule.ends_equal:
+                    chunk.of(self.differences.common[piece.tensor]).copy_(x)
+                if alive:
+                    x.sub_(before)
         return self._note(plan)
 
     def agree_on(self, shards: Sequence[Tensor]) -> None:
@@ -87,23 +89,28 @@ class Updater:
         if self.differences is not None and self.rule.ends_equal:
             self.differences.agree_on(shards)
 
-    def _update(self, x: Tensor, piece: Piece, received: Tensor, plan: Plan) -> None:
-        """Let the rule update a piece of shard ``x``, one parameter at a time if it asks for that."""
-        me = self.exchange.particle
+    def _chunks(self, piece: Piece, shards: Sequence[Tensor]) -> Iterator[tuple[Piece, str]]:
+        """A piece in chunks, and the parameter of each if the rule asks for that."""
         parts = [(piece.start, piece.stop, "")]
         if self.rule.per_parameter:
             segments = (s for s in self.segments if s.shard == piece.tensor)
             parts = [
                 (max(piece.start, s.shard_start), min(piece.stop, s.shard_start + s.numel), s.name) for s in segments
             ]
+        size = _CHUNK_OF_CPU if shards[piece.tensor].device.type == "cpu" else _CHUNK
         for begin, end, name in parts:
-            for start, stop in _chunks(begin, end, x.device):
-                arrived = received[start - piece.start : stop - piece.start].to(x)
-                if self._measures:
-                    self._measure(x[start:stop], arrived)
-                kept = {key: value[start:stop] for key, value in self.state[piece.tensor].items()}
-                with at_hand(kept, x) as state:
-                    self.rule.update(x[start:stop], arrived, state, plan, Place(me, name))
+            for start in range(begin, end, size):
+                yield Piece(piece.tensor, start, min(end, start + size), 0), name
+
+    def _update(self, shards: Sequence[Tensor], chunk: Piece, received: Tensor, plan: Plan, name: str) -> None:
+        """Let the rule update a chunk."""
+        x = chunk.of(shards[chunk.tensor])
+        received = received.to(x)
+        if self._measures:
+            self._measure(x, received)
+        kept = {key: chunk.of(value) for key, value in self.state[chunk.tensor].items()}
+        with at_hand(kept, x) as state:
+            self.rule.update(x, received, state, plan, Place(self.exchange.particle, name))
 
     def take_distance(self) -> tuple[float, float]:
         """Of this rank's elements, how far they were from what arrived first since this was last asked.
@@ -128,10 +135,11 @@ class Updater:
             device = shards[0].device if shards else None
             self._squares = torch.zeros(2, dtype=torch.float64, device=device)
         me = Place(self.exchange.particle)
-        for x, kept in zip(shards, self.state, strict=True):
-            for start, stop in _chunks(0, x.numel(), x.device):
-                with at_hand({name: value[start:stop] for name, value in kept.items()}, x) as state:
-                    self.rule.before_exchange(x[start:stop], state, plan, me)
+        for number, x in enumerate(shards):
+            for chunk, _ in self._chunks(Piece(number, 0, x.numel(), 0), shards):
+                kept = {key: chunk.of(value) for key, value in self.state[number].items()}
+                with at_hand(kept, chunk.of(x)) as state:
+                    self.rule.before_exchange(chunk.of(x), state, plan, me)
         if letter is not None:
             return ((piece, piece.of(letter[piece.tensor]).to(x)) for piece, x in self.exchange.from_self(shards))
         outgoing = shards if plan.send == "x" else [state[plan.send] for state in self.state]
@@ -164,6 +172,5 @@ class Updater:
         return {**plan.note, **moved.get(plan.receive, {})}
 
 
-def _chunks(begin: int, end: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    size = _CHUNK_OF_CPU if device.type == "cpu" else _CHUNK
-    return ((start, min(end, start + size)) for start in range(begin, end, size))
+def _within(piece: Piece, chunk: Piece) -> slice:
+    return slice(chunk.start - piece.start, chunk.stop - piece.start)

@@ -18,7 +18,8 @@ _TOKENS = 2 * MICRO_BATCH * SEQ_LENGTH  # of both ends, in a step
 _ABOUT = (
     f"A Llama of 7.4 million parameters, AdamW in fp32, {MICRO_BATCH * SEQ_LENGTH} tokens a step at each end, P = 2, "
     "S = 1, one core for each end. The ends are network namespaces joined by a veth pair whose bandwidth `tc tbf` "
-    "limits in both directions; packets are as large as TCP makes them, so that their headers hardly count. Median over the runs, and from the lowest to the highest if there are several."
+    "limits in both directions; packets are as large as TCP makes them, so that headers hardly count. "
+    "Median over the runs, and from the lowest to the highest if there are several."
 )
 _SHARE = (
     "Compute share: tokens/s over the tokens/s of the same stack, in the same repetition, with nothing to say to the "
