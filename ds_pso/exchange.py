@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_pso.errors import PeerError
-from ds_pso.wire import BLOCK, Differences
+from ds_pso.wire import BLOCK, Differences, Format
 from ds_pso.world import World
 
 
@@ -122,41 +122,23 @@ class Exchange:
             feedback: whether what is rounded away here goes with the next message, and what is yielded is
                 common knowledge from then on; false for a mean that may be thrown away.
         """
-        P, me, form = self.num_particles, self.particle, differences.format
-        for pieces, padded in self._blocks(tensors):
-            values = torch.zeros(padded, device=tensors[0].device)
+        weight, form = weights[self.particle], differences.format
+        for pieces, values in self._blocks(tensors):
             for piece in pieces:
                 part = piece.in_bucket(values)
-                if weights[me] != 0:
+                if weight != 0:
                     common = piece.of(differences.common[piece.tensor]).to(part)
                     torch.sub(piece.of(tensors[piece.tensor]), common, out=part)
-                    part.mul_(weights[me])
+                    part.mul_(weight)
                 if feedback:
                     part.add_(piece.of(differences.residual[piece.tensor]).to(part))
-            parts, mine = values.view(P, -1), values.view(P, -1)[me]
-            others = [i for i in range(P) if i != me]
-            nbytes = form.nbytes(padded // P)
-
-            outgoing = torch.empty(len(others), nbytes, dtype=torch.uint8, device=values.device)
-            rounded = torch.empty_like(mine)
-            for row, other in zip(outgoing, others, strict=True):
-                form.encode(parts[other], row)
-                form.decode(row, rounded)
-                parts[other].sub_(rounded)  # is what remains here
-            for row in self._swap_parts(outgoing):
-                form.decode(row, rounded)
-                mine.add_(rounded)
-
-            encoded = torch.empty(nbytes, dtype=torch.uint8, device=values.device)
-            form.encode(mine, encoded)
-            form.decode(encoded, rounded)
-            mine.sub_(rounded)  # the second rounding is owed by who made it
+            encoded = self._sum_rounded(values, form)
             if feedback:
                 for piece in pieces:
                     owed = piece.of(differences.residual[piece.tensor])
                     # What overflowed would be owed for ever.
                     owed.copy_(piece.in_bucket(values).nan_to_num_(0.0, 0.0, 0.0))
-            for part, row in zip(parts, self._gather_parts(encoded), strict=True):
+            for part, row in zip(values.chunk(self.num_particles), self._gather_parts(encoded), strict=True):
                 form.decode(row, part)
             yield from self._add_common(values, pieces, differences, become_common=feedback)
 
@@ -167,9 +149,8 @@ class Exchange:
 
         What is rounded away is part of the next difference, whoever sends it.
         """
-        for pieces, padded in self._blocks(tensors):
-            values = torch.zeros(padded, device=tensors[0].device)
-            encoded = torch.empty(differences.format.nbytes(padded), dtype=torch.uint8, device=values.device)
+        for pieces, values in self._blocks(tensors):
+            encoded = torch.empty(differences.format.nbytes(len(values)), dtype=torch.uint8, device=values.device)
             if self.particle == source:
                 for piece in pieces:
                     part = piece.in_bucket(values)
@@ -233,6 +214,28 @@ class Exchange:
         self._run("broadcast", lambda group: group.broadcast([tensor], options), received)
         return tensor
 
+    def _sum_rounded(self, values: Tensor, form: Format) -> Tensor:
+        """The sum over all peers of their values in this particle's part, rounded twice, as bytes.
+
+        What remains in ``values`` is what was rounded away here.
+        """
+        parts, mine = values.chunk(self.num_particles), values.chunk(self.num_particles)[self.particle]
+        others = [i for i in range(self.num_particles) if i != self.particle]
+        encoded = torch.empty(form.nbytes(len(mine)), dtype=torch.uint8, device=values.device)
+        outgoing = encoded.new_empty(len(others), len(encoded))
+        rounded = torch.empty_like(mine)
+        for row, other in zip(outgoing, others, strict=True):
+            form.encode(parts[other], row)
+            form.decode(row, rounded)
+            parts[other].sub_(rounded)
+        for row in self._swap_parts(outgoing):
+            form.decode(row, rounded)
+            mine.add_(rounded)
+        form.encode(mine, encoded)
+        form.decode(encoded, rounded)
+        mine.sub_(rounded)  # the second rounding is owed by who made it
+        return encoded
+
     def _swap_parts(self, outgoing: Tensor) -> Tensor:
         """Send a row (P - 1, n) to each other peer; returns those that they sent, in the order of particles."""
         sizes = [outgoing.shape[1] * (i != self.particle) for i in range(self.num_particles)]
@@ -249,13 +252,17 @@ class Exchange:
         self._run("all-gather", lambda group: group.allgather([rows], [sent]), received)
         return [row.to(encoded.device) for row in rows]
 
-    def _blocks(self, tensors: Sequence[Tensor]) -> Iterator[tuple[list[Piece], int]]:
-        """Buckets of fp32, and their sizes padded to a whole number of blocks for each particle."""
+    def _blocks(self, tensors: Sequence[Tensor]) -> Iterator[tuple[list[Piece], Tensor]]:
+        """Buckets of fp32 zeros, as large as a whole number of blocks for each particle."""
         unit = self.num_particles * BLOCK
         capacity = max(1, self.bucket_bytes // (4 * unit)) * unit
-        for pieces in plan_buckets([t.numel() for t in tensors], capacity):
+        numels = [t.numel() for t in tensors]
+        buffer = torch.empty(
+            min(capacity, -(-sum(numels) // unit) * unit), device=tensors[0].device if tensors else None
+        )
+        for pieces in plan_buckets(numels, capacity):
             size = pieces[-1].offset + pieces[-1].stop - pieces[-1].start
-            yield pieces, -(-size // unit) * unit
+            yield pieces, buffer[: -(-size // unit) * unit].zero_()
 
     @staticmethod
     def _add_common(
