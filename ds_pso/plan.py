@@ -120,6 +120,45 @@ def plan(cluster: Cluster, swarm: SwarmConfig, wire: str | None = None) -> Plan:
     )
 
 
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each rank, beside what DeepSpeed takes."""
+
+    kept: float  # from one sync point to the next
+    pending: float  # besides, while a delayed sync point is on its way
+    meeting: float  # besides, while peers exchange
+
+    @property
+    def most(self) -> float:
+        return self.kept + self.pending + self.meeting
+
+
+def memory(cluster: Cluster, swarm: SwarmConfig) -> Memory:
+    """What a rank needs for this config: the table in docs/slow-networks.md."""
+    rule, P = swarm.build_rule(), cluster.particles
+    assert rule is not None, "allreduce has no sync points"
+    shard = cluster.parameters / cluster.ranks  # elements
+    rough = 2 if swarm.state_dtype == "bf16" else 4
+    state = sum(rough if name in rule.rough_state else 4 for name in rule.state_names)
+    if swarm.wire != "fp32":
+        state += 4 + rough
+    if rule.max_staleness is not None:
+        return Memory((state + 4 * (2 * (P - 1) + 1)) * shard, 0.0, 0.0)
+    part = 4 * shard / swarm.turns
+    bucket, wire = min(part, swarm.bucket_mb * 2**20), BYTES_PER_ELEMENT[swarm.wire] / 4
+    meeting = 0.0
+    for kind, sources in _exchanges(rule, P, swarm.sync_interval):
+        buckets = 1.0
+        if kind == "mean" and swarm.wire != "fp32":
+            buckets += 1 / P + wire * (2 - 1 / P)
+        elif kind == "one" and swarm.wire != "fp32":
+            buckets += wire
+        elif len(set(sources)) > 1:
+            buckets += 1 + max(map(sources.count, sources))  # what comes, and a copy for each that asks
+        meeting = max(meeting, buckets * bucket)
+    return Memory(state * shard, part if swarm.delay else 0.0, meeting)
+
+
 def _exchanges(rule: Rule, num_particles: int, steps: int) -> list[tuple[str, tuple[int, ...]]]:
     """What the rule's plans move at an ordinary sync point, at which all particles are equally good."""
     equal, memory = (1.0,) * num_particles, dict[str, Any]()
@@ -152,6 +191,7 @@ def synchronous(cluster: Cluster, ds_config: Mapping[str, Any]) -> Plan:
 def describe(cluster: Cluster, ds_config: Mapping[str, Any], swarm: SwarmConfig, share: float) -> str:
     """What ``ds-pso plan`` prints."""
     now, plain, percent = plan(cluster, swarm), synchronous(cluster, ds_config), f"{100 * share:g} %"
+    needed = memory(cluster, swarm)
     at_first = "" if swarm.schedule.type == "fixed" else " at first"
     in_turns = "" if swarm.turns == 1 else f", 1/{swarm.turns} of the model every {now.interval // swarm.turns}"
     wires = [wire for wire in BYTES_PER_ELEMENT if is_allowed(dict(ds_config), swarm, wire=wire)]
@@ -163,6 +203,7 @@ def describe(cluster: Cluster, ds_config: Mapping[str, Any], swarm: SwarmConfig,
         f"  {now.megabytes:.3g} MB into each particle at a sync point, in {now.exchange_s:.3g} s; "
         f"training stands still for {now.held_up_s:.3g} s",
         f"  compute share {100 * now.compute_share:.1f} %; {percent} {_enough(now, cluster, share)}",
+        f"  {_size(needed.kept)} of memory on each rank, and {_size(needed.pending + needed.meeting)} more to meet",
         f"plain data parallel training, at least {plain.megabytes:.3g} MB at every step:",
         f"  compute share {100 * plain.compute_share:.1f} %; {percent} {_enough(plain, cluster, share)}",
         "",
@@ -184,6 +225,11 @@ def _enough(found: Plan, cluster: Cluster, share: float) -> str:
     if slowdown == 0:
         return "is out of reach: latency alone is too much"
     return "takes " + _rate(cluster.bandwidth / slowdown)
+
+
+def _size(nbytes: float) -> str:
+    unit, size = ("GB", 1e9) if nbytes >= 1e9 else ("MB", 1e6)
+    return f"{nbytes / size:.3g} {unit}"
 
 
 def _rate(bits: float) -> str:

@@ -16,7 +16,7 @@ from pool import Pool
 
 from ds_pso import cli
 from ds_pso.config import load_config
-from ds_pso.plan import Cluster, plan, synchronous
+from ds_pso.plan import Cluster, Memory, memory, plan, synchronous
 
 CLUSTER = Cluster(parameters=7.5e6, particles=2, ranks=1, step_s=0.43, bandwidth=100e6)
 
@@ -147,6 +147,69 @@ def test_its_bytes_are_those_that_a_swarm_counts(pool: Pool, particles: int) -> 
         swarm = load_config({"swarm": {"particles": particles, **swarm_section}})[1]
         megabytes = plan(replace(CLUSTER, parameters=numel, particles=particles), swarm).megabytes
         assert 1e6 * megabytes == pytest.approx(nbytes, rel=0.03), swarm_section
+
+
+KEEPS: list[dict[str, Any]] = [
+    *SWARMS,
+    {"sync_mode": "easgd"},
+    {"sync_mode": "diloco", "state_dtype": "bf16"},
+    {"sync_mode": "pso", "pso": {"inertia": 0.5, "cognitive": 0.5}, "state_dtype": "bf16"},
+    {"sync_mode": "diloco", "wire": "int4", "state_dtype": "bf16", "delay": 1},
+    {"sync_mode": "local_sgd", "delay": 1, "fragments": 4, "streaming": True},
+]
+
+
+def held(particles: int) -> list[tuple[int, int]]:
+    """(bytes kept, bytes of what is pending) just after the first sync point of each swarm has begun."""
+    import deepspeed
+
+    import ds_pso
+
+    found = []
+    for swarm_section in KEEPS:
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "optimizer": {"type": "SGD", "params": {"lr": 0.0}},
+            "zero_allow_untested_optimizer": True,
+            "swarm": {"particles": particles, "sync_interval": 4, **swarm_section},
+        }
+
+        def life(swarm: Any) -> tuple[int, int]:
+            engine, *_ = deepspeed.initialize(model=torch.nn.Linear(400, 100), config=swarm.ds_config)
+            swarm.attach(engine, probe=lambda index: torch.ones(()))
+            for _ in range(swarm.steps_to_sync):
+                engine.backward(engine(torch.ones(1, 400)).mean())
+                engine.step()
+            synchronizer = swarm.synchronizer
+            tensors = [t for state in synchronizer.updater.state for t in state.values()]
+            if synchronizer.updater.differences:
+                tensors += synchronizer.updater.differences.common + synchronizer.updater.differences.residual
+            pending = synchronizer.pending.movement if synchronizer.pending else []
+            return sum(t.nbytes for t in tensors), sum(t.nbytes for t in pending)
+
+        found.append(ds_pso.simulate(config, life)[0])
+    return found
+
+
+def test_what_is_kept_takes_the_memory_it_says(pool: Pool) -> None:
+    (found,) = pool.run(held, 2, world_size=1)
+    for swarm_section, (kept, pending) in zip(KEEPS, found, strict=True):
+        swarm = load_config({"swarm": {"particles": 2, "sync_interval": 4, **swarm_section}})[1]
+        needed = memory(replace(CLUSTER, parameters=40_100), swarm)
+        assert (needed.kept, needed.pending) == (kept, pending), swarm_section
+
+
+def test_what_meeting_takes_is_bounded_by_the_bucket() -> None:
+    whole = memory(CLUSTER, section(bucket_mb=4096))
+    assert whole == Memory(kept=0, pending=0, meeting=4 * 7.5e6)
+    assert memory(CLUSTER, section(bucket_mb=1)).meeting == 2**20
+    shared = memory(replace(CLUSTER, ranks=4), section(bucket_mb=4096, wire="int4", delay=2, fragments=2))
+    share = 7.5e6 / 4
+    assert (shared.kept, shared.pending) == (8 * share, 4 * share)
+    assert shared.meeting == pytest.approx(share * (4 * (1 + 1 / 2) + (1 / 2 + 1 / 64) * (2 - 1 / 2)))
+    assert shared.most == shared.kept + shared.pending + shared.meeting
+    letters = memory(CLUSTER, section(sync_mode="nosync", nosync={"asynchronous": True}))
+    assert letters == Memory(kept=7.5e6 * 4 * 3, pending=0, meeting=0)
 
 
 # -- the command ------------------------------------------------------------------------------

@@ -68,6 +68,18 @@ def test_a_failure_leaves_no_namespace_behind() -> None:
     assert namespaces() == before
 
 
+@needs_namespaces
+def test_what_was_left_behind_goes_away() -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left = f"ds_pso_{dead.pid}_0"
+    subprocess.run(["ip", "netns", "add", left], check=True)
+    with network.slow_link(1e6) as link:
+        there = namespaces()
+    assert left not in there
+    assert all(name in there for name in link.namespaces)
+
+
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network.sys, "platform", "darwin")
     assert network.why_not() == "network namespaces exist on Linux only"

@@ -60,6 +60,9 @@ class Cell:
     wire: str = "fp32"
     delay: int = 0
     fragments: int = 1
+    streaming: bool = False
+    drift: float = 0.0  # of an adaptive schedule; 0: a fixed one
+    warmup: int = 0  # steps at each of which all meet
 
     @property
     def num_worlds(self) -> int:
@@ -89,6 +92,9 @@ class Cell:
         parts += [self.wire] if self.wire != "fp32" else []
         parts += [f"d={self.delay}"] if self.delay else []
         parts += [f"F={self.fragments}"] if self.fragments > 1 else []
+        parts += ["streaming"] if self.streaming else []
+        parts += [f"drift={self.drift:g}"] if self.drift else []
+        parts += [f"warmup={self.warmup}"] if self.warmup else []
         parts += [f"equal steps {self.steps}"] if self.eval_every else []
         parts += [f"lr={self.lr:g}"] if self.split == "validation" else []
         return " ".join([*parts, f"seed={self.seed}"])
@@ -199,12 +205,13 @@ def _optimizer_state(scale: float) -> Iterator[Cell]:
 
 
 def _slow_network(scale: float) -> Iterator[Cell]:
-    """Fewer digits, later results and those in fragments: alone, and for the bytes of fp32 at n = 32."""
+    """Fewer digits, later results, fragments, other schedules: alone, and for the bytes of fp32 at n = 32."""
     plain = [("fp32", n, 0) for n in (32, 16, 8, 4)]
     few_digits = [(wire, 32, 0) for wire in ("bf16", "int8", "int4")]
     equal_bytes = [("bf16", 16, 0), ("int8", 8, 0), ("int4", 4, 0)]
     late = [("fp32", 32, d) for d in (4, 8, 16, 32)] + [("int4", 4, d) for d in (1, 2, 4)]
     in_fragments = [("fp32", 32, 8, 4), ("fp32", 32, 16, 8), ("fp32", 32, 32, 8), ("int4", 4, 2, 2), ("int4", 4, 4, 4)]
+    streaming = [("fp32", 32, d, 4) for d in (1, 4, 8)] + [("int4", 8, 2, 4), ("int4", 4, 1, 2), ("int4", 4, 1, 4)]
     for cell in _grid(("gpt_small",), (4,), (32,), scale, ("allreduce", "local_sgd")):
         if cell.rule == "allreduce":
             yield cell
@@ -213,6 +220,11 @@ def _slow_network(scale: float) -> Iterator[Cell]:
                 yield replace(cell, wire=wire, interval=interval, delay=delay)
             for wire, interval, delay, fragments in in_fragments:
                 yield replace(cell, wire=wire, interval=interval, delay=delay, fragments=fragments)
+            for wire, interval, delay, fragments in streaming:
+                yield replace(cell, wire=wire, interval=interval, delay=delay, fragments=fragments, streaming=True)
+            yield replace(cell, warmup=32)
+            for drift in (0.1, 0.2, 0.3):
+                yield replace(cell, interval=8, drift=drift)
 
 
 _TABLES = {

@@ -129,8 +129,11 @@ def condition(cell: Cell, table: str) -> str:
 
 def _row(cell: Cell, table: str) -> str:
     if table == "slow_network" and cell.rule != "allreduce":
-        fragments = f" in {cell.fragments}" if cell.fragments > 1 else ""
-        return f"{cell.wire}, d = {cell.delay}{fragments}"
+        name = f"{cell.wire}, d = {cell.delay}"
+        if cell.fragments > 1:
+            name += f" streaming {cell.fragments}" if cell.streaming else f" in {cell.fragments}"
+        name += f", drift {cell.drift:g}" if cell.drift else ""
+        return name + (f", warm-up {cell.warmup}" if cell.warmup else "")
     return cell.rule
 
 
@@ -140,9 +143,10 @@ def _place(cell: Cell) -> tuple[float, ...]:
     return situation, state, cell.interval or math.inf
 
 
-def _row_place(cell: Cell) -> tuple[int, ...]:
+def _row_place(cell: Cell) -> tuple[float, ...]:
     """Sorts rows."""
-    return RULES.index(cell.rule), WIRES.index(cell.wire), cell.delay, cell.fragments
+    late = (cell.streaming, cell.delay, cell.fragments)
+    return RULES.index(cell.rule), WIRES.index(cell.wire), *late, cell.drift, cell.warmup
 
 
 # -- grids --------------------------------------------------------------------------------------

@@ -44,9 +44,11 @@ _NOTES = {
     ],
     "slow_network": [
         "`local_sgd` with P = 4: differences in few digits (`wire`), and sync points that are applied d steps later "
-        "(`delay`), whole or in fragments (`in 4`: of which the first comes after d / 4 steps). All rows have the "
-        "learning rate of fp32 at n = 32. With n = 16, 8 and 4, bf16, int8 and int4 move about the bytes of fp32 at "
-        "n = 32.",
+        "(`delay`), whole or in fragments (`in 4`: of which the first comes after d / 4 steps), or one fragment at a "
+        "time (`streaming 4`: one of them meets every n / 4 steps); intervals that begin with n and follow the drift "
+        "between the particles (`drift`); and 32 steps with a sync point after each to begin with (`warm-up`). All "
+        "rows have the learning rate of fp32 at n = 32. With n = 16, 8 and 4, bf16, int8 and int4 move about the bytes "
+        "of fp32 at n = 32.",
     ],
     "optimizer_state": [
         "What becomes of the optimizer's moments at a sync point: each particle keeps its own, all take their mean, or "

@@ -53,8 +53,17 @@ def config_of(cell: Cell, world_size: int, zero_stage: int) -> dict[str, Any]:
             "wire": cell.wire,
             "delay": cell.delay,
             "fragments": cell.fragments,
+            "streaming": cell.streaming,
+            "schedule": _schedule(cell),
         },
     }
+
+
+def _schedule(cell: Cell) -> dict[str, Any]:
+    if cell.drift:
+        # In a simulation the clock means nothing.
+        return {"type": "adaptive", "drift": cell.drift, "compute_share": 0, "warmup_steps": cell.warmup}
+    return {"warmup_steps": cell.warmup}
 
 
 def train(swarm: Swarm, cell: Cell, folder: Path | None = None) -> Outcome:

@@ -46,6 +46,7 @@ class Link:
 @contextlib.contextmanager
 def slow_link(bits_per_s: float) -> Iterator[Link]:
     """The link, for as long as the block lasts. Both directions have the bandwidth; nothing else leads out."""
+    _sweep()
     link = Link((f"ds_pso_{os.getpid()}_0", f"ds_pso_{os.getpid()}_1"), ("10.77.0.1", "10.77.0.2"))
     try:
         for name in link.namespaces:
@@ -76,6 +77,13 @@ def received_bytes() -> int:
         if name.strip() == INTERFACE:
             return int(numbers.split()[0])
     raise RuntimeError(f"no interface {INTERFACE}: not at an end of a slow link")
+
+
+def _sweep() -> None:
+    """Remove what a benchmark that was killed has left behind."""
+    for path in Path("/run/netns").glob("ds_pso_*_?"):
+        if not Path("/proc", path.name.split("_")[2]).exists():
+            subprocess.run(["ip", "netns", "delete", path.name], capture_output=True, check=False)
 
 
 def _run(*command: str) -> None:

@@ -17,15 +17,15 @@ LR = 1e-3
 VOCABULARY = 8192
 
 
-def build_model() -> nn.Module:
-    """A Llama of 7.4 million parameters, the same one everywhere."""
+def build_model(width: int = 256) -> nn.Module:
+    """A Llama, the same one everywhere; of 7.4 million parameters unless it is wider."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=704,
+        hidden_size=width,
+        intermediate_size=11 * width // 4,
         num_hidden_layers=4,
         num_attention_heads=4,
         max_position_embeddings=SEQ_LENGTH,
@@ -65,7 +65,7 @@ def _engine_step(engine: Any) -> Callable[[Tensor], None]:
     return step
 
 
-def _deepspeed_config(stage: int) -> dict[str, Any]:
+def deepspeed_config(stage: int) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": MICRO_BATCH,
         "optimizer": {"type": "AdamW", "params": {"lr": LR, "torch_adam": True}},
@@ -74,11 +74,10 @@ def _deepspeed_config(stage: int) -> dict[str, Any]:
     }
 
 
-def _initialize(config: dict[str, Any]) -> Any:
+def initialize(config: dict[str, Any], model: nn.Module) -> Any:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it would be compiled first
-    model = build_model()
     return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
 
 
@@ -87,7 +86,7 @@ def _deepspeed(run: Run) -> Iterator[Callable[[Tensor], None]]:
     """ZeRO over the link; alone: a world of one at each end."""
     if not run.talks:
         os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-    yield _engine_step(_initialize(_deepspeed_config(run.stage)))
+    yield _engine_step(initialize(deepspeed_config(run.stage), build_model()))
 
 
 _SCHEDULES: dict[str, dict[str, Any]] = {"adaptive": {"compute_share": 0.95}, "wall_time": {"seconds": 5}}
@@ -105,12 +104,12 @@ def _ds_pso(run: Run) -> Iterator[Callable[[Tensor], None]]:
         section["schedule"] = {"type": run.schedule, "min_interval": run.delay} | _SCHEDULES[run.schedule]
     if not run.talks:
         section |= {"sync_interval": 10**6, "delay": 0}
-    with ds_pso.init(_deepspeed_config(run.stage) | {"swarm": section}) as swarm:
-        yield _engine_step(swarm.attach(_initialize(swarm.ds_config)))
+    with ds_pso.init(deepspeed_config(run.stage) | {"swarm": section}) as swarm:
+        yield _engine_step(swarm.attach(initialize(swarm.ds_config, build_model())))
 
 
 @contextlib.contextmanager
-def _torchft(run: Run) -> Iterator[Callable[[Tensor], None]]:
+def torchft(run: Run, model: nn.Module | None = None) -> Iterator[Callable[[Tensor], None]]:
     """As in torchft's own examples: a replica group of one rank at each end, a lighthouse at the first."""
     import torch.distributed as dist
     from torchft import Manager, ProcessGroupGloo
@@ -120,7 +119,7 @@ def _torchft(run: Run) -> Iterator[Callable[[Tensor], None]]:
     rank, address = int(os.environ["RANK"]), os.environ["ADDRESS"]
     lighthouse = LighthouseServer(bind="[::]:29600", min_replicas=2) if rank == 0 else None
     store = dist.TCPStore(address, 29700, is_master=True, wait_for_workers=False)
-    model = build_model()
+    model = model or build_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
     manager = Manager(
         pg=ProcessGroupGloo(timeout=timedelta(seconds=300)),
@@ -174,4 +173,4 @@ def _accelerate(run: Run) -> Iterator[Callable[[Tensor], None]]:
         local_sgd.enabled = False  # what follows the last step is not measured
 
 
-_STACKS = {"DeepSpeed": _deepspeed, "ds_pso": _ds_pso, "torchft": _torchft, "Accelerate": _accelerate}
+_STACKS = {"DeepSpeed": _deepspeed, "ds_pso": _ds_pso, "torchft": torchft, "Accelerate": _accelerate}

@@ -1,6 +1,7 @@
 """``torchrun --nproc_per_node 2 -m benchmarks.sync_cost``: what a sync point takes beyond the bare collective.
 
-No DeepSpeed and no model: each rank is a particle with one shard of so many elements.
+No DeepSpeed and no model: each rank is a particle with one shard of so many elements. ``--device cuda`` keeps the
+shards of all particles on one GPU, and exchanges them with gloo.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,8 +30,11 @@ from ds_pso.wire import FORMATS, Differences
 from ds_pso.world import World
 
 FOLDER = Path(__file__).parent / "results"
-MODES = ("local_sgd", "diloco", "easgd", "nosync", "pso")  # the others make the same plans, and score besides
-OPTIONS: dict[str, dict[str, Any]] = {"nosync": {"growth": "constant"}}
+MODES = ("local_sgd", "diloco", "easgd", "nosync", "pso", "swarm")  # line_search does what diloco does, and scores
+OPTIONS: dict[str, dict[str, Any]] = {
+    "nosync": {"growth": "constant"},
+    "swarm": {"guard": False, "lr_spread": 1.0},  # the guard scores, and sometimes averages twice
+}
 
 
 @dataclass(frozen=True)
@@ -59,14 +63,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sync_cost", description=__doc__)
     parser.add_argument("--numel", type=float, nargs="+", default=[1e6, 1e7, 1e8], help="elements of the shard")
     parser.add_argument("--runs", type=int, default=7, help="of each case (default 7)")
+    parser.add_argument("--device", help="where the shards lie (default: where the peer group needs them)")
     parser.add_argument("--report", action="store_true", help="only draw")
     arguments = parser.parse_args()
     table = Table(FOLDER / "sync_cost.csv", Case, Cost)
     if not arguments.report:
         torch.set_num_threads(1)
-        world = World.carve(int(os.environ["WORLD_SIZE"]), timeout_s=300)
+        backend = "gloo" if arguments.device else "auto"
+        world = World.carve(int(os.environ["WORLD_SIZE"]), peer_backend=backend, timeout_s=300)
         exchange = Exchange(world, bucket_mb=64)
-        for case in _cases(arguments.numel, world):
+        device = arguments.device or world.peer_device.type
+        for case in _cases(arguments.numel, world.layout.num_particles, device):
             if case not in table.rows:
                 cost = measure(case, exchange, arguments.runs)
                 if world.is_leader:
@@ -80,41 +87,39 @@ def main() -> int:
     return 0
 
 
-def _cases(sizes: list[float], world: World) -> list[Case]:
-    P, device = world.layout.num_particles, world.peer_device.type
+def _cases(sizes: list[float], P: int, device: str) -> list[Case]:
     plain = [Case(rule, "fp32", int(numel), P, device) for numel in sizes for rule in MODES]
     return plain + [Case("local_sgd", wire, int(numel), P, device) for numel in sizes for wire in FORMATS]
 
 
 def measure(case: Case, exchange: Exchange, runs: int) -> Cost:
-    device = exchange.device
     torch.manual_seed(exchange.particle)
-    x = torch.randn(case.numel, device=device)
+    x = torch.randn(case.numel, device=case.device)
     rule = _rule(case.rule)
     differences = None if case.wire == "fp32" else Differences(FORMATS[case.wire], [torch.zeros_like(x)])
     updater = Updater(exchange, rule, [], [rule.init_state(x)], differences)
     alive = (True,) * case.particles
     fitness = tuple(float(i) for i in range(case.particles))
+    memory: Mapping[str, Any] = {}
 
     def sync(index: int) -> None:
-        plan = rule.plan(SyncPoint(index, fitness, alive, total=100), updater.memory)
+        nonlocal memory
+        plan = rule.plan(SyncPoint(index, fitness, alive, total=100), memory)
         updater.carry_out(plan, [x])
         updater.take_distance()
-        updater.memory = plan.memory
+        memory = plan.memory
 
-    moved = sum(_passes(case.rule)) * x.numel() * x.element_size()
-    source, target = (torch.empty(moved // 8, device=device) for _ in range(2))  # a copy reads and writes
-    payload = torch.empty(_payload(case, x), dtype=torch.uint8, device=device).view(torch.int8)
+    copies = _copies(case, x, exchange.device)
+    payload = torch.empty(_payload(case, x), dtype=torch.uint8, device=exchange.device)
     if case.wire == "fp32":
-        payload = torch.empty_like(x)
+        payload = torch.empty_like(x, device=exchange.device)
     times: dict[str, list[float]] = {"pass": [], "bare": [], "collectives": [], "rest": []}
     for index in range(runs + 1):
-        times["pass"].append(_timed(lambda: target.copy_(source), exchange))
-        times["bare"].append(_timed(lambda: _bare(case, exchange, payload), exchange))
-        before = exchange.seconds
-        whole = _timed(partial(sync, index), exchange)
-        times["collectives"].append(exchange.seconds - before)
-        times["rest"].append(whole - times["collectives"][-1])
+        times["pass"].append(_timed(lambda: [target.copy_(source) for target, source in copies], exchange, case)[0])
+        times["bare"].append(_timed(lambda: _bare(case, exchange, payload), exchange, case)[0])
+        whole, collectives = _timed(partial(sync, index), exchange, case)
+        times["collectives"].append(collectives)
+        times["rest"].append(whole - collectives)
     mine = [median(values[1:]) for values in times.values()]  # the first one warms up
     slowest = [max(column) for column in zip(*exchange.all_gather(mine), strict=True)]
     pass_s, bare_s, collectives_s, rest_s = slowest
@@ -128,8 +133,21 @@ def _rule(name: str) -> Rule:
 
 def _passes(rule: str) -> tuple[int, int]:
     """How many tensors like the shard must be read and written: what is sent and received, x and the state."""
-    state = len(_rule(rule).init_state(torch.zeros(1)))
+    state = len(_rule(rule).state_names)
     return 2 + 1 + state, 1 + 1 + state  # x into the bucket; what arrived, x and the state; x and the state
+
+
+def _copies(case: Case, x: Tensor, between: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """(to, from): what reads and writes as many bytes as the rule must, to the peer group's device and back too."""
+    tensors = sum(_passes(case.rule))  # as large as the shard; a copy is two
+    shards = [(torch.empty_like(x), torch.empty_like(x)) for _ in range(tensors // 2)]
+    if tensors % 2:
+        half = x.numel() // 2
+        shards.append((torch.empty_like(x[:half]), torch.empty_like(x[:half])))
+    if between.type != x.device.type:
+        bucket = torch.empty_like(x, device=between)
+        shards[0], shards[1] = (bucket, shards[0][1]), (shards[1][0], bucket)
+    return shards
 
 
 def _payload(case: Case, x: Tensor) -> int:
@@ -154,15 +172,17 @@ def _bare(case: Case, exchange: Exchange, payload: Tensor) -> None:
         group.allgather([rows], [payload[:part]]).wait()
 
 
-def _timed(job: Callable[[], Any], exchange: Exchange) -> float:
+def _timed(job: Callable[[], Any], exchange: Exchange, case: Case) -> tuple[float, float]:
+    """Seconds of the job, and of them inside ``Exchange``'s collectives."""
     exchange.all_gather([0.0])  # begin together
-    if exchange.device.type == "cuda":
+    before = exchange.seconds
+    if case.device == "cuda":
         torch.cuda.synchronize()
     begin = time.perf_counter()
     job()
-    if exchange.device.type == "cuda":
+    if case.device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begin
+    return time.perf_counter() - begin, exchange.seconds - before
 
 
 def _ratios(case: Case, cost: Cost) -> str:
@@ -187,12 +207,12 @@ def write_report(table: Table[Case, Cost]) -> Path:
         "all-to-all and an all-gather). *rest*: all other time (filling buckets, rounding, updating, measuring the "
         "drift) over the time of copying as many bytes as the rule must read and write. Both from the same run.",
         "",
-        "| rule | wire | elements | exchange, s | of the bare collective | rest, s | of a memory pass |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| rule | wire | shards on | elements | exchange, s | of the bare collective | rest, s | of a memory pass |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for case, cost in sorted(rows.items(), key=lambda item: (item[0].numel, item[0].wire != "fp32")):
         lines.append(
-            f"| `{case.rule}` | {case.wire} | {case.numel:,} | {cost.collectives_s:.3f} | "
+            f"| `{case.rule}` | {case.wire} | {case.device} | {case.numel:,} | {cost.collectives_s:.3f} | "
             f"{cost.collectives_s / cost.bare_s:.2f} | {cost.rest_s:.4f} | {cost.rest_s / cost.pass_s:.2f} |"
         )
     page = table.path.with_suffix(".md")
