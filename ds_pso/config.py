@@ -226,7 +226,8 @@ def _check_consistent(ds_config: dict[str, Any], swarm: SwarmConfig, where: str)
         )
     if swarm.wire != "fp32":
         _check_wire(rule, swarm, where)
-    _check_state(rule, swarm, where)
+    if (swarm.state_device, swarm.state_dtype) != ("auto", "fp32"):
+        _check_state(rule, swarm, where)
     if rule.max_staleness is not None:
         if swarm.optimizer_state != "keep":
             raise ConfigError(

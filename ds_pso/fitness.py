@@ -32,6 +32,10 @@ class FitnessWindow:
     def restore(self, total: float, count: int, steps: int) -> None:
         self._sum, self.count, self.steps = total, count, steps
 
+    def give_back(self, total: float, count: int, steps: int) -> None:
+        """Count again what ``state`` said before the window was emptied."""
+        self.restore(self.total + total, self.count + count, self.steps + steps)
+
     def clear_losses(self) -> None:
         self._sum, self.count = 0.0, 0
 

@@ -18,12 +18,14 @@ class Keeping:
     device: Literal["auto", "cpu"] = "auto"  # "auto": as they come
     rough_dtype: Literal["fp32", "bf16"] = "fp32"  # of tensors that may be rounded
 
+    def near(self, tensor: Tensor) -> Tensor:
+        """The tensor where state is kept."""
+        return tensor.cpu() if self.device == "cpu" else tensor
+
     def keep(self, tensor: Tensor, *, rough: bool = False) -> Tensor:
         """The tensor as it is kept; a copy only if it has to be one."""
-        kept = tensor.bfloat16() if rough and self.rough_dtype == "bf16" else tensor
-        if self.device == "auto" or kept.device.type == "cpu":
-            return kept
-        return torch.empty_like(kept, device="cpu", pin_memory=True).copy_(kept)
+        kept = self.near(tensor.bfloat16() if rough and self.rough_dtype == "bf16" else tensor)
+        return kept.pin_memory() if self.device == "cpu" and torch.cuda.is_available() else kept
 
 
 AS_IT_COMES = Keeping()

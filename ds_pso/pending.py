@@ -28,6 +28,7 @@ class Pending:
     applied: int = 0  # fragments
     record: dict[str, Any] = field(default_factory=dict)  # to log
     lr_factors: Sequence[float] = ()
+    window: Sequence[Any] = ()  # see ``FitnessWindow.state``: that it was emptied of
     apart: Sequence[float] = (0.0, 0.0)
     pace: Sequence[float] = (math.nan, 0.0)  # seconds of a step, and that the sync point before held training up
     arrived_s: list[float] = field(default_factory=list)  # of each fragment, after the beginning
@@ -53,5 +54,5 @@ class Pending:
     def state_dict(self) -> dict[str, Any]:
         """All but the tensors, once the meeting is over; JSON values."""
         numbers = ("begun", "delay", "cut_into", "numbers", "applied", "held_up_s", "background_s")
-        names = (*numbers, "record", "lr_factors", "apart", "pace", "arrived_s")
+        names = (*numbers, "record", "lr_factors", "window", "apart", "pace", "arrived_s")
         return {name: getattr(self, name) for name in names}

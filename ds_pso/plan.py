@@ -190,11 +190,12 @@ def synchronous(cluster: Cluster, ds_config: Mapping[str, Any]) -> Plan:
 
 def describe(cluster: Cluster, ds_config: Mapping[str, Any], swarm: SwarmConfig, share: float) -> str:
     """What ``ds-pso plan`` prints."""
-    now, plain, percent = plan(cluster, swarm), synchronous(cluster, ds_config), f"{100 * share:g} %"
+    now, every_step, percent = plan(cluster, swarm), synchronous(cluster, ds_config), f"{100 * share:g} %"
     needed = memory(cluster, swarm)
     at_first = "" if swarm.schedule.type == "fixed" else " at first"
     in_turns = "" if swarm.turns == 1 else f", 1/{swarm.turns} of the model every {now.interval // swarm.turns}"
-    wires = [wire for wire in BYTES_PER_ELEMENT if is_allowed(dict(ds_config), swarm, wire=wire)]
+    plain = swarm.model_copy(update={"state_device": "auto", "state_dtype": "fp32"})  # which change no bytes
+    wires = [wire for wire in BYTES_PER_ELEMENT if is_allowed(dict(ds_config), plain, wire=wire)]
     lines = [
         f"{cluster.particles} particles of {cluster.ranks}, {cluster.parameters / 1e6:g} M parameters, "
         f"{cluster.step_s:g} s a step, {_rate(cluster.bandwidth)} into each particle",
@@ -204,15 +205,17 @@ def describe(cluster: Cluster, ds_config: Mapping[str, Any], swarm: SwarmConfig,
         f"training stands still for {now.held_up_s:.3g} s",
         f"  compute share {100 * now.compute_share:.1f} %; {percent} {_enough(now, cluster, share)}",
         f"  {_size(needed.kept)} of memory on each rank, and {_size(needed.pending + needed.meeting)} more to meet",
-        f"plain data parallel training, at least {plain.megabytes:.3g} MB at every step:",
-        f"  compute share {100 * plain.compute_share:.1f} %; {percent} {_enough(plain, cluster, share)}",
+        f"plain data parallel training, at least {every_step.megabytes:.3g} MB at every step:",
+        f"  compute share {100 * every_step.compute_share:.1f} %; {percent} {_enough(every_step, cluster, share)}",
         "",
         f"{'wire':8}{'MB':>10}{'seconds':>10}{'interval':>11}{'or delay':>11}   for {percent}",
     ]
     for row in (plan(cluster, swarm, wire) for wire in wires):
         delay = row.delay_for(share)
+        if swarm.streaming:
+            delay = max(1, delay)
         pieces = {} if swarm.streaming else {"fragments": 1}
-        fits = is_allowed(dict(ds_config), swarm, wire=row.wire, delay=delay, schedule=ScheduleConfig(), **pieces)
+        fits = is_allowed(dict(ds_config), plain, wire=row.wire, delay=delay, schedule=ScheduleConfig(), **pieces)
         lines.append(
             f"{row.wire:8}{row.megabytes:>10.3g}{row.exchange_s:>10.3g}{row.interval_for(share):>11}"
             f"{delay if fits else '-':>11}"

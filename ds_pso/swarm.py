@@ -162,10 +162,11 @@ class Swarm(SwarmState):
         synchronizer.clock.tick()
         self._advance()
         schedule = synchronizer.schedule
-        if schedule.is_due(step):
+        if synchronizer.needs_whole or schedule.is_due(step):
             # After resuming with a shorter interval it may begin before the last one is due.
             self._advance(to_the_end=True)
-            if self.config.delay == 0 or schedule.in_warmup(step) or schedule.progress(step) == 1:
+            waits = self.config.delay == 0 or schedule.in_warmup(step) or schedule.progress(step) == 1
+            if waits or synchronizer.needs_whole:
                 self.sync()
             else:
                 synchronizer.begin(self.window, step, self.config.delay)

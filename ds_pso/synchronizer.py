@@ -82,14 +82,16 @@ class Synchronizer:
         self._start_alike()
         differences = None if wire == "fp32" else Differences(FORMATS[wire], shards.tensors, keeping)
         state = [
-            {key: keeping.keep(value, rough=key in rule.rough_state) for key, value in rule.init_state(x).items()}
-            for x in shards.tensors
+            {name: keeping.keep(value, rough=name in rule.rough_state) for name, value in found.items()}
+            for found in (rule.init_state(keeping.near(x)) for x in shards.tensors)
         ]
         self.updater = Updater(exchange, rule, shards.segments, state, differences)
         # Of the rule: numbers that are equal on all ranks; of each fragment if they meet by themselves.
         self.memories: list[Mapping[str, Any]] = [{}] * (fragments if streaming else 1)
         self.consensus = Consensus(self.census, self.updater, shards)
         self.pending: Pending | None = None
+        # A fragment did not meet in its turn: a particle that is not alive needs the whole model, so ``sync`` is next.
+        self.needs_whole = False
         self._cuts: dict[int, list[Fragment]] = {}
         self._mailbox = world.open_mailbox() if rule.max_staleness is not None else None
         self._letter_bytes = 0
@@ -133,6 +135,7 @@ class Synchronizer:
         self.shards.check_present()
         begin, traffic = time.perf_counter(), self._traffic()
         self.schedule.begin(step)
+        self.needs_whole = False
         layout = self.world.layout  # mates too: a frozen one would be waited for without a word inside the particle
         waited = self._wait_for(layout.peers, layout.mates) if self._mailbox is None else 0.0
         self.shards.zero_padding()
@@ -199,10 +202,10 @@ class Synchronizer:
         numbers = list(range(self.fragments))
         if self.streaming:
             numbers = [(step // self.schedule.interval - 1) % self.fragments]
-        row = self._own_row(window)
+        row, losses = self._own_row(window), window.state()
         window.clear()
         pending = self.pending = Pending(step, delay, self.fragments, numbers, [], settled_s=self.world.settled_s)
-        pending.movement = [t.clone() for t in self._touched(pending)]
+        pending.movement, pending.window = [t.clone() for t in self._touched(pending)], losses
         pending.arrived = [threading.Event() for _ in range(pending.fragments)]
         pending.held_up_s = time.perf_counter() - begin
         self.world.in_background(lambda: self._meet(pending, row))
@@ -216,8 +219,8 @@ class Synchronizer:
         # Whoever waits for the first fragment reads it.
         pending.record = {"sync": point.index, "losses": point.fitness, "alive": point.alive, "waited_s": waited}
         if self.streaming:
-            pending.record["fragment"] = pending.numbers[0]
-        if any(point.alive) and not self._is_abandoned(point.alive):
+            pending.record |= {"fragment": pending.numbers[0], "abandoned": not all(point.alive)}
+        if any(point.alive) and not pending.record.get("abandoned"):
             pending.record |= self._move(pending, point, begin)
         pending.record |= self._traffic_since(traffic)
         pending.background_s = time.perf_counter() - begin
@@ -249,10 +252,6 @@ class Synchronizer:
         pending.lr_factors = plan.lr_factors
         pending.apart = self._apart(squares, point)
         return note
-
-    def _is_abandoned(self, alive: Sequence[bool]) -> bool:
-        """Whether a fragment does not meet after all: a particle that is not alive needs the whole model."""
-        return self.streaming and not all(alive)
 
     def _cut(self, count: int) -> list[Fragment]:
         if count not in self._cuts:
@@ -302,7 +301,10 @@ class Synchronizer:
             self.world.wait_for_task(pending.arrived[end - 1])
         else:
             self.world.settle()
-        if pending.applied < end:
+        if pending.record.get("abandoned"):
+            window.give_back(*pending.window)
+            self.needs_whole = True
+        elif pending.applied < end:
             self._apply(pending, end, window)
             self.shards.publish()
         pending.waited_s += self.world.settled_s - settled_before
@@ -311,9 +313,6 @@ class Synchronizer:
             return None
 
         self.pending = None
-        if self._is_abandoned(pending.record["alive"]):
-            self.totals.bytes_received += pending.record["bytes_received"]
-            return self.sync(window, step)
         self.census.losses = tuple(pending.record["losses"])
         drift = self.census.drift(pending.apart)
         waited = self.world.settled_s - pending.settled_s
@@ -333,8 +332,6 @@ class Synchronizer:
         me, shards = self.exchange.particle, self.shards.tensors
         moved, mean = self._split(pending)
         alive = pending.record["alive"]
-        if self._is_abandoned(alive):
-            return
         if not alive[me]:
             # Half a particle would not live either.
             self.world.settle()

@@ -18,7 +18,7 @@ from ds_pso.wire import Differences
 
 # Elements that a rule updates at once. On a CPU the few passes over them stay in the cache of a core; on other devices,
 # which one launch for many keeps busy, this only bounds the temporaries.
-_CHUNK_OF_CPU, _CHUNK = 2**17, 2**24
+_CHUNK_OF_CPU, _CHUNK = 2**17, 2**22
 
 
 class Updater:
@@ -44,6 +44,7 @@ class Updater:
         self.differences = differences
         self._squares: Tensor | None = None
         self._measures = False
+        self._prepares = type(rule).before_exchange is not Rule.before_exchange
 
     def of(self, fragment: Fragment) -> Updater:
         """One for a fragment, whose ranges it takes for shards. Its state and differences are parts of these."""
@@ -135,7 +136,7 @@ class Updater:
             device = shards[0].device if shards else None
             self._squares = torch.zeros(2, dtype=torch.float64, device=device)
         me = Place(self.exchange.particle)
-        for number, x in enumerate(shards):
+        for number, x in enumerate(shards if self._prepares else []):
             for chunk, _ in self._chunks(Piece(number, 0, x.numel(), 0), shards):
                 kept = {key: chunk.of(value) for key, value in self.state[number].items()}
                 with at_hand(kept, chunk.of(x)) as state:

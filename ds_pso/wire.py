@@ -112,8 +112,8 @@ class Differences:
     def __init__(self, format: Format, tensors: Sequence[Tensor], keeping: Keeping = AS_IT_COMES) -> None:
         """``tensors``: flat, fp32, and equal on all peers. ``keeping`` may round the residual."""
         self.format = format
-        self.common = [keeping.keep(t.clone()) for t in tensors]
-        self.residual = [keeping.keep(torch.zeros_like(t), rough=True) for t in tensors]
+        self.common = [keeping.keep(keeping.near(t).clone()) for t in tensors]
+        self.residual = [keeping.keep(torch.zeros_like(t), rough=True) for t in self.common]
 
     def of(self, parts: Sequence[tuple[int, slice]]) -> Differences:
         """Those of parts of the tensors, live."""

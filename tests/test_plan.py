@@ -239,6 +239,17 @@ def test_only_delays_that_the_rule_can_use(tmp_path, capsys, mode):
     assert [row[-1] for row in rows] == ["-", "-", "-", "0"]  # without any delay int4 is small enough
 
 
+def test_what_is_printed_of_streaming(tmp_path, capsys):
+    keys = {"streaming": True, "fragments": 4, "delay": 1, "sync_interval": 32, "wire": "int4", "state_dtype": "bf16"}
+    fast = [*ARGUMENTS[:2], "--bandwidth", "10G", *ARGUMENTS[4:]]
+    assert cli.main(["plan", write(tmp_path, **keys), *fast]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "local_sgd every 32 steps, 1/4 of the model every 8, wire int4, delay 1:" in lines
+    assert "  45 MB of memory on each rank, and " in "\n".join(lines), "4 + 2 bytes of 7.5 M"
+    rows = [line.split() for line in lines[-4:]]
+    assert [(row[0], row[-1]) for row in rows] == [(wire, "1") for wire in ("fp32", "bf16", "int8", "int4")]
+
+
 def test_only_formats_that_the_rule_can_use(tmp_path, capsys):
     ring = {"sync_mode": "pso", "pso": {"topology": "ring"}}
     assert cli.main(["plan", write(tmp_path, **ring), *ARGUMENTS, "--particles", "4"]) == 0

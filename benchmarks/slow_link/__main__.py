@@ -77,6 +77,7 @@ def measure(run: Run) -> Measured:
     return Measured(
         step_s=max(end["step_s"] for end in found),
         bytes_per_step=max(end["bytes_per_step"] for end in found),
+        steps_per_sync=max(end["steps_per_sync"] for end in found),
         machine=f"{os.cpu_count()} CPU cores ({platform.machine()})",
         versions=f"{versions()}{_version_of('torchft')}{_version_of('accelerate')}",
     )

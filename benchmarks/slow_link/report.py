@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,7 +25,8 @@ _ABOUT = (
 )
 _SHARE = (
     "Compute share: tokens/s over the tokens/s of the same stack, in the same repetition, with nothing to say to the "
-    "other end; for DeepSpeed that is a world of one, which updates all of the optimizer's state and not a half. "
+    "other end, the median of one run among those over each link; for "
+    "DeepSpeed that is a world of one, which updates all of the optimizer's state and not a half. "
     "n: steps between two sync points, with a schedule at first; d: `delay`, for torchft its fragment_sync_delay; "
     "streaming: `swarm.streaming` with so many fragments."
 )
@@ -54,14 +57,15 @@ def write_report(table: SlowLinkTable) -> list[Path]:
         ("Seconds of a step, sync points included", lambda run, row: row.step_s, ".3f"),
         (
             "Received in n steps on the interface, MB (10^6 bytes)",
-            lambda run, row: row.bytes_per_step * run.interval / 1e6,
+            lambda run, row: row.bytes_per_step * (row.steps_per_sync or run.interval) / 1e6,
             ".2f",
         ),
+        ("Steps between two sync points", lambda run, row: row.steps_per_sync or run.interval, ".1f"),
     ):
         lines += [f"## {title}", "", *_grid(table, value, spec), ""]
     alone = [run for run in table.rows if not run.talks]
     lines += ["## Alone", "", "| | seconds of a step |", "| --- | --- |"]
-    for name in dict.fromkeys(run.name for run in alone):
+    for name in sorted({run.name for run in alone}):
         lines.append(f"| {name} | {_cell([table.rows[run].step_s for run in alone if run.name == name], '.3f')} |")
     if CLAIMS.exists():
         lines += ["", *CLAIMS.read_text(encoding="utf-8").splitlines()]
@@ -71,8 +75,11 @@ def write_report(table: SlowLinkTable) -> list[Path]:
 
 
 def _share(table: SlowLinkTable, run: Run, row: Measured) -> float:
-    alone = table.rows.get(run.alone)
-    return alone.step_s / row.step_s if alone else float("nan")
+    """Against the same stack alone, the median of the same repetition."""
+    alone = [
+        r.step_s for a, r in table.rows.items() if not a.talks and replace(a, bandwidth=run.bandwidth) == run.alone
+    ]
+    return median(alone) / row.step_s if alone else float("nan")
 
 
 def _grid(table: SlowLinkTable, value: Callable[[Run, Measured], float], spec: str) -> list[str]:
@@ -100,7 +107,7 @@ def _draw(table: SlowLinkTable, picture: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    talking = {run: row for run, row in table.rows.items() if run.talks and run.alone in table.rows}
+    talking = {run: row for run, row in table.rows.items() if run.talks and not math.isnan(_share(table, run, row))}
     names = list(dict.fromkeys(run.name for run in sorted(talking, key=lambda run: -run.interval)))
     shown = [bandwidth for bandwidth in BANDWIDTHS if any(run.bandwidth == bandwidth for run in talking)]
     if not shown:

@@ -19,6 +19,7 @@ class Measured:
     bytes_per_step: float  # received on the interface, headers and acknowledgements included
     machine: str
     versions: str
+    steps_per_sync: float = 0.0  # steps between two sync points; 0: as the run says
 
 
 class SlowLinkTable(Table[Run, Measured]):

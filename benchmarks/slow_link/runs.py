@@ -27,9 +27,9 @@ class Run:
 
     @property
     def alone(self) -> Run:
-        """What its compute share is measured against."""
+        """What its compute share is measured against: measured anew among the runs over each link."""
         rule = "diloco" if self.stack == "torchft" else "local_sgd"
-        return Run(self.stack, rule, self.stage, talks=False, number=self.number)
+        return Run(self.stack, rule, self.stage, talks=False, bandwidth=self.bandwidth, number=self.number)
 
     @property
     def steps(self) -> tuple[int, int]:
@@ -38,6 +38,8 @@ class Run:
             return 4, 48
         if self.interval == 1:
             return 1, 4 if self.bandwidth == "20 Mbit/s" else 8
+        if self.schedule != "fixed":
+            return 64, 64  # until the interval is what it will be
         return self.interval, max(64, self.interval)
 
     @property
@@ -56,7 +58,7 @@ class Run:
         return " ".join(parts)
 
     def __str__(self) -> str:
-        return f"{self.name}, {self.bandwidth}, run {self.number}" if self.talks else f"{self.name}, run {self.number}"
+        return f"{self.name}, {self.bandwidth}, run {self.number}"
 
 
 # Over each link what tells something there.
@@ -104,7 +106,11 @@ _OVER = {
 
 
 def runs(number: int) -> Iterator[Run]:
-    """All of one repetition: each stack alone, then what goes over each link, the slowest last."""
-    talking = [replace(run, bandwidth=link, number=number) for link in BANDWIDTHS for run in _OVER[link]]
-    yield from dict.fromkeys(run.alone for run in talking)
-    yield from talking
+    """All of one repetition, link after link: what goes over it, and each stack alone in the middle of its own runs."""
+    for link in BANDWIDTHS:
+        talking = [replace(run, bandwidth=link, number=number) for run in _OVER[link]]
+        for index, run in enumerate(talking):
+            yield run
+            same = [place for place, other in enumerate(talking) if other.alone == run.alone]
+            if index == same[(len(same) - 1) // 2]:
+                yield run.alone

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from benchmarks.slow_link.runs import MICRO_BATCH, SEQ_LENGTH, Run
 
+Meetings = Callable[[], int]
+
 LR = 1e-3
 VOCABULARY = 8192
 
@@ -42,10 +44,14 @@ def batches(rank: int) -> Iterator[Tensor]:
 
 
 @contextlib.contextmanager
-def stack_of(run: Run) -> Iterator[Callable[[Tensor], None]]:
-    """What makes one optimizer step on a batch."""
-    with _STACKS[run.stack](run) as step:
-        yield step
+def stack_of(run: Run) -> Iterator[tuple[Callable[[Tensor], None], Meetings]]:
+    """What makes one optimizer step on a batch, and what counts sync points, in ds_pso only."""
+    with contextlib.ExitStack() as opened:
+        if run.stack == "ds_pso":
+            swarm = opened.enter_context(_ds_pso(run))
+            yield _engine_step(swarm.engine), lambda: swarm.totals.count
+        else:
+            yield opened.enter_context(_STACKS[run.stack](run)), lambda: 0
 
 
 def _plain(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[Tensor], None]:
@@ -93,7 +99,7 @@ _SCHEDULES: dict[str, dict[str, Any]] = {"adaptive": {"compute_share": 0.95}, "w
 
 
 @contextlib.contextmanager
-def _ds_pso(run: Run) -> Iterator[Callable[[Tensor], None]]:
+def _ds_pso(run: Run) -> Iterator[Any]:
     import ds_pso
 
     section = {"particles": 2, "sync_mode": run.rule, "sync_interval": run.interval, "wire": run.wire}
@@ -105,7 +111,8 @@ def _ds_pso(run: Run) -> Iterator[Callable[[Tensor], None]]:
     if not run.talks:
         section |= {"sync_interval": 10**6, "delay": 0}
     with ds_pso.init(deepspeed_config(run.stage) | {"swarm": section}) as swarm:
-        yield _engine_step(swarm.attach(initialize(swarm.ds_config, build_model())))
+        swarm.attach(initialize(swarm.ds_config, build_model()))
+        yield swarm
 
 
 @contextlib.contextmanager
@@ -118,7 +125,7 @@ def torchft(run: Run, model: nn.Module | None = None) -> Iterator[Callable[[Tens
 
     rank, address = int(os.environ["RANK"]), os.environ["ADDRESS"]
     lighthouse = LighthouseServer(bind="[::]:29600", min_replicas=2) if rank == 0 else None
-    store = dist.TCPStore(address, 29700, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore(address, 29700 + rank, is_master=True, wait_for_workers=False)
     model = model or build_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
     manager = Manager(
@@ -173,4 +180,4 @@ def _accelerate(run: Run) -> Iterator[Callable[[Tensor], None]]:
         local_sgd.enabled = False  # what follows the last step is not measured
 
 
-_STACKS = {"DeepSpeed": _deepspeed, "ds_pso": _ds_pso, "torchft": torchft, "Accelerate": _accelerate}
+_STACKS = {"DeepSpeed": _deepspeed, "torchft": torchft, "Accelerate": _accelerate}

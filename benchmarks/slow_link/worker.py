@@ -6,12 +6,14 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from benchmarks.slow_link.network import received_bytes
 from benchmarks.slow_link.runs import Run
-from benchmarks.slow_link.stacks import batches, stack_of
+from benchmarks.slow_link.stacks import Meetings, batches, stack_of
 
 MARK = "slow_link result: "
 
@@ -21,16 +23,30 @@ def main() -> None:
     torch.set_num_threads(1)
     data = batches(int(os.environ["RANK"]))
     warmup, measured = run.steps
-    with stack_of(run) as step:
+    with stack_of(run) as (step, meetings):
         for _ in range(warmup):
             step(next(data))
-        begin, bytes_before = time.perf_counter(), received_bytes()
+        _go_to_a_sync_point(run, step, data, meetings)
+        begin, bytes_before, before = time.perf_counter(), received_bytes(), meetings()
         for _ in range(measured):
             step(next(data))
+        measured += _go_to_a_sync_point(run, step, data, meetings)
         seconds, received = time.perf_counter() - begin, received_bytes() - bytes_before
-        print(MARK + json.dumps({"step_s": seconds / measured, "bytes_per_step": received / measured}), flush=True)
+        found = {"step_s": seconds / measured, "bytes_per_step": received / measured, "steps_per_sync": 0.0}
+        if run.schedule != "fixed":
+            found["steps_per_sync"] = measured / (meetings() - before)
+        print(MARK + json.dumps(found), flush=True)
     sys.stdout.flush()
     os._exit(0)  # some stacks do not end by themselves
+
+
+def _go_to_a_sync_point(run: Run, step: Callable[[Tensor], None], data: Iterator[Tensor], meetings: Meetings) -> int:
+    """Where the interval is not known: as many steps as there are until the next one is over."""
+    steps, before = 0, meetings()
+    while run.schedule != "fixed" and meetings() == before:
+        step(next(data))
+        steps += 1
+    return steps
 
 
 if __name__ == "__main__":

@@ -110,9 +110,9 @@ def measure(case: Case, exchange: Exchange, runs: int) -> Cost:
         memory = plan.memory
 
     copies = _copies(case, x, exchange.device)
-    payload = torch.empty(_payload(case, x), dtype=torch.uint8, device=exchange.device)
+    payload = torch.ones(_payload(case, x), dtype=torch.uint8, device=exchange.device)
     if case.wire == "fp32":
-        payload = torch.empty_like(x, device=exchange.device)
+        payload = torch.ones_like(x, device=exchange.device)
     times: dict[str, list[float]] = {"pass": [], "bare": [], "collectives": [], "rest": []}
     for index in range(runs + 1):
         times["pass"].append(_timed(lambda: [target.copy_(source) for target, source in copies], exchange, case)[0])
@@ -140,12 +140,12 @@ def _passes(rule: str) -> tuple[int, int]:
 def _copies(case: Case, x: Tensor, between: torch.device) -> list[tuple[Tensor, Tensor]]:
     """(to, from): what reads and writes as many bytes as the rule must, to the peer group's device and back too."""
     tensors = sum(_passes(case.rule))  # as large as the shard; a copy is two
-    shards = [(torch.empty_like(x), torch.empty_like(x)) for _ in range(tensors // 2)]
+    shards = [(torch.empty_like(x), torch.ones_like(x)) for _ in range(tensors // 2)]
     if tensors % 2:
         half = x.numel() // 2
-        shards.append((torch.empty_like(x[:half]), torch.empty_like(x[:half])))
+        shards.append((torch.empty_like(x[:half]), torch.ones_like(x[:half])))
     if between.type != x.device.type:
-        bucket = torch.empty_like(x, device=between)
+        bucket = torch.ones_like(x, device=between)
         shards[0], shards[1] = (bucket, shards[0][1]), (shards[1][0], bucket)
     return shards
 

@@ -22,7 +22,6 @@ ROUGH = {"state_dtype": "bf16"}
 CASES = {
     name: replace(ALL[name], steps=8, swarm=ALL[name].swarm | ROUGH)
     for name in ("diloco", "pso-inertia-cognitive", "pso-constriction")
-    if name in ALL
 }
 CASES["swarm"] = Case(
     sync_mode="swarm", steps=8, swarm=ROUGH, options={**ALL["swarm"].options, "guard": False, "lr_spread": 1.0}
