@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_pso.errors import PeerError
+from ds_pso.keeping import in_chunks
 from ds_pso.wire import BLOCK, Differences, Format
 from ds_pso.world import World
 
@@ -125,13 +126,13 @@ class Exchange:
         weight, form = weights[self.particle], differences.format
         for pieces, values in self._blocks(tensors):
             for piece in pieces:
-                part = piece.in_bucket(values)
-                if weight != 0:
-                    common = piece.of(differences.common[piece.tensor]).to(part)
-                    torch.sub(piece.of(tensors[piece.tensor]), common, out=part)
-                    part.mul_(weight)
-                if feedback:
-                    part.add_(piece.of(differences.residual[piece.tensor]).to(part))
+                here, common = piece.of(tensors[piece.tensor]), piece.of(differences.common[piece.tensor])
+                owed = piece.of(differences.residual[piece.tensor])
+                for part, x, c, e in in_chunks(piece.in_bucket(values), here, common, owed):
+                    if weight != 0:
+                        torch.sub(x, c.to(x), out=part).mul_(weight)
+                    if feedback:
+                        part.add_(e.to(part))
             encoded = self._sum_rounded(values, form)
             if feedback:
                 for piece in pieces:
@@ -153,9 +154,9 @@ class Exchange:
             encoded = torch.empty(differences.format.nbytes(len(values)), dtype=torch.uint8, device=values.device)
             if self.particle == source:
                 for piece in pieces:
-                    part = piece.in_bucket(values)
-                    common = piece.of(differences.common[piece.tensor]).to(part)
-                    torch.sub(piece.of(tensors[piece.tensor]), common, out=part)
+                    here, common = piece.of(tensors[piece.tensor]), piece.of(differences.common[piece.tensor])
+                    for part, x, c in in_chunks(piece.in_bucket(values), here, common):
+                        torch.sub(x, c.to(x), out=part)
                 differences.format.encode(values, encoded)
             encoded = self._broadcast(encoded.to(self.device), source).to(values.device)
             differences.format.decode(encoded, values)
@@ -269,11 +270,12 @@ class Exchange:
         values: Tensor, pieces: list[Piece], differences: Differences, *, become_common: bool
     ) -> Iterator[tuple[Piece, Tensor]]:
         for piece in pieces:
-            common, part = piece.of(differences.common[piece.tensor]), piece.in_bucket(values)
-            part.add_(common.to(part))
-            if become_common:
-                common.copy_(part)
-            yield piece, part
+            whole = piece.in_bucket(values)
+            for part, common in in_chunks(whole, piece.of(differences.common[piece.tensor])):
+                part.add_(common.to(part))
+                if become_common:
+                    common.copy_(part)
+            yield piece, whole
 
     def _buckets(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, list[Piece]]]:
         for dtype in sorted({wire_dtype(t.dtype) for t in tensors}, key=str):

@@ -11,14 +11,10 @@ from torch import Tensor
 from ds_pso.errors import SwarmError
 from ds_pso.exchange import Exchange, Piece
 from ds_pso.fragments import Fragment, segments_in, states_in
-from ds_pso.keeping import at_hand
+from ds_pso.keeping import at_hand, chunk_numel
 from ds_pso.rules import Place, Plan, Rule
 from ds_pso.shards import Segment
 from ds_pso.wire import Differences
-
-# Elements that a rule updates at once. On a CPU the few passes over them stay in the cache of a core; on other devices,
-# which one launch for many keeps busy, this only bounds the temporaries.
-_CHUNK_OF_CPU, _CHUNK = 2**17, 2**22
 
 
 class Updater:
@@ -98,7 +94,7 @@ class Updater:
             parts = [
                 (max(piece.start, s.shard_start), min(piece.stop, s.shard_start + s.numel), s.name) for s in segments
             ]
-        size = _CHUNK_OF_CPU if shards[piece.tensor].device.type == "cpu" else _CHUNK
+        size = chunk_numel(shards[piece.tensor].device)
         for begin, end, name in parts:
             for start in range(begin, end, size):
                 yield Piece(piece.tensor, start, min(end, start + size), 0), name

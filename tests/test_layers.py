@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "simulated_world": {"errors", "layout", "letters", "world"},
     "keeping": set(),
     "wire": {"keeping"},
-    "exchange": {"errors", "wire", "world"},
+    "exchange": {"errors", "keeping", "wire", "world"},
     "shards": {"errors"},
     "schedule": {"rules"},
     "monitor": set(),
