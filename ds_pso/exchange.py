@@ -105,8 +105,9 @@ class Exchange:
             if weights[self.particle] == 0:
                 bucket.zero_()
             else:
-                self._fill(bucket, pieces, tensors)
-                bucket.mul_(weights[self.particle])
+                for piece in pieces:
+                    for part, x in in_chunks(piece.in_bucket(bucket), piece.of(tensors[piece.tensor])):
+                        part.copy_(x).mul_(weights[self.particle])
             self._run("all-reduce", lambda group, bucket=bucket: group.allreduce([bucket]), share * _nbytes(bucket))
             yield from self._unpack(bucket, pieces, tensors)
 
@@ -224,17 +225,11 @@ class Exchange:
         others = [i for i in range(self.num_particles) if i != self.particle]
         encoded = torch.empty(form.nbytes(len(mine)), dtype=torch.uint8, device=values.device)
         outgoing = encoded.new_empty(len(others), len(encoded))
-        rounded = torch.empty_like(mine)
         for row, other in zip(outgoing, others, strict=True):
-            form.encode(parts[other], row)
-            form.decode(row, rounded)
-            parts[other].sub_(rounded)
+            form.encode_and_subtract(parts[other], row)
         for row in self._swap_parts(outgoing):
-            form.decode(row, rounded)
-            mine.add_(rounded)
-        form.encode(mine, encoded)
-        form.decode(encoded, rounded)
-        mine.sub_(rounded)  # the second rounding is owed by who made it
+            form.add_decoded(row, mine)
+        form.encode_and_subtract(mine, encoded)  # the second rounding is owed by who made it
         return encoded
 
     def _swap_parts(self, outgoing: Tensor) -> Tensor:

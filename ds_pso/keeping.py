@@ -36,9 +36,9 @@ def chunk_numel(device: torch.device) -> int:
     return 2**17 if device.type == "cpu" else 2**22
 
 
-def in_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Flat tensors of equal size, a chunk of each at a time."""
-    size = chunk_numel(tensors[0].device)
+def in_chunks(*tensors: Tensor, numel: int = 1) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of equal length, a chunk of each at a time. ``numel``: elements in a row of the first."""
+    size = max(chunk_numel(tensor.device) for tensor in tensors) // numel
     return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
 

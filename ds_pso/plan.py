@@ -150,7 +150,7 @@ def memory(cluster: Cluster, swarm: SwarmConfig) -> Memory:
     for kind, sources in _exchanges(rule, P, swarm.sync_interval):
         buckets = 1.0
         if kind == "mean" and swarm.wire != "fp32":
-            buckets += 1 / P + wire * (2 - 1 / P)
+            buckets += wire * (2 - 1 / P)
         elif kind == "one" and swarm.wire != "fp32":
             buckets += wire
         elif len(set(sources)) > 1:

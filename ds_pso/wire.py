@@ -11,26 +11,59 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ds_pso.keeping import AS_IT_COMES, Keeping
+from ds_pso.keeping import AS_IT_COMES, Keeping, in_chunks
 
 BLOCK = 256  # elements that share a scale
-_BLOCKS_AT_ONCE = 1024  # so that the passes over them stay in cache
 
 
 class Format(ABC):
-    """Writes fp32 numbers as bytes, in whole blocks."""
+    """Writes fp32 numbers as bytes, in whole blocks; a few blocks at a time, whose passes stay in cache."""
 
     @abstractmethod
     def nbytes(self, numel: int) -> int:
         """Bytes of ``numel`` elements, a multiple of ``BLOCK``."""
 
     @abstractmethod
-    def encode(self, values: Tensor, out: Tensor) -> None:
-        """(numel,) fp32 -> (nbytes(numel),) uint8."""
+    def _codes(self, blocks: int, encoded: Tensor) -> tuple[Tensor, ...]:
+        """The bytes of so many blocks, as tensors with a row for each."""
 
     @abstractmethod
+    def _write(self, blocks: Tensor, *codes: Tensor) -> None:
+        """(n, BLOCK) fp32 -> their codes."""
+
+    @abstractmethod
+    def _read(self, blocks: Tensor, *codes: Tensor) -> None:
+        """Their codes -> (n, BLOCK) fp32."""
+
+    def encode(self, values: Tensor, out: Tensor) -> None:
+        """(numel,) fp32 -> (nbytes(numel),) uint8."""
+        for blocks, *codes in self._parts(values, out):
+            self._write(blocks, *codes)
+
     def decode(self, encoded: Tensor, out: Tensor) -> None:
         """(nbytes(numel),) uint8 -> (numel,) fp32."""
+        for blocks, *codes in self._parts(out, encoded):
+            self._read(blocks, *codes)
+
+    def encode_and_subtract(self, values: Tensor, out: Tensor) -> None:
+        """As ``encode``; of ``values`` remains what was rounded away."""
+        for blocks, *codes in self._parts(values, out):
+            self._write(blocks, *codes)
+            rounded = torch.empty_like(blocks)
+            self._read(rounded, *codes)
+            blocks.sub_(rounded)
+
+    def add_decoded(self, encoded: Tensor, values: Tensor) -> None:
+        """``values`` += what ``decode`` gives."""
+        for blocks, *codes in self._parts(values, encoded):
+            more = torch.empty_like(blocks)
+            self._read(more, *codes)
+            blocks.add_(more)
+
+    def _parts(self, values: Tensor, encoded: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Some blocks and their codes at a time."""
+        blocks = values.view(-1, BLOCK)
+        return in_chunks(blocks, *self._codes(len(blocks), encoded), numel=BLOCK)
 
 
 class BFloat16(Format):
@@ -39,11 +72,14 @@ class BFloat16(Format):
     def nbytes(self, numel: int) -> int:
         return 2 * numel
 
-    def encode(self, values: Tensor, out: Tensor) -> None:
-        out.view(torch.bfloat16).copy_(values)
+    def _codes(self, blocks: int, encoded: Tensor) -> tuple[Tensor, ...]:
+        return (encoded.view(torch.bfloat16).view(blocks, BLOCK),)
 
-    def decode(self, encoded: Tensor, out: Tensor) -> None:
-        out.copy_(encoded.view(torch.bfloat16))
+    def _write(self, blocks: Tensor, *codes: Tensor) -> None:
+        codes[0].copy_(blocks)
+
+    def _read(self, blocks: Tensor, *codes: Tensor) -> None:
+        blocks.copy_(codes[0])
 
 
 class Integers(Format):
@@ -60,38 +96,33 @@ class Integers(Format):
     def nbytes(self, numel: int) -> int:
         return numel // BLOCK * 4 + numel // self.per_byte
 
-    def encode(self, values: Tensor, out: Tensor) -> None:
-        for blocks, scales, numbers in self._parts(values, out):
-            scales.copy_(blocks.abs().amax(1, keepdim=True)).div_(self.levels)
-            # Of a block of zeros, or of numbers so small that the scale is one of the last denormals, nothing is sent.
-            steps = scales.reciprocal().nan_to_num_(0.0, 0.0, 0.0)
-            rounded = (blocks * steps).round_().clamp_(-self.levels, self.levels)
-            if self.per_byte == 1:
-                numbers.view(torch.int8).copy_(rounded)
-            else:
-                # By way of int8, which torch converts to and from several times as fast as uint8.
-                halves = rounded.add_(8).to(torch.int8).view(torch.uint8).view(len(blocks), 2, BLOCK // 2)
-                torch.add(halves[:, 0], halves[:, 1], alpha=16, out=numbers)
+    def _codes(self, blocks: int, encoded: Tensor) -> tuple[Tensor, ...]:
+        scales = encoded[: 4 * blocks].view(torch.float32).view(blocks, 1)
+        return scales, encoded[4 * blocks :].view(blocks, BLOCK // self.per_byte)
 
-    def decode(self, encoded: Tensor, out: Tensor) -> None:
-        for blocks, scales, numbers in self._parts(out, encoded):
-            if self.per_byte == 1:
-                blocks.copy_(numbers.view(torch.int8))
-            else:
-                halves = blocks.view(len(blocks), 2, BLOCK // 2)
-                halves[:, 0].copy_((numbers & 15).view(torch.int8))
-                halves[:, 1].copy_((numbers >> 4).view(torch.int8))
-                blocks.sub_(8)
-            blocks.mul_(scales)
+    def _write(self, blocks: Tensor, *codes: Tensor) -> None:
+        scales, numbers = codes
+        scales.copy_(blocks.abs().amax(1, keepdim=True)).div_(self.levels)
+        # Of a block of zeros, or of numbers so small that the scale is one of the last denormals, nothing is sent.
+        steps = scales.reciprocal().nan_to_num_(0.0, 0.0, 0.0)
+        rounded = (blocks * steps).round_().clamp_(-self.levels, self.levels)
+        if self.per_byte == 1:
+            numbers.view(torch.int8).copy_(rounded)
+        else:
+            # By way of int8, which torch converts to and from several times as fast as uint8.
+            halves = rounded.add_(8).to(torch.int8).view(torch.uint8).view(len(blocks), 2, BLOCK // 2)
+            torch.add(halves[:, 0], halves[:, 1], alpha=16, out=numbers)
 
-    def _parts(self, values: Tensor, encoded: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(n, BLOCK) fp32, (n, 1) fp32 scales and (n, BLOCK / per_byte) bytes of some blocks at a time."""
-        blocks = values.view(-1, BLOCK)
-        scales = encoded[: 4 * len(blocks)].view(torch.float32).view(-1, 1)
-        numbers = encoded[4 * len(blocks) :].view(-1, BLOCK // self.per_byte)
-        for start in range(0, len(blocks), _BLOCKS_AT_ONCE):
-            part = slice(start, start + _BLOCKS_AT_ONCE)
-            yield blocks[part], scales[part], numbers[part]
+    def _read(self, blocks: Tensor, *codes: Tensor) -> None:
+        scales, numbers = codes
+        if self.per_byte == 1:
+            blocks.copy_(numbers.view(torch.int8))
+        else:
+            halves = blocks.view(len(blocks), 2, BLOCK // 2)
+            halves[:, 0].copy_((numbers & 15).view(torch.int8))
+            halves[:, 1].copy_((numbers >> 4).view(torch.int8))
+            blocks.sub_(8)
+        blocks.mul_(scales)
 
 
 FORMATS: dict[str, Format] = {"bf16": BFloat16(), "int8": Integers(8), "int4": Integers(4)}

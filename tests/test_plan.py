@@ -206,7 +206,7 @@ def test_what_meeting_takes_is_bounded_by_the_bucket() -> None:
     shared = memory(replace(CLUSTER, ranks=4), section(bucket_mb=4096, wire="int4", delay=2, fragments=2))
     share = 7.5e6 / 4
     assert (shared.kept, shared.pending) == (8 * share, 4 * share)
-    assert shared.meeting == pytest.approx(share * (4 * (1 + 1 / 2) + (1 / 2 + 1 / 64) * (2 - 1 / 2)))
+    assert shared.meeting == pytest.approx(share * (4 + (1 / 2 + 1 / 64) * (2 - 1 / 2)))
     assert shared.most == shared.kept + shared.pending + shared.meeting
     letters = memory(CLUSTER, section(sync_mode="nosync", nosync={"asynchronous": True}))
     assert letters == Memory(kept=7.5e6 * 4 * 3, pending=0, meeting=0)

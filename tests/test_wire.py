@@ -69,6 +69,19 @@ def test_every_level_of_a_block_arrives(name, levels):
     assert torch.equal(arrived, values)
 
 
+@given(formats, numbers(), st.floats(-2, 2, width=32))
+@relaxed
+def test_what_is_subtracted_and_added_is_what_arrives(form, values, before):
+    arrived, encoded = through(form, values)
+    left, again = values.clone(), torch.full_like(encoded, 3)
+    form.encode_and_subtract(left, again)
+    assert torch.equal(again, encoded)
+    assert torch.equal(left, values - arrived)
+    total = torch.full_like(values, before)
+    form.add_decoded(encoded, total)
+    assert torch.equal(total, before + arrived)
+
+
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 def test_more_blocks_than_are_worked_on_at_a_time(form):
     values = torch.randn(3000 * BLOCK, generator=torch.Generator().manual_seed(1))
