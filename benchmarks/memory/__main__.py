@@ -22,6 +22,7 @@ from ds_pso.files import write_atomically
 from ds_pso.plan import Cluster, Memory, memory
 
 FOLDER = Path(__file__).parent / "results"
+CLAIMS = Path(__file__).parent / "claims.md"
 LIMIT_S = 300
 # A bucket is never smaller than the shard; and two ranks may share a GPU.
 _EVERY = {"particles": 2, "sync_interval": INTERVAL, "bucket_mb": 4096, "peer_backend": "gloo"}
@@ -167,6 +168,8 @@ def write_report(table: Table[Key, Measured]) -> Path:
             cells[2:5] = _mb(formula.kept), _mb(meeting), _mb(formula.pending + formula.meeting)
         cells.append("" if case == _alone(case) else _mb(peak - median(row.peak for row in alone)))
         lines.append(f"| {' | '.join(cells)} |")
+    if CLAIMS.exists():
+        lines += ["", *CLAIMS.read_text(encoding="utf-8").splitlines()]
     page = table.path.with_suffix(".md")
     write_atomically(page, "\n".join(lines) + "\n")
     return page

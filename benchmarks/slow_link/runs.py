@@ -92,7 +92,9 @@ _OVER = {
         Run("ds_pso", stage=0, interval=8, wire="int4", delay=2),
         Run("ds_pso", interval=8, wire="int4", delay=2, schedule="adaptive"),
         Run("ds_pso", interval=8, wire="int4", delay=2, schedule="wall_time"),
+        Run("ds_pso", interval=8, wire="int4", delay=2, fragments=4),
         Run("ds_pso", interval=4, wire="int4", delay=2),
+        Run("ds_pso", interval=4, wire="int4", delay=1, fragments=4),
     ],
     "20 Mbit/s": [
         Run("DeepSpeed", interval=1),

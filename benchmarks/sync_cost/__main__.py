@@ -30,6 +30,7 @@ from ds_pso.wire import FORMATS, Differences
 from ds_pso.world import World
 
 FOLDER = Path(__file__).parent / "results"
+CLAIMS = Path(__file__).parent / "claims.md"
 MODES = ("local_sgd", "diloco", "easgd", "nosync", "pso", "swarm")  # line_search does what diloco does, and scores
 OPTIONS: dict[str, dict[str, Any]] = {
     "nosync": {"growth": "constant"},
@@ -215,6 +216,8 @@ def write_report(table: Table[Case, Cost]) -> Path:
             f"| `{case.rule}` | {case.wire} | {case.device} | {case.numel:,} | {cost.collectives_s:.3f} | "
             f"{cost.collectives_s / cost.bare_s:.2f} | {cost.rest_s:.4f} | {cost.rest_s / cost.pass_s:.2f} |"
         )
+    if CLAIMS.exists():
+        lines += ["", *CLAIMS.read_text(encoding="utf-8").splitlines()]
     page = table.path.with_suffix(".md")
     write_atomically(page, "\n".join(lines) + "\n")
     return page
