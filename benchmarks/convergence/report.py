@@ -138,7 +138,10 @@ def _listed(values: Any) -> str:
 
 
 def draw(grids: Sequence[Grid], image: Path) -> None:
-    """A panel for each grid: conditions from top to bottom, in each one dot per rule; further left is better."""
+    """A panel for each grid: conditions from top to bottom, in each one dot per row; further left is better.
+
+    The dots stand beside their names where there are too many rows for a legend.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -146,37 +149,39 @@ def draw(grids: Sequence[Grid], image: Path) -> None:
 
     num_columns = min(2, len(grids))
     num_rows = math.ceil(len(grids) / num_columns)
+    named = max(len(grid.rows) for grid in grids) > len(RULES)
     dots = max(len(grid.stats) + len(grid.columns) for grid in grids)
     figure, panels = plt.subplots(
         num_rows,
         num_columns,
-        figsize=(6 * num_columns, num_rows * (1.2 + 0.14 * dots) + 0.8),
+        figsize=(6 * num_columns, num_rows * (1.2 + (0.2 if named else 0.14) * dots) + 0.8),
         layout="constrained",
         squeeze=False,
     )
     for panel in panels.flat[len(grids) :]:
         panel.set_axis_off()
     for panel, grid in zip(panels.flat, grids, strict=False):
-        _draw_panel(panel, grid)
+        _draw_panel(panel, grid, named=named)
     labels: dict[str, Any] = {}
     for panel in panels.flat:
         labels.update(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
     rows = list(dict.fromkeys(row for grid in grids for row in grid.rows if row in labels))
     rows.sort(key=lambda row: RULES.index(row) if row in RULES else len(RULES))
-    figure.legend(
-        [labels[row] for row in rows],
-        rows,
-        loc="outside lower center",
-        ncols=3 if num_columns == 1 else 5,
-        frameon=False,
-    )
+    if not named:
+        figure.legend(
+            [labels[row] for row in rows],
+            rows,
+            loc="outside lower center",
+            ncols=3 if num_columns == 1 else 5,
+            frameon=False,
+        )
     temporary = image.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=130)
     plt.close(figure)
     os.replace(temporary, image)
 
 
-def _draw_panel(panel: Any, grid: Grid) -> None:
+def _draw_panel(panel: Any, grid: Grid, *, named: bool) -> None:
     as_error = "accuracy" in grid.what
     points = {key: _point(stat, as_error) for key, stat in grid.stats.items()}
     from matplotlib.ticker import LogFormatter
@@ -186,7 +191,7 @@ def _draw_panel(panel: Any, grid: Grid) -> None:
         panel.set_xscale("log")
         for axis_formatter in (panel.xaxis.set_major_formatter, panel.xaxis.set_minor_formatter):
             axis_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
-    middles, y = [], 0.0
+    ticks, names, y = [], [], 0.0
     for band, column in enumerate(grid.columns):
         rules = [rule for rule in grid.rows if (rule, column) in points]
         if band % 2 == 0:
@@ -207,9 +212,10 @@ def _draw_panel(panel: Any, grid: Grid) -> None:
                     va="center",
                     fontsize=7,
                 )
-        middles.append(y + (len(rules) - 1) / 2)
+        ticks += [y + i for i in range(len(rules))] if named else [y + (len(rules) - 1) / 2]
+        names += [f"{rule},  {column}" for rule in rules] if named else [column]
         y += len(rules) + 1
-    panel.set(yticks=middles, yticklabels=grid.columns, ylim=(y - 1, -1), title=grid.title)
+    panel.set(yticks=ticks, yticklabels=names, ylim=(y - 1, -1), title=grid.title)
     panel.set_xlabel("test error, %" if as_error else grid.what)
     panel.tick_params(axis="y", length=0)
     panel.grid(axis="x", which="both", color="0.88", lw=0.6)
