@@ -83,7 +83,9 @@ def test_every_example_config_trains(pool, tiny, tmp_path, name):
     if config["swarm"]["sync_mode"] == "delayed":  # whose interval adapts, and ends where training does
         assert (syncs[0]["step"], syncs[-1]["step"]) == (8 + 4, 34)
     else:
-        assert len(syncs) == (0 if num_particles == 1 else 34 // config["swarm"]["sync_interval"])
+        turns = config["swarm"]["fragments"] if config["swarm"].get("streaming") else 1
+        spacing = config["swarm"]["sync_interval"] // turns
+        assert len(syncs) == (0 if num_particles == 1 else 34 // spacing)
     assert all(all(sync["alive"]) for sync in syncs)
     output = results[0][1]
     assert "Held-out loss" in output
