@@ -32,7 +32,9 @@ class SwarmConfig(StrictModel):
         description="`allreduce` (plain DeepSpeed over all ranks), the name of a rule, or your own rule as "
         "`my_module:MyRule`.",
     )
-    sync_interval: int = Field(default=32, ge=1, description="Optimizer steps between two sync points.")
+    sync_interval: int = Field(
+        default=32, ge=1, description="Optimizer steps after which the whole model has met again."
+    )
     schedule: ScheduleConfig = Field(
         default=ScheduleConfig(), description="How the interval changes: see `swarm.schedule` below."
     )

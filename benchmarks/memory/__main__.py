@@ -137,12 +137,12 @@ def expected(case: str, parameters: int) -> Memory | None:
 
 def write_report(table: Table[Key, Measured]) -> Path:
     parameters = sum(p.numel() for p in build_model(WIDTH).parameters())
-    some = next(iter(table.rows.values()))
+    some, count = next(iter(table.rows.values())), len({key.number for key in table.rows})
     lines = [
         "# memory",
         "",
         f"Made by `python -m benchmarks.memory` on {some.machine} with {some.versions}; medians of "
-        f"{len({key.number for key in table.rows})} runs, of the rank that took more.",
+        f"{count} run{'s' if count > 1 else ''}, of the rank that took more.",
         "",
         f"A Llama of {parameters / 1e6:.1f} million parameters ({4 * parameters / 1e6:.0f} MB in fp32), AdamW, P = 2, "
         "S = 1, ZeRO 2, so few tokens that activations do not count, and a bucket as large as the shard unless the row "
