@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_pso.chunks import in_chunks
 from ds_pso.errors import PeerError
-from ds_pso.keeping import in_chunks
 from ds_pso.wire import BLOCK, Differences, Format
 from ds_pso.world import World
 

@@ -31,17 +31,6 @@ class Keeping:
 AS_IT_COMES = Keeping()
 
 
-def chunk_numel(device: torch.device) -> int:
-    """Elements to work on at once: on a CPU as many as stay in the cache of a core, and on a GPU as keep it busy."""
-    return 2**17 if device.type == "cpu" else 2**22
-
-
-def in_chunks(*tensors: Tensor, numel: int = 1) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors of equal length, a chunk of each at a time. ``numel``: elements in a row of the first."""
-    size = max(chunk_numel(tensor.device) for tensor in tensors) // numel
-    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
-
-
 @contextlib.contextmanager
 def at_hand(kept: Mapping[str, Tensor], like: Tensor) -> Iterator[dict[str, Tensor]]:
     """The tensors on the device and in the dtype of ``like``; what is written to them in the block is kept."""

@@ -128,10 +128,6 @@ class Memory:
     pending: float  # besides, while a delayed sync point is on its way
     meeting: float  # besides, while peers exchange
 
-    @property
-    def most(self) -> float:
-        return self.kept + self.pending + self.meeting
-
 
 def memory(cluster: Cluster, swarm: SwarmConfig) -> Memory:
     """What a rank needs for this config: the table in docs/slow-networks.md."""

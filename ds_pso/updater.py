@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_pso.chunks import chunk_numel
 from ds_pso.errors import SwarmError
 from ds_pso.exchange import Exchange, Piece
 from ds_pso.fragments import Fragment, segments_in, states_in
-from ds_pso.keeping import at_hand, chunk_numel
+from ds_pso.keeping import at_hand
 from ds_pso.rules import Place, Plan, Rule
 from ds_pso.shards import Segment
 from ds_pso.wire import Differences

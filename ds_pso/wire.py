@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ds_pso.keeping import AS_IT_COMES, Keeping, in_chunks
+from ds_pso.chunks import in_chunks
+from ds_pso.keeping import AS_IT_COMES, Keeping
 
 BLOCK = 256  # elements that share a scale
 
