@@ -110,32 +110,43 @@ SWARMS: list[dict[str, Any]] = [
 ]
 
 
-def counted(particles: int) -> list[tuple[float, float]]:
-    """(elements, mean bytes received by those that receive anything) at the second sync point of each swarm."""
+def each_simulated(sections: list[dict[str, Any]], particles: int, interval: int, life: Any) -> list[Any]:
+    """``life(swarm, step)`` of each particle of each swarm of 40,100 parameters; ``step()`` makes an optimizer step."""
     import deepspeed
 
     import ds_pso
 
+    def body(swarm: Any) -> Any:
+        engine, *_ = deepspeed.initialize(model=torch.nn.Linear(400, 100), config=swarm.ds_config)
+        swarm.attach(engine, probe=lambda index: torch.ones(()))
+
+        def step() -> None:
+            engine.backward(engine(torch.ones(1, 400)).mean())
+            engine.step()
+
+        return life(swarm, step)
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.0}},
+        "zero_allow_untested_optimizer": True,
+    }
+    common = {"particles": particles, "sync_interval": interval}
+    return [ds_pso.simulate(config | {"swarm": common | section}, body) for section in sections]
+
+
+def counted(particles: int) -> list[tuple[float, float]]:
+    """(elements, mean bytes received by those that receive anything) at the second sync point of each swarm."""
+
+    def life(swarm: Any, step: Any) -> float:
+        step()
+        before = swarm.totals.bytes_received
+        step()
+        return swarm.totals.bytes_received - before
+
     found = []
-    for swarm_section in SWARMS:
-        config = {
-            "train_micro_batch_size_per_gpu": 1,
-            "optimizer": {"type": "SGD", "params": {"lr": 0.0}},
-            "zero_allow_untested_optimizer": True,
-            "swarm": {"particles": particles, "sync_interval": 1, **swarm_section},
-        }
-
-        def life(swarm: Any) -> float:
-            engine, *_ = deepspeed.initialize(model=torch.nn.Linear(400, 100), config=swarm.ds_config)
-            swarm.attach(engine, probe=lambda index: torch.ones(()))
-            before = 0
-            for _ in range(2):
-                before = swarm.totals.bytes_received
-                engine.backward(engine(torch.ones(1, 400)).mean())
-                engine.step()
-            return swarm.totals.bytes_received - before
-
-        received = [nbytes for nbytes in ds_pso.simulate(config, life) if nbytes > 1000]
+    for lives in each_simulated(SWARMS, particles, 1, life):
+        received = [nbytes for nbytes in lives if nbytes > 1000]
         found.append((40_100, sum(received) / len(received)))
     return found
 
@@ -161,34 +172,18 @@ KEEPS: list[dict[str, Any]] = [
 
 def held(particles: int) -> list[tuple[int, int]]:
     """(bytes kept, bytes of what is pending) just after the first sync point of each swarm has begun."""
-    import deepspeed
 
-    import ds_pso
+    def life(swarm: Any, step: Any) -> tuple[int, int]:
+        for _ in range(swarm.steps_to_sync):
+            step()
+        synchronizer = swarm.synchronizer
+        tensors = [t for state in synchronizer.updater.state for t in state.values()]
+        if synchronizer.updater.differences:
+            tensors += synchronizer.updater.differences.common + synchronizer.updater.differences.residual
+        pending = synchronizer.pending.movement if synchronizer.pending else []
+        return sum(t.nbytes for t in tensors), sum(t.nbytes for t in pending)
 
-    found = []
-    for swarm_section in KEEPS:
-        config = {
-            "train_micro_batch_size_per_gpu": 1,
-            "optimizer": {"type": "SGD", "params": {"lr": 0.0}},
-            "zero_allow_untested_optimizer": True,
-            "swarm": {"particles": particles, "sync_interval": 4, **swarm_section},
-        }
-
-        def life(swarm: Any) -> tuple[int, int]:
-            engine, *_ = deepspeed.initialize(model=torch.nn.Linear(400, 100), config=swarm.ds_config)
-            swarm.attach(engine, probe=lambda index: torch.ones(()))
-            for _ in range(swarm.steps_to_sync):
-                engine.backward(engine(torch.ones(1, 400)).mean())
-                engine.step()
-            synchronizer = swarm.synchronizer
-            tensors = [t for state in synchronizer.updater.state for t in state.values()]
-            if synchronizer.updater.differences:
-                tensors += synchronizer.updater.differences.common + synchronizer.updater.differences.residual
-            pending = synchronizer.pending.movement if synchronizer.pending else []
-            return sum(t.nbytes for t in tensors), sum(t.nbytes for t in pending)
-
-        found.append(ds_pso.simulate(config, life)[0])
-    return found
+    return [lives[0] for lives in each_simulated(KEEPS, particles, 4, life)]
 
 
 def test_what_is_kept_takes_the_memory_it_says(pool: Pool) -> None:
@@ -207,7 +202,6 @@ def test_what_meeting_takes_is_bounded_by_the_bucket() -> None:
     share = 7.5e6 / 4
     assert (shared.kept, shared.pending) == (8 * share, 4 * share)
     assert shared.meeting == pytest.approx(share * (4 + (1 / 2 + 1 / 64) * (2 - 1 / 2)))
-    assert shared.most == shared.kept + shared.pending + shared.meeting
     letters = memory(CLUSTER, section(sync_mode="nosync", nosync={"asynchronous": True}))
     assert letters == Memory(kept=7.5e6 * 4 * 3, pending=0, meeting=0)
 

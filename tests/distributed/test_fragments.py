@@ -49,13 +49,17 @@ def test_every_rule_in_fragments(pool: Pool, stage: int, particles: int, delay: 
     """Each element moves by the result, and keeps the steps since it was taken, when its fragment is due."""
     more = {"delay": delay, "fragments": fragments}
     cases = [replace(case, stage=stage, particles=particles, swarm=case.swarm | more) for case in RULES.values()]
+    assert_each_true(pool, cases, particles, fragments)
+
+
+def assert_each_true(pool: Pool, cases: list[Case], particles: int, fragments: int) -> None:
     ranks = pool.run(weights_and_pieces, cases, world_size=4, timeout=120)
-    for index, (name, case) in enumerate(zip(RULES, cases, strict=True)):
+    for index, case in enumerate(cases):
         numbers = numbers_of([pieces[index] for _, pieces in ranks[: 4 // particles]], fragments)
         try:
             assert_true([weights[index] for weights, _ in ranks], case, numbers)
         except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from error
+            raise AssertionError(f"{case}: {error}") from error
 
 
 def test_fragments_matter_and_one_is_the_whole(pool: Pool) -> None:

@@ -13,8 +13,7 @@ from pool import Pool
 
 from .jobs import Case, Weights, assert_equal, swarm_of, train, working_weights
 from .test_delay import RULES
-from .test_fragments import numbers_of, records_of, weights_and_pieces, with_a_dead_particle
-from .test_truth import assert_true
+from .test_fragments import assert_each_true, records_of, with_a_dead_particle
 from .test_wire import flat
 
 TWO = {"streaming": True, "fragments": 2}
@@ -32,13 +31,7 @@ def test_every_rule(pool: Pool, stage: int, particles: int, interval: int, delay
         for case in RULES.values()
         if "optimizer_state" not in case.swarm
     ]
-    ranks = pool.run(weights_and_pieces, cases, world_size=4, timeout=120)
-    for index, case in enumerate(cases):
-        numbers = numbers_of([pieces[index] for _, pieces in ranks[: 4 // particles]], fragments)
-        try:
-            assert_true([weights[index] for weights, _ in ranks], case, numbers)
-        except AssertionError as error:
-            raise AssertionError(f"{case}: {error}") from error
+    assert_each_true(pool, cases, particles, fragments)
 
 
 def test_the_record_says_whose_turn_it_was(pool: Pool) -> None:
