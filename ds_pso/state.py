@@ -9,9 +9,10 @@ from ds_pso.config import SwarmConfig
 from ds_pso.errors import SwarmError
 from ds_pso.exchange import Exchange
 from ds_pso.fitness import FitnessWindow
+from ds_pso.meetings import SyncTotals
 from ds_pso.metrics import MetricsLog
 from ds_pso.sampler import SwarmSampler
-from ds_pso.synchronizer import Synchronizer, SyncTotals
+from ds_pso.synchronizer import Synchronizer
 from ds_pso.world import World
 
 

@@ -202,9 +202,9 @@ def carry_nan_into_fragments() -> None:
 @sabotage("distributed/test_streaming.py")
 def heal_only_the_fragment_in_turn() -> None:
     """A particle that is not alive waits for the other fragments until their turn comes."""
-    import ds_pso.synchronizer
+    import ds_pso.late
 
-    vars(ds_pso.synchronizer)["all"] = lambda values: True  # are alive
+    vars(ds_pso.late)["all"] = lambda values: True  # are alive
 
 
 @sabotage("distributed/test_streaming.py")
