@@ -24,7 +24,7 @@ from ds_pso.config import load_config
 from ds_pso.errors import ConfigError
 
 ROUNDS = 3
-NUMEL = 40 * 30 + 30 + 30 * 20 + 20
+NUMEL = 40 * 40 + 40 + 40 * 20 + 20
 NUMBERS = (5 + 2) * 8  # of each peer: its row, and how far it was
 PLAIN = {"wire": "fp32", "delay": 0, "fragments": 1, "streaming": False, "state_dtype": "fp32", "bucket_mb": 64.0}
 RULES: dict[str, dict[str, Any]] = {
@@ -48,7 +48,7 @@ keys = st.fixed_dictionaries(
         "fragments": st.sampled_from([1, 2, 3]),
         "streaming": st.booleans(),
         "state_dtype": st.sampled_from(["fp32", "bf16"]),
-        "bucket_mb": st.sampled_from([64.0, 2**11 / 2**20]),  # one bucket; of 512 elements
+        "bucket_mb": st.sampled_from([64.0, 2**11 / 2**20, 2**13 / 2**20]),  # one bucket; of 512 or 2048 elements
     }
 )
 
@@ -89,7 +89,7 @@ def live(section: dict[str, Any], stage: int) -> list[Life]:
 
     def body(swarm: Any) -> Life:
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 20))
+        model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 20))
         engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=swarm.ds_config)
         swarm.attach(engine, probe=lambda index: torch.ones(()))
         shards, received = swarm.synchronizer.shards, []
