@@ -6,7 +6,9 @@ import contextlib
 import copy
 import difflib
 import json
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -139,6 +141,37 @@ class SwarmConfig(StrictModel):
         if self.rule_options is not None:
             section[self.sync_mode] = self.rule_options.model_dump(mode="json")
         return section
+
+
+def find_config() -> str:
+    """The path of the DeepSpeed JSON that the command line or ``accelerate launch`` names.
+
+    Raises:
+        ConfigError: neither does.
+    """
+    path = _named_in(sys.argv[1:])
+    if path is None and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if path in (None, "", "none", "None"):
+        raise ConfigError(
+            "ds_pso.init got no config, and none is named elsewhere; give it a path or a dict, or name the JSON with "
+            "--deepspeed_config on the command line or with --deepspeed_config_file to accelerate launch"
+        )
+    return str(path)
+
+
+def _named_in(arguments: Sequence[str]) -> str | None:
+    """As the deepspeed launcher's scripts, Accelerate and the HF Trainer spell it, the last one counts."""
+    found = None
+    for index, word in enumerate(arguments):
+        name, equals, value = word.partition("=")
+        if name not in ("--deepspeed_config", "--deepspeed_config_file", "--deepspeed"):
+            continue
+        if not equals:
+            value = arguments[index + 1] if index + 1 < len(arguments) else ""
+        if value and not value.startswith("-"):  # ``--deepspeed`` alone is a switch of DeepSpeed's own scripts
+            found = value
+    return found
 
 
 def load_config(source: ConfigSource) -> tuple[dict[str, Any], SwarmConfig]:

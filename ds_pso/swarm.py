@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ds_pso import checkpoint, export, lr_schedule, monitor
 from ds_pso.census import Probe
-from ds_pso.config import ALLREDUCE, ConfigSource, load_config
+from ds_pso.config import ALLREDUCE, ConfigSource, find_config, load_config
 from ds_pso.errors import ConfigError, SwarmError
 from ds_pso.keeping import Keeping
 from ds_pso.sampler import SwarmSampler
@@ -23,11 +23,13 @@ from ds_pso.synchronizer import Synchronizer
 from ds_pso.world import World
 
 
-def init(config: ConfigSource, *, run_dir: str | Path | None = None, world: World | None = None) -> Swarm:
+def init(config: ConfigSource | None = None, *, run_dir: str | Path | None = None, world: World | None = None) -> Swarm:
     """Join the swarm. Call it first, before anything initialises torch.distributed.
 
     Args:
-        config: DeepSpeed's JSON config with a ``swarm`` section, as a path or a mapping.
+        config: DeepSpeed's JSON config with a ``swarm`` section, as a path or a mapping. Without it, the one that the
+            command line names (``--deepspeed_config``, or ``--deepspeed`` as the HF Trainer spells it) or
+            ``accelerate launch --deepspeed_config_file``.
         run_dir: folder for ``metrics.jsonl``; without it nothing is logged to disk.
         world: of an earlier swarm of this process that was not closed (``swarm.world``), to run many
             short experiments in one launch; the number of particles must be the same.
@@ -40,7 +42,7 @@ def init(config: ConfigSource, *, run_dir: str | Path | None = None, world: Worl
         ConfigError: bad config or environment; raised before any process group is built.
         PeerError: ranks that did not arrive within ``swarm.timeout_s``.
     """
-    ds_config, swarm_config = load_config(config)
+    ds_config, swarm_config = load_config(find_config() if config is None else config)
     lr_schedule.register()
     particles = 1 if swarm_config.sync_mode == ALLREDUCE else swarm_config.particles
     if world is None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ds_pso.config import ALLREDUCE, SwarmConfig, load_config
+from ds_pso.config import ALLREDUCE, SwarmConfig, find_config, load_config
 from ds_pso.errors import ConfigError
 from ds_pso.rules import RULES
 
@@ -701,3 +701,43 @@ def test_any_json_is_accepted_or_refused_in_one_line(section, deepspeed):
         assert again.resolved() == config.resolved()
         assert again.build_schedule(ds_config).count == config.build_schedule(ds_config).count
         config.build_rule()
+
+
+# -- which file -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["--deepspeed_config", "a.json"], "a.json"),
+        (["--steps", "3", "--deepspeed_config=a.json"], "a.json"),
+        (["--deepspeed", "a.json", "--bf16"], "a.json"),
+        (["--deepspeed", "--deepspeed_config", "a.json"], "a.json"),
+        (["--deepspeed_config", "a.json", "--deepspeed"], "a.json"),
+        (["--deepspeed_config", "a.json", "--deepspeed_config", "b.json"], "b.json"),
+        ([], "launch.json"),
+        (["--deepspeed_config_files", "a.json"], "launch.json"),
+    ],
+)
+def test_the_json_is_the_one_that_the_tool_names(monkeypatch, arguments, found):
+    monkeypatch.setattr("sys.argv", ["script.py", *arguments])
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "launch.json")
+    assert find_config() == found
+
+
+@pytest.mark.parametrize(
+    "environment", [{}, {"ACCELERATE_USE_DEEPSPEED": "true"}, {"ACCELERATE_USE_DEEPSPEED": "false"}]
+)
+@pytest.mark.parametrize("file", [None, "none", "a.json"])
+def test_a_json_that_nobody_names_is_an_error(monkeypatch, environment, file):
+    monkeypatch.setattr("sys.argv", ["deepspeed_config", "--steps", "3"])
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (environment | ({"ACCELERATE_DEEPSPEED_CONFIG_FILE": file} if file else {})).items():
+        monkeypatch.setenv(name, value)
+    if file == "a.json" and environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        assert find_config() == file
+    else:
+        with pytest.raises(ConfigError, match="--deepspeed_config on the command line"):
+            find_config()
