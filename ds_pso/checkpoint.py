@@ -5,12 +5,13 @@ Layout of a checkpoint folder::
     latest                      name of the newest complete checkpoint
     step_00000064/
         particle_0/deepspeed/   DeepSpeed's own checkpoint of particle 0
+        particle_0/model/       its Hugging Face config, if it has one
         particle_1/deepspeed/
         swarm/rank_00000.json          this rank's counters, random state, data position, file hashes
         swarm/rank_00000.safetensors   its rule state (velocity, anchor, ...), buffers, torch's random state
 
 Everything is written to ``.step_00000064.tmp`` and renamed when all ranks are done; only then
-does ``latest`` move.
+does ``latest`` move. Where the HF Trainer has written a particle's checkpoint, ``swarm/`` is put beside it.
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ds_pso.blueprint import MODEL, describe_shards, save_model_config
 from ds_pso.errors import CheckpointError, SwarmError
 from ds_pso.files import hash_file, replace_folder, write_atomically
 from ds_pso.state import SwarmState
 
 FORMAT = 5
 LATEST = "latest"
-_DEEPSPEED_TAG = "deepspeed"
+DEEPSPEED_TAG = "deepspeed"
 
 
 # -- saving ---------------------------------------------------------------------------------
@@ -62,11 +64,12 @@ def save(swarm: SwarmState, folder: Path) -> Path:
             (temporary / "swarm").mkdir(parents=True, exist_ok=True)
     with _as_checkpoint_error(temporary):
         # Not inside agree: its barriers would leave the others waiting while this rank waits for them.
+        save_model_config(swarm, temporary / f"particle_{swarm.particle}" / MODEL)
         swarm.engine.save_checkpoint(
-            str(temporary / f"particle_{swarm.particle}"), tag=_DEEPSPEED_TAG, save_latest=False
+            str(temporary / f"particle_{swarm.particle}"), tag=DEEPSPEED_TAG, save_latest=False
         )
     with world.agree("writing a checkpoint"), _as_checkpoint_error(temporary):
-        _save_rank(swarm, temporary)
+        _save_rank(swarm, temporary, temporary / f"particle_{swarm.particle}")
     with world.agree("completing a checkpoint"), _as_checkpoint_error(final):
         if leads:
             replace_folder(temporary, final)
@@ -74,9 +77,24 @@ def save(swarm: SwarmState, folder: Path) -> Path:
     return final
 
 
-def _save_rank(swarm: SwarmState, folder: Path) -> None:
+def save_part(swarm: SwarmState, folder: Path) -> None:
+    """Add the swarm's part to ``folder``, into which a trainer has just written its checkpoint of this particle.
+
+    Called on all ranks, between steps; a rank's JSON, its last file, says what the folder must hold.
+
+    Raises:
+        CheckpointError: as ``save`` does.
+    """
+    with swarm.world.agree("starting a checkpoint"), _as_checkpoint_error(folder):
+        (folder / "swarm").mkdir(exist_ok=True)
+    with swarm.world.agree("completing a checkpoint"), _as_checkpoint_error(folder):
+        _save_rank(swarm, folder, folder)
+
+
+def _save_rank(swarm: SwarmState, folder: Path, particle: Path) -> None:
+    """``particle``: the folder of this particle's files."""
     layout = swarm.world.layout
-    stem = _rank_stem(folder, layout.rank)
+    stem = rank_stem(folder, layout.rank)
     tensors = {key: value.detach().clone() for key, value in _own_tensors(swarm).items()}
     tensors["random.torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
@@ -93,6 +111,7 @@ def _save_rank(swarm: SwarmState, folder: Path) -> None:
         "turns": swarm.config.turns,
         "zero_stage": swarm.engine.zero_optimization_stage(),
         "model": _model_fingerprint(swarm),
+        "shards": describe_shards(swarm),
         "window": swarm.window.state(),
         "synchronizer": swarm.synchronizer.state_dict() if swarm.synchronizer else None,
         "samplers": [sampler.state_dict() for sampler in swarm.samplers],
@@ -102,7 +121,7 @@ def _save_rank(swarm: SwarmState, folder: Path) -> None:
         },
         "files": {},
     }
-    mine = [Path(f"{stem}.safetensors"), *_my_share(folder / f"particle_{swarm.particle}", swarm)]
+    mine = [Path(f"{stem}.safetensors"), *_my_share(particle, swarm)]
     record["files"] = {str(path.relative_to(folder)): [path.stat().st_size, hash_file(path)] for path in mine}
     record["checksum"] = _checksum(record)
     write_atomically(Path(f"{stem}.json"), json.dumps(record))
@@ -134,7 +153,7 @@ def _own_tensors(swarm: SwarmState) -> dict[str, Tensor]:
 def _my_share(folder: Path, swarm: SwarmState) -> list[Path]:
     """The files of this particle that this rank hashes, and checks when they are loaded."""
     mates = swarm.world.mates_on_this_node
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.parent != folder / "swarm")
     return files[mates.index(swarm.world.layout.rank) :: len(mates)]
 
 
@@ -161,14 +180,50 @@ def load(swarm: SwarmState, folder: Path, tag: str | None = None) -> int:
         _check_fits(record, swarm, source)
         _check_files(record, source)
         tensors = _read_tensors(source, swarm)
-    with _weights_only():
-        particle = source / f"particle_{swarm.particle}"
-        path, _ = swarm.engine.load_checkpoint(str(particle), tag=_DEEPSPEED_TAG)
-        if path is None:
-            raise CheckpointError(f"{particle}: DeepSpeed found nothing to load; the folder is incomplete")
+    _load_engine(swarm, source / f"particle_{swarm.particle}", DEEPSPEED_TAG)
     _restore(swarm, record, tensors)
     swarm.metrics.rewind(record["step"])
     return int(record["step"])
+
+
+def check_part(swarm: SwarmState, folder: Path) -> None:
+    """Whether ``save_part`` has completed ``folder``, and its files are whole. Called on all ranks, before training.
+
+    Raises:
+        CheckpointError: as ``load`` does.
+    """
+    with swarm.world.agree("checking the checkpoint"):
+        if not (folder / "swarm").is_dir():
+            raise CheckpointError(
+                f"{folder}: holds nothing of the swarm, as a checkpoint that was interrupted or was written without "
+                "SwarmCallback; move it away and resume from an older one"
+            )
+        _check_files(_read_record(folder, swarm), folder)
+
+
+def load_part(swarm: SwarmState, folder: Path, *, strict: bool = True) -> int:
+    """Restore what ``check_part`` has checked, the engine's own checkpoint included; returns its step.
+
+    Args:
+        strict: whether DeepSpeed's checkpoint must hold every parameter; that of an adapter does not.
+
+    Raises:
+        CheckpointError: it does not fit, or cannot be loaded.
+    """
+    with swarm.world.agree("checking the checkpoint"):
+        record = _read_record(folder, swarm)
+        _check_fits(record, swarm, folder)
+        tensors = _read_tensors(folder, swarm)
+    _load_engine(swarm, folder, None, strict)
+    _restore(swarm, record, tensors)
+    return int(record["step"])
+
+
+def _load_engine(swarm: SwarmState, folder: Path, tag: str | None, strict: bool = True) -> None:
+    with weights_only():
+        path, _ = swarm.engine.load_checkpoint(str(folder), tag=tag, load_module_strict=strict)
+        if path is None:
+            raise CheckpointError(f"{folder}: DeepSpeed found nothing to load; the folder is incomplete")
 
 
 def find(folder: Path, tag: str | None = None) -> Path:
@@ -189,15 +244,33 @@ def find(folder: Path, tag: str | None = None) -> Path:
 
 
 def _read_record(source: Path, swarm: SwarmState) -> dict[str, Any]:
-    path = Path(f"{_rank_stem(source, swarm.world.layout.rank)}.json")
+    path = Path(f"{rank_stem(source, swarm.world.layout.rank)}.json")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        return _parse_record(path)
     except OSError as error:
         present = len(list((source / "swarm").glob("rank_*.json")))
         raise CheckpointError(
             f"{path}: cannot be read ({error.strerror}); the checkpoint holds {present} ranks and this run has "
             f"{swarm.world.layout.world_size}: start as many as it was saved with"
         ) from error
+
+
+def verified_record(source: Path, rank: int) -> dict[str, Any]:
+    """The record of a rank, after checking it and the files that it names. For reading without a swarm."""
+    path = Path(f"{rank_stem(source, rank)}.json")
+    try:
+        record = _parse_record(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}); bring the files of all ranks together in one folder"
+        ) from error
+    _check_files(record, source)
+    return record
+
+
+def _parse_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path}: damaged ({error}); resume from another step_* folder") from error
     if not isinstance(record, dict):
@@ -261,7 +334,7 @@ def _check_files(record: dict[str, Any], source: Path) -> None:
 
 
 def _read_tensors(source: Path, swarm: SwarmState) -> dict[str, Tensor]:
-    path = f"{_rank_stem(source, swarm.world.layout.rank)}.safetensors"
+    path = f"{rank_stem(source, swarm.world.layout.rank)}.safetensors"
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -301,7 +374,7 @@ def _restore_random(record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def _weights_only() -> Iterator[None]:
+def weights_only() -> Iterator[None]:
     """DeepSpeed unpickles its checkpoints; allow its own state classes and plain data, nothing else."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -325,7 +398,7 @@ def _weights_only() -> Iterator[None]:
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
-def _rank_stem(folder: Path, rank: int) -> Path:
+def rank_stem(folder: Path, rank: int) -> Path:
     return folder / "swarm" / f"rank_{rank:05d}"
 
 

@@ -130,10 +130,13 @@ class SwarmConfig(StrictModel):
         return None if options is None else find_rule(self.sync_mode)(options, seed=self.seed)
 
     def build_schedule(self, ds_config: Mapping[str, Any]) -> Schedule:
-        """When to meet. The length of the training is this section's, or that of DeepSpeed's scheduler."""
+        """When to meet."""
+        return make_schedule(self.schedule, self.sync_interval // self.turns, self.training_steps(ds_config))
+
+    def training_steps(self, ds_config: Mapping[str, Any]) -> int | None:
+        """Optimizer steps of the whole training, if known: this section's, or those of DeepSpeed's scheduler."""
         steps = total_num_steps(ds_config) if self.total_steps is None else self.total_steps
-        interval = self.sync_interval // self.turns
-        return make_schedule(self.schedule, interval, steps if isinstance(steps, int) else None)
+        return steps if isinstance(steps, int) else None
 
     def resolved(self) -> dict[str, Any]:
         """The section with every default filled in, as JSON types."""
@@ -161,17 +164,16 @@ def find_config() -> str:
 
 
 def _named_in(arguments: Sequence[str]) -> str | None:
-    """As the deepspeed launcher's scripts, Accelerate and the HF Trainer spell it, the last one counts."""
-    found = None
+    """The last value of the first of these options that has one; ``--deepspeed`` is the HF Trainer's."""
+    found = {}
     for index, word in enumerate(arguments):
         name, equals, value = word.partition("=")
-        if name not in ("--deepspeed_config", "--deepspeed_config_file", "--deepspeed"):
-            continue
         if not equals:
             value = arguments[index + 1] if index + 1 < len(arguments) else ""
         if value and not value.startswith("-"):  # ``--deepspeed`` alone is a switch of DeepSpeed's own scripts
-            found = value
-    return found
+            found[name] = value
+    names = ("--deepspeed_config", "--deepspeed_config_file", "--deepspeed")
+    return next((found[name] for name in names if name in found), None)
 
 
 def load_config(source: ConfigSource) -> tuple[dict[str, Any], SwarmConfig]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Literal
 
@@ -26,18 +27,20 @@ class Consensus:
         self.updater = updater
         self.shards = shards
 
+    def adopt(self, which: Choice) -> None:
+        """Let the working weights be those that ``collect`` returns. Called on all ranks."""
+        with self.shards.flat_buffers() as buffers:
+            replace([*self.shards.tensors, *buffers], list(itertools.chain(*self.collect(which))))
+        self.shards.publish()
+
     @contextlib.contextmanager
     def held(self, which: Choice) -> Iterator[None]:
-        """Inside the block the working weights are those that ``collect`` returns. Called on all ranks."""
+        """``adopt``, and at the end of the block the weights are what they were before."""
         shards = self.shards.tensors
         with self.shards.flat_buffers() as buffers:
-            targets = [*shards, *buffers]
-            own = [t.clone() for t in targets]
-            model, flat = self.collect(which)
-            replace(targets, [*model, *flat])
-            del model, flat
+            own = [t.clone() for t in (*shards, *buffers)]
         try:
-            self.shards.publish()
+            self.adopt(which)
             yield
         finally:
             with self.shards.flat_buffers() as buffers:

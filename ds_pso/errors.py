@@ -2,7 +2,11 @@
 
 
 class SwarmError(RuntimeError):
-    """Base class. ``agreed`` is true when every rank raises the same error, so one may speak for all."""
+    """Base class of all errors that ds_pso raises on purpose.
+
+    Attributes:
+        agreed: true when every rank raises the same error, so that one may speak for all.
+    """
 
     agreed = False  # only what is decided from values that all ranks share may say otherwise
 

@@ -11,11 +11,17 @@ from ds_pso.errors import ConfigError
 
 @dataclass(frozen=True)
 class Layout:
-    """A rank's place among W = P x S ranks; the ranks of a particle follow each other."""
+    """A rank's place among W = P x S ranks; the ranks of a particle follow each other.
 
-    rank: int  # in the launcher's world
-    world_size: int  # W
-    num_particles: int  # P
+    Attributes:
+        rank: in the launcher's world.
+        world_size: W.
+        num_particles: P.
+    """
+
+    rank: int
+    world_size: int
+    num_particles: int
 
     @property
     def particle_size(self) -> int:
@@ -24,6 +30,7 @@ class Layout:
 
     @property
     def particle(self) -> int:
+        """The number of this rank's particle."""
         return self.rank // self.particle_size
 
     @property

@@ -26,12 +26,20 @@ from ds_pso.world import World
 
 @dataclass
 class SyncTotals:
-    """What the sync points have cost this rank so far."""
+    """What the sync points have cost this rank so far.
+
+    Attributes:
+        count: of sync points.
+        seconds: for which training stood still, waiting for peers included.
+        waited_s: until the last peer arrived.
+        overlapped_s: in the background, while training went on.
+        bytes_received: by this rank.
+    """
 
     count: int = 0
-    seconds: float = 0.0  # wall time, waiting for peers included
-    waited_s: float = 0.0  # until the last peer arrived
-    overlapped_s: float = 0.0  # in the background, while training went on
+    seconds: float = 0.0
+    waited_s: float = 0.0
+    overlapped_s: float = 0.0
     bytes_received: int = 0
 
 

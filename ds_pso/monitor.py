@@ -10,12 +10,13 @@ _NUMBERS = (
     *("drift", "staleness", "next_interval"),
     *("seconds", "waited_s", "overlapped_s", "exchange_s", "step_s", "bytes_received", "bandwidth_mbit_s"),
 )
+OWN_FOLDERS = ("tensorboard", "csv_monitor")  # sections of those that write files
 _OF_PARTICLES = {"losses": "loss", "weights": "weight", "lr_factors": "lr_factor"}
 
 
 def give_each_a_folder(ds_config: dict[str, Any], particle: int) -> None:
     """The first rank of every particle has a monitor, and they must not write into one another's files."""
-    for name in ("tensorboard", "csv_monitor"):
+    for name in OWN_FOLDERS:
         section = ds_config.get(name)
         if isinstance(section, dict) and section.get("enabled"):
             section["job_name"] = f"{section.get('job_name', 'DeepSpeedJobName')}/particle_{particle}"

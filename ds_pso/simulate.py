@@ -27,6 +27,7 @@ def simulate(
     weights are those of P processes of one rank each, up to the order in which P > 2 numbers are added.
 
     Args:
+        config: DeepSpeed's JSON config with a ``swarm`` section, as a path or a mapping.
         train: a function of a swarm, as a script would have after ``ds_pso.init``.
         run_dir: as for ``ds_pso.init``.
 
@@ -35,7 +36,7 @@ def simulate(
 
     Raises:
         ConfigError: bad config; several ranks were started; ``"particles": "node"``.
-        Whatever ``train`` raised first.
+        Exception: whatever ``train`` raised first.
     """
 
     def live() -> Result:

@@ -10,7 +10,7 @@ from ds_pso.errors import SwarmError
 from ds_pso.exchange import Exchange
 from ds_pso.fitness import FitnessWindow
 from ds_pso.meetings import SyncTotals
-from ds_pso.metrics import MetricsLog
+from ds_pso.metrics import MetricsLog, versions
 from ds_pso.sampler import SwarmSampler
 from ds_pso.synchronizer import Synchronizer
 from ds_pso.world import World
@@ -28,23 +28,30 @@ class SwarmState:
         self.metrics = MetricsLog(run_dir / "metrics.jsonl" if run_dir and world.is_leader else None)
         self.window = FitnessWindow()
         self.samplers: list[SwarmSampler] = []
+        self.last_sync: dict[str, Any] = {}  # what was logged of the last sync point
         self._engine: Any = None
         self._backwards = 0  # since the last optimizer step
         self.synchronizer: Synchronizer | None = None  # None: not attached, or only one particle
 
     @property
     def engine(self) -> Any:
-        """The DeepSpeed engine; SwarmError before ``attach``."""
+        """The DeepSpeed engine that was attached.
+
+        Raises:
+            SwarmError: none was.
+        """
         if self._engine is None:
             raise SwarmError("the swarm has no engine yet; call swarm.attach(engine) first", agreed=True)
         return self._engine
 
     @property
     def num_particles(self) -> int:
+        """P, the number of particles."""
         return self.world.layout.num_particles
 
     @property
     def particle(self) -> int:
+        """The number of this rank's particle, from 0 to P - 1."""
         return self.world.layout.particle
 
     @property
@@ -53,7 +60,7 @@ class SwarmState:
         return self.world.is_leader
 
     def describe(self) -> str:
-        """``2 particles x 4 ranks, pso every 8 steps``"""
+        """One line for a log: ``2 particles x 4 ranks, pso every 8 steps``."""
         layout = self.world.layout
         ranks = f"{layout.particle_size} rank{'s' if layout.particle_size > 1 else ''}"
         if self.num_particles == 1:
@@ -63,6 +70,21 @@ class SwarmState:
         if self.config.streaming:
             when += f", one of {self.config.fragments} fragments at a time"
         return f"{self.num_particles} particles x {ranks}, {self.config.sync_mode} {when}"
+
+    def _start_record(self) -> dict[str, Any]:
+        """What a report must know of the run; JSON values."""
+        trained = [p for p in self.engine.module.parameters() if p.requires_grad]
+        return {
+            "description": self.describe(),
+            "particles": self.num_particles,
+            "ranks": self.world.layout.particle_size,
+            "backend": self.world.backend,
+            "total_steps": self.config.training_steps(self.ds_config),
+            "zero_stage": self.engine.zero_optimization_stage(),
+            "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in trained),
+            "swarm": self.config.resolved(),
+            "versions": versions(),
+        }
 
     @property
     def steps_to_sync(self) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from ds_pso import checkpoint, export, lr_schedule, monitor
 from ds_pso.census import Probe
 from ds_pso.config import ALLREDUCE, ConfigSource, find_config, load_config
+from ds_pso.consistency import total_num_steps
 from ds_pso.errors import ConfigError, SwarmError
 from ds_pso.keeping import Keeping
 from ds_pso.sampler import SwarmSampler
@@ -43,6 +44,8 @@ def init(config: ConfigSource | None = None, *, run_dir: str | Path | None = Non
         PeerError: ranks that did not arrive within ``swarm.timeout_s``.
     """
     ds_config, swarm_config = load_config(find_config() if config is None else config)
+    if ds_config.get("train_batch_size") == "auto":
+        del ds_config["train_batch_size"]  # DeepSpeed multiplies it out, over the ranks of the particle
     lr_schedule.register()
     particles = 1 if swarm_config.sync_mode == ALLREDUCE else swarm_config.particles
     if world is None:
@@ -68,10 +71,15 @@ def init(config: ConfigSource | None = None, *, run_dir: str | Path | None = Non
 
 
 class Swarm(SwarmState):
-    """P particles that train apart and meet every ``sync_interval`` optimizer steps.
+    """P particles that train apart and meet every ``sync_interval`` optimizer steps. Made by ``ds_pso.init``.
 
     Usable as a context manager: leaving it in good order waits for the other ranks, and so does an error
     that all ranks raise alike; any other exception does not.
+
+    Attributes:
+        ds_config: DeepSpeed's part of the config, for ``deepspeed.initialize``; may be changed before that.
+        config: the validated ``swarm`` section.
+        world: the ranks of the swarm; ``world.layout`` says where this one stands.
     """
 
     # -- the training script's calls --------------------------------------------------------
@@ -93,10 +101,12 @@ class Swarm(SwarmState):
 
         Raises:
             UnsupportedError: the engine uses a feature that the swarm cannot follow.
+            ConfigError: the config asks for a probe and none is given, or for the length of the training.
             SwarmError: the particles hold different models, or attach was called before.
         """
         if self._engine is not None:
             raise SwarmError("swarm.attach was called twice; one swarm trains one engine", agreed=True)
+        self._take_filled_in(engine.config)
         rule = self.config.build_rule()
         if rule is not None and self.num_particles > 1:
             if self.config.fitness == "probe" and probe is None:
@@ -116,8 +126,8 @@ class Swarm(SwarmState):
             if rule.uses_progress and not schedule.last:
                 raise ConfigError(
                     f"swarm.{self.config.sync_mode} changes over training, and scheduler.params.total_num_steps = "
-                    f"{self.ds_config['scheduler']['params']['total_num_steps']!r} gives no sync point; give a number "
-                    "of at least swarm.sync_interval there or in swarm.total_steps"
+                    f"{total_num_steps(self.ds_config)!r} gives no sync point; give a number of at least "
+                    "swarm.sync_interval there or in swarm.total_steps"
                 )
             with self.world.agree("attaching the engine"):
                 shards = find_shards(engine)
@@ -137,13 +147,37 @@ class Swarm(SwarmState):
             )
         self._engine = engine
         self._follow(engine)
+        self.log("start", **self._start_record())
         return engine
 
+    def _take_filled_in(self, config: Any) -> None:
+        """Accelerate and the HF Trainer replace each "auto" in a copy, or in what they have read themselves."""
+        if not isinstance(config, Mapping):
+            return  # a path
+        for name in monitor.OWN_FOLDERS if self.num_particles > 1 else ():
+            section = config.get(name) or {}
+            if section.get("enabled") and f"particle_{self.particle}" not in str(section):
+                raise ConfigError(
+                    f"{name}: the particles would write into one another's files; give DeepSpeed swarm.ds_config, in "
+                    "which each has a folder of its own, and not the file itself"
+                )
+        self.ds_config = {key: value for key, value in config.items() if key != "swarm"}
+
     def sync(self) -> None:
-        """Meet the other particles now. ``engine.step`` does it when a sync point is due."""
+        """Meet the other particles now; call it on all ranks, outside of forward and backward.
+
+        ``engine.step`` does it when a sync point is due. This one counts as one more.
+
+        Raises:
+            PeerError: a rank did not come in time, or was lost.
+        """
         if self.synchronizer is not None:
             self._advance(to_the_end=True)
             self._log_sync(self.synchronizer.sync(self.window, self.engine.global_steps))
+
+    def finish_pending(self) -> None:
+        """Apply now what a delayed sync point still has to bring, if one is pending; call it on all ranks."""
+        self._advance(to_the_end=True)
 
     def _advance(self, *, to_the_end: bool = False) -> None:
         """Apply what a delayed sync point has brought, so far as it is due."""
@@ -153,6 +187,7 @@ class Swarm(SwarmState):
                 self._log_sync(record)
 
     def _log_sync(self, record: dict[str, Any]) -> None:
+        self.last_sync = record
         self.log("sync", **record)
         if self.is_leader and self.engine.monitor.enabled:
             self.engine.monitor.write_events(monitor.events(record, self.engine.global_samples))
@@ -177,10 +212,19 @@ class Swarm(SwarmState):
     def sampler(
         self, dataset: Sized, *, batch_size: int | None = None, shuffle: bool = True, seed: int = 0
     ) -> SwarmSampler:
-        """Sampler of this rank's part of ``dataset``, over all P x S ranks.
+        """Sampler of this rank's part of ``dataset``, over all P x S ranks. Make one for the training data only.
 
         Args:
+            dataset: anything with a length.
             batch_size: of the DataLoader; DeepSpeed's ``train_micro_batch_size_per_gpu`` if not given.
+            shuffle: whether each epoch has an order of its own, the same on all ranks.
+            seed: of that order.
+
+        Returns:
+            A sampler for an ordinary ``DataLoader``; its place in the data is part of a checkpoint.
+
+        Raises:
+            ConfigError: no batch size is known, or the data is not enough for one batch on every rank.
         """
         batch_size = batch_size or self.ds_config.get("train_micro_batch_size_per_gpu")
         if not isinstance(batch_size, int):
@@ -205,14 +249,40 @@ class Swarm(SwarmState):
 
         For evaluation: with rules that leave the particles apart, none of them is the model. Take no
         step inside. It costs an exchange, and two copies of the shard in memory.
+
+        Args:
+            which: as for ``export``.
+
+        Raises:
+            ConfigError: ``which`` is neither of the two.
+            PeerError: a rank did not come in time, or was lost.
         """
         if which not in ("consensus", "best"):
             raise ConfigError(f'swarm.consensus which = {which!r}: must be "consensus" or "best"')
         with self.synchronizer.consensus.held(which) if self.synchronizer else contextlib.nullcontext():
             yield
 
+    def merge(self, which: Literal["consensus", "best"] = "consensus") -> None:
+        """At the end of training: let every particle be the model that ``export`` would write; call it on all ranks.
+
+        What a delayed sync point has not brought yet is dropped: see ``finish_pending``.
+        """
+        if which not in ("consensus", "best"):
+            raise ConfigError(f'swarm.merge which = {which!r}: must be "consensus" or "best"')
+        if self.synchronizer is not None:
+            self.world.settle()
+            self.synchronizer.pending = None
+            self.synchronizer.consensus.adopt(which)
+
     def gather(self, value: float) -> list[float]:
-        """Mean of a number over the ranks of each particle, shape (P,), on every rank; call it on all."""
+        """Tell every rank a number of each particle; call it on all ranks.
+
+        Args:
+            value: of this rank, such as a loss.
+
+        Returns:
+            The mean over the ranks of each particle, shape (P,), in the order of particles.
+        """
         rows = self.world.particle_gather([value])
         mean = sum(row[0] for row in rows) / len(rows)
         return [row[0] for row in self.exchange.all_gather([mean])]
@@ -222,19 +292,58 @@ class Swarm(SwarmState):
         return sum(self.world.gather("bytes", self.totals.bytes_received))
 
     def log(self, event: str, **values: Any) -> None:
-        """Append a record to ``metrics.jsonl`` (the leader's; other ranks' are dropped)."""
+        """Append a record to ``metrics.jsonl`` (the leader's; other ranks' are dropped).
+
+        Args:
+            event: what kind of record; ds_pso's own are called ``sync``.
+            values: what JSON can hold; NaN and infinities become null.
+        """
         self.metrics.write(event, self._engine.global_steps if self._engine else 0, values)
 
     def save(self, folder: str | Path) -> Path:
-        """Write a checkpoint of the whole swarm; call it on all ranks, after ``engine.step``."""
+        """Write a checkpoint of the whole swarm; call it on all ranks, after ``engine.step``.
+
+        Args:
+            folder: gets ``step_<n>`` when all of it is written, and ``latest`` then names that.
+
+        Returns:
+            The folder of this checkpoint.
+
+        Raises:
+            CheckpointError: it cannot be written; the complete ones stay.
+        """
         return checkpoint.save(self, Path(folder))
 
     def load(self, folder: str | Path, tag: str | None = None) -> int:
-        """Continue from a checkpoint, the latest one if no tag is named; returns its step."""
+        """Continue from a checkpoint; call it on all ranks, after ``attach`` and ``sampler``.
+
+        Args:
+            folder: what ``save`` was given.
+            tag: name of a ``step_<n>`` in it; the latest one if not given.
+
+        Returns:
+            Its optimizer step.
+
+        Raises:
+            CheckpointError: missing, damaged, or of another model or swarm; nothing was changed.
+        """
         return checkpoint.load(self, Path(folder), tag)
 
     def export(self, folder: str | Path, which: export.Choice = "consensus", tokenizer: Any = None) -> Path:
-        """Write one model in Hugging Face format: the ``consensus`` of the particles, or the ``best``."""
+        """Write one model in Hugging Face format; call it on all ranks, after ``engine.step``.
+
+        Args:
+            folder: files of the same names are replaced, others stay.
+            which: the ``consensus`` of the particles that are alive, or the one with the ``best`` loss at the
+                last sync point.
+            tokenizer: saved beside the model, if given.
+
+        Returns:
+            The folder; for a ``transformers`` model ``from_pretrained`` opens it.
+
+        Raises:
+            ConfigError: ``which`` is neither of the two, or no particle has finite weights.
+        """
         return export.export(self, Path(folder), which, tokenizer)
 
     def close(self) -> None:

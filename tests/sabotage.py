@@ -655,6 +655,34 @@ def export_the_mean_as_the_best() -> None:
     SyncPoint.best_weights = SyncPoint.mean_weights
 
 
+# -- the HF Trainer ---------------------------------------------------------------------------
+
+
+@sabotage("test_hf_trainer.py")
+def split_over_the_particle_alone() -> None:
+    """Every particle trains on all of the data, as Accelerate would have it."""
+    from ds_pso.hf_trainer import SwarmCallback
+
+    SwarmCallback._sharding = lambda self, get_train_dataloader: get_train_dataloader
+
+
+@sabotage("test_hf_trainer.py")
+def let_each_find_its_own_best() -> None:
+    """Metrics of an evaluation stay those of the particle."""
+    from ds_pso.hf_trainer import SwarmCallback
+
+    SwarmCallback._agreeing = lambda self, evaluation_loop: evaluation_loop
+
+
+@sabotage("test_hf_trainer.py")
+def load_the_best_without_its_rule() -> None:
+    """What the rule keeps of the model stays that of the last step."""
+    from ds_pso.hf_trainer import SwarmCallback
+
+    load = SwarmCallback._load_part
+    SwarmCallback._load_part = lambda self, folder: load(self, folder) if self._epoch == 0 else 0
+
+
 # -- running them -------------------------------------------------------------------------------
 
 

@@ -714,6 +714,7 @@ def test_any_json_is_accepted_or_refused_in_one_line(section, deepspeed):
         (["--deepspeed", "a.json", "--bf16"], "a.json"),
         (["--deepspeed", "--deepspeed_config", "a.json"], "a.json"),
         (["--deepspeed_config", "a.json", "--deepspeed"], "a.json"),
+        (["--deepspeed_config", "a.json", "--deepspeed", "text.txt"], "a.json"),
         (["--deepspeed_config", "a.json", "--deepspeed_config", "b.json"], "b.json"),
         ([], "launch.json"),
         (["--deepspeed_config_files", "a.json"], "launch.json"),

@@ -33,21 +33,32 @@ class RuleConfig(StrictModel):
 
 @dataclass(frozen=True)
 class SyncPoint:
-    """What every rank of every particle knows alike when the particles meet."""
+    """What every rank of every particle knows alike when the particles meet.
 
-    index: int  # how many sync points came before
-    fitness: tuple[float, ...]  # loss of each particle, shape (P,); lower is better
-    alive: tuple[bool, ...]  # shape (P,); false: loss or weights are not finite
-    total: int | None = None  # sync points of the whole training; None: nobody said
-    steps: tuple[int, ...] = ()  # optimizer steps of each particle since the last sync point, shape (P,)
-    done: float | None = None  # part of the training that is over; None: what evenly spaced sync points make of it
+    Attributes:
+        index: how many sync points came before.
+        fitness: loss of each particle, shape (P,); lower is better.
+        alive: shape (P,); false: loss or weights are not finite.
+        total: sync points of the whole training; None: nobody said.
+        steps: optimizer steps of each particle since the last sync point, shape (P,).
+        done: part of the training that is over; None: what evenly spaced sync points make of it.
+    """
+
+    index: int
+    fitness: tuple[float, ...]
+    alive: tuple[bool, ...]
+    total: int | None = None
+    steps: tuple[int, ...] = ()
+    done: float | None = None
 
     @property
     def num_particles(self) -> int:
+        """P, the number of particles."""
         return len(self.fitness)
 
     @property
     def knows_progress(self) -> bool:
+        """Whether ``progress`` may be asked for."""
         return self.done is not None or self.total is not None
 
     @property
@@ -89,37 +100,65 @@ def best_of(losses: Sequence[float], alive: Sequence[bool]) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to move, and the numbers the update needs. Equal on all ranks."""
+    """What to move, and the numbers the update needs. Equal on all ranks.
 
-    # A weighted mean over the particles; one particle's tensor each; the newest that a peer has sent; or nothing.
+    Attributes:
+        receive: a weighted mean over the particles; one particle's tensor each; the newest that a peer has sent;
+            or nothing.
+        weights: for ``"mean"``: shape (P,), sum one.
+        sources: for ``"one"``: whose tensor each particle receives, shape (P,).
+        send: ``"x"``, the shard itself, or the name of a state tensor.
+        alive: shape (P,).
+        factors: shape (P, k): numbers of each particle's update.
+        lr_factors: shape (P,): each particle's learning rate is multiplied by its own; empty: as before.
+        tentative: what is received may be thrown away in the end.
+        score: score the new weights on the probe batch, and ask ``Rule.proceed``.
+        carry: for ``Rule.proceed``.
+        note: for ``metrics.jsonl``.
+        memory: for the next sync point; the last plan's counts.
+    """
+
     receive: Literal["mean", "one", "newest", "nothing"]
-    weights: tuple[float, ...] = ()  # for "mean": shape (P,), sum one
-    sources: tuple[int, ...] = ()  # for "one": whose tensor each particle receives, shape (P,)
-    send: str = "x"  # the shard itself, or the name of a state tensor
-    alive: tuple[bool, ...] = ()  # shape (P,)
-    factors: tuple[tuple[float, ...], ...] = ()  # shape (P, k): numbers of each particle's update
-    lr_factors: tuple[float, ...] = ()  # shape (P,): each particle's learning rate is multiplied; empty: as before
-    tentative: bool = False  # what is received may be thrown away in the end
-    score: bool = False  # then score the new weights on the probe batch, and ask Rule.proceed
-    carry: Any = None  # for Rule.proceed
-    note: Mapping[str, Any] = field(default_factory=dict)  # for metrics.jsonl
-    memory: Mapping[str, Any] = field(default_factory=dict)  # for the next sync point; the last plan's counts
+    weights: tuple[float, ...] = ()
+    sources: tuple[int, ...] = ()
+    send: str = "x"
+    alive: tuple[bool, ...] = ()
+    factors: tuple[tuple[float, ...], ...] = ()
+    lr_factors: tuple[float, ...] = ()
+    tentative: bool = False
+    score: bool = False
+    carry: Any = None
+    note: Mapping[str, Any] = field(default_factory=dict)
+    memory: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where an update happens."""
+    """Where an update happens.
+
+    Attributes:
+        particle: its number.
+        parameter: name of the parameter that the elements belong to, if the rule is ``per_parameter``.
+    """
 
     particle: int
-    parameter: str = ""  # name of the parameter that the elements belong to, if the rule is ``per_parameter``
+    parameter: str = ""
 
 
 class Rule(ABC):
-    """One algorithm. Subclasses are registered in ``ds_pso.rules`` under their JSON name."""
+    """One algorithm. Subclasses are registered in ``ds_pso.rules`` under their JSON name, or named in the JSON.
+
+    Attributes:
+        options: the validated options, an instance of ``Config``.
+        seed: ``swarm.seed``, for random factors.
+        Config: class of the options.
+        model_in: what is exported: ``"x"``, the mean of the shards, or of the state tensor of this name.
+        rough_state: state that may be kept in bf16: movements, not positions.
+    """
 
     Config: ClassVar[type[RuleConfig]] = RuleConfig
-    model_in: ClassVar[str] = "x"  # what is exported: the mean of the shards, or of the state tensor of this name
-    rough_state: ClassVar[frozenset[str]] = frozenset()  # state that may be kept in bf16: movements, not positions
+    model_in: ClassVar[str] = "x"
+    rough_state: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, options: Any, seed: int = 0) -> None:
         self.options = options
@@ -129,7 +168,8 @@ class Rule(ABC):
     def complete(cls, section: MutableMapping[str, Any]) -> None:
         """Fill in keys of the ``swarm`` section that are left open, where the rule has other defaults.
 
-        ``section`` is as it was read: nothing in it has been checked yet.
+        Args:
+            section: as it was read: nothing in it has been checked yet.
         """
 
     @property
@@ -177,22 +217,35 @@ class Rule(ABC):
         return None
 
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
-        """State for a shard ``x`` on which all particles agree; empty when the rule keeps none."""
+        """The state that the rule keeps, empty when it keeps none.
+
+        Args:
+            x: a shard on which all particles agree.
+
+        Returns:
+            Tensors of the shape, dtype and device of ``x``, by name.
+        """
         return {}
 
     @property
     def state_names(self) -> frozenset[str]:
-        """Of the tensors that it keeps."""
+        """Names of the tensors that it keeps."""
         return frozenset(self.init_state(torch.zeros(0)))
 
     @abstractmethod
     def plan(self, sync: SyncPoint, memory: Mapping[str, Any]) -> Plan:
-        """Decide what to move. Called on every rank with equal arguments; at least one particle lives."""
+        """Decide what to move. Called on every rank with equal arguments; at least one particle lives.
+
+        Args:
+            sync: what all know.
+            memory: what the last plan said; empty at the first sync point.
+        """
 
     def proceed(self, plan: Plan, scores: tuple[float, ...]) -> Plan:
         """The next plan of the same sync point, after one that asked for a score.
 
         Args:
+            plan: that one.
             scores: loss of each particle's new weights on the probe batch, shape (P,); inf if not finite.
         """
         raise NotImplementedError
@@ -202,8 +255,14 @@ class Rule(ABC):
 
     @abstractmethod
     def update(self, x: Tensor, received: Tensor, state: State, plan: Plan, place: Place) -> None:
-        """Move ``x`` (any shape, fp32) with what came from the peers. Elementwise, in place.
+        """Move the shard with what came from the peers. Elementwise, in place.
 
-        ``received`` is ``x`` itself where the plan receives nothing. A particle that is not alive
-        must come out with finite ``x`` and ``state``.
+        A particle that is not alive must come out with finite ``x`` and ``state``.
+
+        Args:
+            x: of any shape, fp32.
+            received: like ``x``; ``x`` itself where the plan receives nothing.
+            state: what ``init_state`` returned, piece by piece like ``x``; to be updated, too.
+            plan: of this sync point.
+            place: which particle, and which parameter if the rule asks for it.
         """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -15,8 +16,11 @@ from pool import Pool
 from torch import nn
 
 import ds_pso
+from ds_pso.metrics import read_metrics
 
-from .jobs import Case, Net, assert_equal, build_engine, config, place, swarm_of, working_weights
+from .jobs import Case, Net, assert_equal, build_engine, config, place, swarm_of, train, working_weights
+
+SCHEDULE = {"total_num_steps": 6, "warmup_max_lr": 0.01, "warmup_num_steps": 1, "decay_ratio": 0.5}
 
 
 def around_attach(case: Case) -> Any:
@@ -35,6 +39,34 @@ def test_everybody_starts_as_particle_0(pool: Pool, stage: int) -> None:
         expected = dict(ranks[0][0])
         expected["norm.running_mean"] = ranks[number % 2][0]["norm.running_mean"]  # of its peer in particle 0
         assert_equal(after, expected)
+
+
+def leave_metrics(case: Case, folder: Path, resume: bool) -> None:
+    with swarm_of(case, run_dir=folder) as (swarm, engine):
+        if resume:
+            swarm.load(folder / "checkpoints")
+        train(case, engine, range(engine.global_steps, 3 + 3 * resume))
+        if not resume:
+            swarm.save(folder / "checkpoints")
+            train(case, engine, range(3, 5))
+
+
+def test_the_start_is_logged_and_again_when_it_is_resumed(pool: Pool, tmp_path: Path) -> None:
+    all_partitioned = {"stage3_param_persistence_threshold": 0}
+    schedule = {"type": "WarmupHoldDecayLR", "params": SCHEDULE}
+    case = Case(stage=3, deepspeed={"scheduler": schedule, "zero_optimization": all_partitioned})
+    pool.run(leave_metrics, case, tmp_path, False)
+    pool.run(leave_metrics, case, tmp_path, True)
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    found = [(record["event"], record["step"]) for record in records]
+    assert found == [("start", 0), ("sync", 2), ("start", 3), ("sync", 4), ("sync", 6)]
+    assert records[2]["time_s"] == records[1]["time_s"]
+    for start in (records[0], records[2]):
+        assert start["description"] == "2 particles x 2 ranks, local_sgd every 2 steps"
+        numbers = [start[name] for name in ("particles", "ranks", "parameters", "zero_stage", "total_steps")]
+        assert numbers == [2, 2, 69, 3, 6]
+        assert (start["backend"], start["swarm"]["sync_interval"], start["swarm"]["delay"]) == ("gloo", 2, 0)
+        assert start["versions"]["torch"] == torch.__version__
 
 
 def average_buffers(case: Case) -> Any:
@@ -125,7 +157,7 @@ def test_attach_used_wrongly(pool: Pool, how: str, case: Case, kind: str, text: 
 
 
 def attach_with_a_length_to_come(case: Case) -> None:
-    """As the HF Trainer's "auto": what DeepSpeed is given is a number, the swarm still reads "auto"."""
+    """What the swarm was given says "auto", and what DeepSpeed was given says nothing."""
     with ds_pso.init(config(case, place(case)[2])) as swarm:
         ds_config = {key: value for key, value in swarm.ds_config.items() if key != "scheduler"}
         swarm.attach(build_engine(case, ds_config))
@@ -134,7 +166,7 @@ def attach_with_a_length_to_come(case: Case) -> None:
 def test_a_length_that_is_still_unknown_at_attach(pool: Pool) -> None:
     for outcome in pool.outcomes(attach_with_a_length_to_come, Case(sync_mode="nosync", deepspeed=AUTO)):
         assert outcome.kind == "ConfigError", outcome
-        assert "scheduler.params.total_num_steps = 'auto' gives no sync point" in outcome.text
+        assert "scheduler.params.total_num_steps = None gives no sync point" in outcome.text
 
 
 # -- what is refused --------------------------------------------------------------------------
