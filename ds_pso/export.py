@@ -6,6 +6,7 @@ whole model once, in CPU memory, as ``save_pretrained`` needs it.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,16 +47,28 @@ def export(swarm: SwarmState, folder: Path, which: Choice = "consensus", tokeniz
     state_dict = _state_dict(swarm, shards, tensors, buffers)
     with swarm.world.agree("exporting the model"):
         if swarm.is_leader:
-            temporary = folder.with_name(f".{folder.name}.tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            _write(swarm.engine.module, state_dict, temporary)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(temporary)
-            for old in folder.glob("model*.safetensors*"):
-                old.unlink()  # left of an export with another number of files
-            move_files(temporary, folder)
+            with replacing_model(folder) as temporary:
+                _write(swarm.engine.module, state_dict, temporary)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(temporary)
     return folder
+
+
+@contextlib.contextmanager
+def replacing_model(folder: Path) -> Iterator[Path]:
+    """An empty folder; at the end of the block its files replace the model in ``folder``. After an error it is gone."""
+    folder = folder.resolve()  # "." has no name
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for old in folder.glob("model*.safetensors*"):
+            old.unlink()  # left of an export with another number of files
+        move_files(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _state_dict(swarm: SwarmState, shards: Shards, tensors: list[Tensor], buffers: list[Tensor]) -> dict[str, Tensor]:

@@ -188,6 +188,7 @@ def describe(cluster: Cluster, ds_config: Mapping[str, Any], swarm: SwarmConfig,
     """What ``ds-pso plan`` prints."""
     now, every_step, percent = plan(cluster, swarm), synchronous(cluster, ds_config), f"{100 * share:g} %"
     needed = memory(cluster, swarm)
+    to_meet = as_bytes(needed.pending + needed.meeting)
     at_first = "" if swarm.schedule.type == "fixed" else " at first"
     in_turns = "" if swarm.turns == 1 else f", 1/{swarm.turns} of the model every {now.interval // swarm.turns}"
     plain = swarm.model_copy(update={"state_device": "auto", "state_dtype": "fp32"})  # which change no bytes
@@ -200,7 +201,7 @@ def describe(cluster: Cluster, ds_config: Mapping[str, Any], swarm: SwarmConfig,
         f"  {now.megabytes:.3g} MB into each particle at a sync point, in {now.exchange_s:.3g} s; "
         f"training stands still for {now.held_up_s:.3g} s",
         f"  compute share {100 * now.compute_share:.1f} %; {percent} {_enough(now, cluster, share)}",
-        f"  {_size(needed.kept)} of memory on each rank, and {_size(needed.pending + needed.meeting)} more to meet",
+        f"  {as_bytes(needed.kept)} of memory on each rank, and {to_meet} more to meet",
         f"plain data parallel training, at least {every_step.megabytes:.3g} MB at every step:",
         f"  compute share {100 * every_step.compute_share:.1f} %; {percent} {_enough(every_step, cluster, share)}",
         "",
@@ -226,7 +227,8 @@ def _enough(found: Plan, cluster: Cluster, share: float) -> str:
     return "takes " + _rate(cluster.bandwidth / slowdown)
 
 
-def _size(nbytes: float) -> str:
+def as_bytes(nbytes: float) -> str:
+    """``1.5 GB``"""
     unit, size = ("GB", 1e9) if nbytes >= 1e9 else ("MB", 1e6)
     return f"{nbytes / size:.3g} {unit}"
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pool import Pool
 
 from ds_pso import cli
+from ds_pso.commands.arguments import quantity
 from ds_pso.config import load_config
 from ds_pso.plan import Cluster, Memory, memory, plan, synchronous
 
@@ -287,7 +288,7 @@ def test_a_share_is_a_share(tmp_path, capsys, share):
 
 
 def test_units():
-    assert [cli._quantity(text) for text in ("2", "2k", "2M", "2G", "2B", "2T", "1e-3")] == [
+    assert [quantity(text) for text in ("2", "2k", "2M", "2G", "2B", "2T", "1e-3")] == [
         2,
         2e3,
         2e6,
@@ -296,7 +297,7 @@ def test_units():
         2e12,
         1e-3,
     ]
-    assert math.isclose(cli._quantity("1.3B"), 1.3e9)
+    assert math.isclose(quantity("1.3B"), 1.3e9)
 
 
 def test_a_varying_interval_is_planned_as_it_begins(tmp_path, capsys):

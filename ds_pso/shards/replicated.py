@@ -22,7 +22,7 @@ class ReplicatedShards(Shards):
         self._group = engine.data_parallel_group
         self._rank = dist.get_rank(self._group)
         self._size = dist.get_world_size(self._group)
-        self._owned = _equal_parts([m.numel() for m in self._masters(engine)], self._size)
+        self._owned = equal_parts([m.numel() for m in self._masters(engine)], self._size)
         super().__init__(engine)
 
     def _masters(self, engine: Any) -> list[Tensor]:
@@ -116,7 +116,7 @@ class SplitMasterShards(ReplicatedShards):
             param.data.copy_(master.view_as(param))
 
 
-def _equal_parts(numels: list[int], parts: int) -> list[list[tuple[int, int, int]]]:
+def equal_parts(numels: list[int], parts: int) -> list[list[tuple[int, int, int]]]:
     """Cut tensors of these sizes into ``parts`` runs of nearly equal length: (tensor, start, stop)."""
     total = sum(numels)
     cut: list[list[tuple[int, int, int]]] = []

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ds_pso.errors import SwarmError
 from ds_pso.shards.base import Segment, Shards, _gaps, intersect
-from ds_pso.shards.replicated import _equal_parts
+from ds_pso.shards.replicated import equal_parts
 
 relaxed = settings(deadline=None)
 sizes = st.lists(st.integers(0, 20), max_size=6)
@@ -101,7 +101,7 @@ def test_gaps_are_exactly_what_no_segment_covers(contents):
 @relaxed
 @given(sizes, st.integers(1, 7))
 def test_equal_parts_tile_in_order_and_are_equal(numels, num_parts):
-    parts = _equal_parts(numels, num_parts)
+    parts = equal_parts(numels, num_parts)
     assert len(parts) == num_parts
     runs = [run for part in parts for run in part]
     assert all(start < stop for _, start, stop in runs)

@@ -1,0 +1,1 @@
+"""Subcommands of ``ds-pso``, a file each."""
