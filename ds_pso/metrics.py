@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from ds_pso._version import __version__
 
 
 class MetricsLog:
@@ -26,10 +30,15 @@ class MetricsLog:
             file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Drop what a run wrote after ``step`` before it was resumed from there."""
+        """Drop what a run wrote after ``step`` before it was resumed from there, where its new ``start`` belongs."""
         if self.path is None or not self.path.exists():
             return
         kept = [record for record in read_metrics(self.path) if record["step"] <= step]
+        last = kept[-1:]
+        while kept and kept[-1]["event"] == "start":  # of this run, and of earlier ones that got no further
+            kept.pop()
+        now = {"step": step, "time_s": kept[-1]["time_s"] if kept else 0.0}
+        kept += [record | now for record in last if record["event"] == "start"]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         os.replace(temporary, self.path)
@@ -37,14 +46,17 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records; a last line that a crash cut short is left out."""
+    """All records of a ``metrics.jsonl``; lines that a crash cut short, and one being written, are left out."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+        with contextlib.suppress(json.JSONDecodeError):
             records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
     return records
+
+
+def versions() -> dict[str, str]:
+    """Of what a run depends on most."""
+    return {"ds_pso": __version__, **{name: version(name) for name in ("torch", "deepspeed")}}
 
 
 def _plain(value: Any) -> Any:

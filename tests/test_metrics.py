@@ -82,6 +82,40 @@ def test_rewind_without_a_file(log):
     assert not log.path.exists()
 
 
+def events(log):
+    return [(record["event"], record["step"]) for record in read_metrics(log.path)]
+
+
+def test_the_start_of_a_resumed_run_stands_where_it_goes_on(log):
+    log.path.parent.mkdir()
+    log.path.write_text(
+        '{"event": "start", "step": 0, "time_s": 1.0, "ranks": 1}\n'
+        '{"event": "sync", "step": 2, "time_s": 5.0}\n'
+        '{"event": "sync", "step": 4, "time_s": 9.0}\n'
+        '{"event": "start", "step": 0, "time_s": 1.5, "ranks": 3}\n'  # of a run that could not be resumed
+    )
+    log.write("start", 0, {"ranks": 2})  # by attach, which comes before load
+    log.rewind(3)
+    assert events(log) == [("start", 0), ("sync", 2), ("start", 3)]
+    assert read_metrics(log.path)[-1] == {"event": "start", "step": 3, "time_s": 5.0, "ranks": 2}
+    log.write("sync", 4, {})
+    assert 5 <= read_metrics(log.path)[-1]["time_s"] < 65
+
+
+def test_going_back_within_a_run_leaves_its_start_alone(log):
+    log.write("start", 0, {})
+    for step in (2, 4):
+        log.write("sync", step, {})
+    log.rewind(3)
+    assert events(log) == [("start", 0), ("sync", 2)]
+
+
+def test_what_comes_after_a_line_that_was_cut_short_is_read(log):
+    log.path.parent.mkdir()
+    log.path.write_text('{"event": "sync", "st{"event": "start", "step": 0}\n{"event": "sync", "step": 2}\n')
+    assert events(log) == [("sync", 2)]
+
+
 @pytest.mark.parametrize("rest", ["", "{", '{"event": "train", "st'])
 def test_a_line_that_a_crash_cut_short_is_left_out_and_then_gone(log, rest):
     log.write("train", 1, {})

@@ -24,6 +24,7 @@ from pool import Pool
 from safetensors.numpy import load_file
 
 import ds_pso
+from ds_pso.metrics import read_metrics
 from ds_pso.simulated_world import Crew
 from ds_pso.swarm import Swarm
 
@@ -78,7 +79,7 @@ def test_a_run_can_be_repeated_bit_for_bit(pool: Pool):
 def slow_letters(case: Case, slow: int | None) -> Any:
     def life(swarm: Swarm) -> Any:
         records: list[dict[str, Any]] = []
-        swarm.log = lambda event, **values: records.append(values)
+        swarm.log = lambda event, **values: event == "sync" and records.append(values)
         engine = attached(case, swarm)
         for step in range(case.steps):
             if swarm.particle == slow:
@@ -452,7 +453,8 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(pool: Pool, tmp_path:
     (resumed,) = pool.run(resume, RULES[rule], tmp_path, world_size=1)
     for mine, expected in zip(resumed, whole, strict=True):
         assert_equal(mine, expected)
-    assert (tmp_path / "metrics.jsonl").is_file()
+    start = read_metrics(tmp_path / "metrics.jsonl")[0]
+    assert (start["event"], start["backend"], start["particles"], start["ranks"]) == ("start", "simulated", 3, 1)
 
 
 def evaluate(case: Case, folder: Path) -> Any:

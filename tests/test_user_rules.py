@@ -244,7 +244,7 @@ def gossip(case: Case, meetings: int, dead: dict[int, int], folder: Path) -> lis
 
     def life(swarm: Swarm) -> list[Any]:
         records: list[dict[str, Any]] = []
-        swarm.log = lambda event, **values: records.append(values)
+        swarm.log = lambda event, **values: event == "sync" and records.append(values)
         swarm.attach(build_engine(case, swarm.ds_config))
         tensors = swarm.synchronizer.shards.tensors
         noise = torch.Generator().manual_seed(swarm.particle)
@@ -343,6 +343,6 @@ def test_it_starts_as_its_docstring_says(tmp_path: Path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == [2, 4]
-    for record in records:
+    assert [(record["event"], record["step"]) for record in records] == [("start", 0), ("sync", 2), ("sync", 4)]
+    for record in records[1:]:
         assert all(source != i for i, source in enumerate(record["sources"]))

@@ -44,7 +44,7 @@ def decisions(cases: list[Case], lies: list[tuple[float, ...]]) -> list[Any]:
     found = []
     for lie, (case, swarm, engine) in zip(lies, one_after_the_other(cases), strict=True):
         records: list[dict[str, Any]] = []
-        swarm.log = lambda event, records=records, **values: records.append(values)
+        swarm.log = lambda event, records=records, **values: event == "sync" and records.append(values)
         train(case, engine, spoil=Lie(lie))
         found.append((records, working_weights(engine)))
     return found
@@ -89,7 +89,7 @@ def probe_of_nan(case: Case, mad: tuple[int, ...]) -> Any:
     records: list[dict[str, Any]] = []
     with swarm_of(case, attach=False) as (swarm, engine):
         real = probe_of(case, engine)
-        swarm.log = lambda event, **values: records.append(values)
+        swarm.log = lambda event, **values: event == "sync" and records.append(values)
         swarm.attach(engine, probe=lambda index: real(index) * (math.nan if swarm.world.layout.rank in mad else 1))
         train(case, engine)
         return records, working_weights(engine)
@@ -119,7 +119,7 @@ def lose_the_weights(case: Case, mad: int) -> Any:
             for tensor in swarm.synchronizer.shards.tensors:
                 tensor.fill_(math.nan)
         records: list[dict[str, Any]] = []
-        swarm.log = lambda event, **values: records.append(values)
+        swarm.log = lambda event, **values: event == "sync" and records.append(values)
         swarm.sync()
         after = working_weights(engine)
         train(case, engine, range(3, 6))

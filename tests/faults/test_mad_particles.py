@@ -55,7 +55,7 @@ def job(case: Case, spoil: Spoil) -> Any:
     """Six steps, three sync points; the particle goes mad before the second."""
     records: list[dict[str, Any]] = []
     with swarm_of(case) as (swarm, engine):
-        swarm.log = lambda event, **values: records.append(values)
+        swarm.log = lambda event, **values: event == "sync" and records.append(values)
         applied = []
         for step in range(6):
             train(case, engine, range(step, step + 1), spoil=spoil)

@@ -33,7 +33,7 @@ def wait_for(*paths: Path) -> None:
 
 def listen(swarm: Any) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
-    swarm.log = lambda event, **values: records.append(values)
+    swarm.log = lambda event, **values: event == "sync" and records.append(values)
     return records
 
 

@@ -1,0 +1,210 @@
+"""How the figures of a report are drawn and saved: colours, axes, labels beside lines, SVG and PNG."""
+
+from __future__ import annotations
+
+import html
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.transforms import Bbox
+
+# Of the page and its figures. The first six of the series are Okabe and Ito's, which the colour-blind tell apart,
+# those that are pale on white made darker.
+LIGHT = {
+    **{"paper": "#ffffff", "ink": "#1b1f24", "muted": "#5b6570", "grid": "#dfe3e8"},
+    **{"c0": "#0072b2", "c1": "#d55e00", "c2": "#00906a", "c3": "#b85c92", "c4": "#b07a00", "c5": "#3f97c9"},
+}
+DARK = {
+    **{"paper": "#14171b", "ink": "#e8eaed", "muted": "#9aa4af", "grid": "#31373e"},
+    **{"c0": "#4da3dc", "c1": "#f0813a", "c2": "#2fbf95", "c3": "#e08fbe", "c4": "#e0ac3a", "c5": "#8fd0f2"},
+}
+INK, MUTED, GRID = LIGHT["ink"], LIGHT["muted"], LIGHT["grid"]
+SERIES = [value for name, value in LIGHT.items() if name.startswith("c")]
+LINES = ("-", "--", ":", "-.")  # once the colours are used up
+
+STEPS = "optimizer steps"
+WIDTH = 5.4  # inches
+POINTS = 400  # of a line at most
+FEW = len(SERIES)  # particles that have a color and a name each
+STYLE = {
+    "figure.facecolor": LIGHT["paper"],
+    "figure.constrained_layout.use": True,
+    "font.family": "DejaVu Sans",
+    "font.size": 8.5,
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": MUTED,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 8.5,
+    "axes.titlepad": 8,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 3,
+    "xtick.major.width": 0.6,
+    "ytick.major.size": 0,
+    "ytick.minor.size": 0,
+    "lines.linewidth": 1.8,
+    "lines.solid_joinstyle": "round",
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "svg.fonttype": "none",
+}
+
+
+@dataclass(frozen=True)
+class End:
+    """Where a line ends, and what it is called."""
+
+    x: float
+    y: float
+    text: str
+    color: str
+
+
+def color_of(number: int) -> str:
+    return SERIES[number % len(SERIES)]
+
+
+def line_of(number: int) -> str:
+    return LINES[number // len(SERIES) % len(LINES)]
+
+
+def short(label: str, length: int = 18) -> str:
+    return label if len(label) <= length else f"{label[: length // 2]}…{label[-((length - 1) // 2) :]}"
+
+
+def new_figure(heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
+    """Axes below one another, over the same range; heights in inches."""
+    figure = Figure(figsize=(WIDTH, sum(heights)))
+    axes = figure.subplots(len(heights), 1, squeeze=False, sharex=True, height_ratios=list(heights))
+    return figure, [row[0] for row in axes]
+
+
+def thin(values: Sequence[float]) -> np.ndarray:
+    """At most POINTS numbers, each the mean of as many neighbours; NaN where none of them is finite."""
+    array = np.asarray(values, dtype=float)
+    size = max(1, math.ceil(len(array) / POINTS))
+    array = np.pad(array, (0, -len(array) % size), constant_values=math.nan).reshape(-1, size)
+    known = np.isfinite(array)
+    count = known.sum(axis=1)
+    return np.where(count > 0, np.where(known, array, 0.0).sum(axis=1) / np.maximum(count, 1), math.nan)
+
+
+def draw(axes: Axes, x: np.ndarray, y: np.ndarray, **options: Any) -> tuple[float, float] | None:
+    """A line, with dots where there are few; returns where it ends, None if there is nothing to see."""
+    known = np.flatnonzero(np.isfinite(y) & np.isfinite(x))
+    if not len(known):
+        return None
+    dots = {"marker": "o", "markersize": 3} if len(known) <= 40 else {}
+    axes.plot(x, y, **{**dots, **options})
+    return float(x[known[-1]]), float(y[known[-1]])
+
+
+def finish(axes: Axes, ends: Sequence[End] = (), *, title: str, xlabel: str = "", from_zero: bool = False) -> None:
+    """Limits, ticks, and a label beside the end of each line, moved apart where they would overlap."""
+    axes.set_title(title, parse_math=False)
+    axes.set_xlabel(xlabel)
+    axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10], integer=xlabel in ("", STEPS)))
+    values = np.concatenate([line.get_ydata() for line in axes.lines] or [np.zeros(0)])
+    values = values[np.isfinite(values)]
+    low, high = (values.min(), values.max()) if len(values) else (0.0, 0.0)
+    if from_zero:
+        axes.set_ylim(0.0, 1.08 * high or 1.0)
+    elif low > 0 and high / low > 30:
+        ticks = LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 1000 else (1.0,), numticks=8)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(ticks)
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    inches = figure.get_size_inches()[1] / len(figure.axes)
+    axes.get_ylim()  # brings the limits up to date
+    to_axes = axes.transData + axes.transAxes.inverted()
+    heights = [float(to_axes.transform((end.x, end.y))[1]) for end in ends]
+    for end, height in zip(ends, spread(heights, gap=0.155 / max(0.6, inches - 0.8)), strict=True):
+        axes.annotate(
+            end.text,
+            (end.x, height),
+            xycoords=axes.get_xaxis_transform(),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color=end.color,
+            annotation_clip=False,
+            parse_math=False,
+        )
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """The same heights, moved so that neighbours are ``gap`` apart and none is below zero."""
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    up, down = [heights[i] for i in order], [heights[i] for i in order]
+    for k in range(1, len(order)):
+        up[k] = max(up[k], up[k - 1] + gap)
+        down[-k - 1] = min(down[-k - 1], down[-k] - gap)
+    middle = [(u + d) / 2 for u, d in zip(up, down, strict=True)]
+    lift = max(0.0, -min(middle, default=0.0))
+    moved = dict(zip(order, middle, strict=True))
+    return [moved[i] + lift for i in range(len(heights))]
+
+
+def save_png(figure: Figure, path: Path, title: str = "") -> None:
+    """``title`` comes above the figure, where on a page its heading is."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    width, height = figure.get_size_inches()
+    room = 0.3 if title else 0.0
+    with matplotlib.rc_context(STYLE):
+        _lay_out(figure)
+        if title:
+            figure.text(0.02, 1.0, title, va="bottom", fontsize=11, color=INK, parse_math=False)
+        box = Bbox([[0.0, 0.0], [width, height + room]])
+        figure.savefig(temporary, format="png", dpi=150, bbox_inches=box, metadata={"Software": None})
+    os.replace(temporary, path)
+
+
+def _lay_out(figure: Figure) -> None:
+    """Once for all files that are made of it: it takes longer than drawing them."""
+    if figure.get_layout_engine() is not None:
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+
+
+def to_svg(figure: Figure, name: str, title: str) -> str:
+    """An ``svg`` element for a page: its colours are the page's variables, and its ids begin with ``name``."""
+    file = StringIO()
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+        _lay_out(figure)
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    text = file.getvalue()
+    box = re.search(r'viewBox="([^"]*)"', text)
+    assert box is not None
+    text = text[text.index(">", text.index("<svg")) + 1 :]
+    text = re.sub(r"<!--.*?-->\s*|<style.*?</style>\s*", "", text, flags=re.DOTALL)  # text in them is escaped
+    variables = {value: f"var(--{key})" for key, value in LIGHT.items()}
+    text = re.sub(r"((?:fill|stroke): )(#[0-9a-f]{6})", lambda m: m[1] + variables.get(m[2], m[2]), text)
+    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = re.sub(r'(?:xlink:)?href="#', f'href="#{name}-', text).replace("url(#", f"url(#{name}-")
+    return f'<svg viewBox="{box[1]}" role="img" aria-label="{html.escape(title)}">{text}'

@@ -1,0 +1,189 @@
+"""The figures of a report, each with a sentence on what it shows; those of the losses are drawn here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ds_pso.report import sync_figures
+from ds_pso.report.drawing import (
+    FEW,
+    GRID,
+    INK,
+    LIGHT,
+    MUTED,
+    POINTS,
+    STEPS,
+    STYLE,
+    End,
+    color_of,
+    draw,
+    finish,
+    line_of,
+    new_figure,
+    short,
+    thin,
+)
+from ds_pso.report.runs import Losses, Run, columns
+
+HEIGHT = 2.8  # inches
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure for the page and for a file of its own, ``name.png``."""
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+
+
+def pictures(runs: Sequence[Run]) -> list[Picture]:
+    """Those that have something to show, in the order of the page."""
+    found = [
+        ("loss_steps", "Loss over steps", _caption_of_losses(runs), loss(runs, "steps")),
+        (
+            "loss_time",
+            "Loss over time",
+            "The same over the time since training began: here waiting and exchanging count, too.",
+            loss(runs, "time"),
+        ),
+        (
+            "loss_bytes",
+            "Loss over bytes received",
+            "The same over what one rank, the leader, has received at sync points: further left is cheaper."
+            + _without_bytes(runs),
+            loss(runs, "bytes"),
+        ),
+        (
+            "held_out",
+            "Held-out loss",
+            "Loss of each particle (thin) on data that none trains on, their mean (thick), "
+            "and the exported model (diamond).",
+            held_out(runs),
+        ),
+        *sync_figures.drawn(runs),
+    ]
+    return [Picture(name, title, caption, figure) for name, title, caption, figure in found if figure is not None]
+
+
+@matplotlib.rc_context(STYLE)
+def loss(runs: Sequence[Run], axis: str) -> Figure | None:
+    """Training loss over "steps", "time" or "bytes"; None if there is none.
+
+    A single run over steps also shows its held-out losses, and its sync points.
+    """
+    shows = {"bytes": lambda run: run.bytes_received, "time": lambda run: not run.is_simulated, "steps": lambda _: True}
+    shown = [run for run in runs if shows[axis](run)]
+    size, xlabel = _unit(shown, axis)
+    place: dict[str, Callable[[Run, Losses], float]] = {
+        "steps": lambda run, record: record.step,
+        "time": lambda run, record: (record.time_s - run.begin_s) / size,
+        "bytes": lambda run, record: run.bytes_by(record.step) / size,
+    }
+    figure, (axes,) = new_figure([HEIGHT])
+    ends = _curves(axes, runs, shown, lambda run: run.training, place[axis])
+    if axis == "steps" and len(runs) == 1:
+        ends += _held_out_dots(axes, runs[0])
+        if len(runs[0].syncs) <= 100:
+            steps = [sync.step for sync in runs[0].syncs]
+            axes.vlines(steps, 0, 1, transform=axes.get_xaxis_transform(), color=GRID, lw=0.6, zorder=0)
+    finish(axes, ends, title="loss", xlabel=xlabel)
+    return figure if axes.lines else None
+
+
+@matplotlib.rc_context(STYLE)
+def held_out(runs: Sequence[Run]) -> Figure | None:
+    """Held-out loss over steps; None if there is none."""
+    figure, (axes,) = new_figure([HEIGHT])
+    ends = _curves(axes, runs, runs, lambda run: run.held_out, lambda _, record: record.step)
+    for run in runs:
+        if math.isfinite(run.exported_loss):
+            color = INK if len(runs) == 1 else color_of(run.number)
+            axes.plot([run.steps], [run.exported_loss], "D", color=color, markersize=5)
+    finish(axes, ends, title="loss", xlabel=STEPS)
+    return figure if axes.lines else None
+
+
+def _curves(
+    axes: Axes,
+    runs: Sequence[Run],
+    shown: Sequence[Run],
+    records_of: Callable[[Run], Sequence[Losses]],
+    place: Callable[[Run, Losses], float],
+) -> list[End]:
+    """The mean of each run, and thin lines for its particles; these have a name if there is but one run."""
+    ends = []
+    for run in shown:
+        records, alone = records_of(run), len(runs) == 1
+        x = thin([place(run, record) for record in records])
+        losses = {i: column for i, column in enumerate(columns(records)) if any(map(math.isfinite, column))}
+        alike = all(values == losses[min(losses)] for values in losses.values())
+        if len(losses) > 1 and alike:  # after a consensus
+            losses = {}
+        named = alone and len(losses) <= FEW
+        color = INK if alone else color_of(run.number)
+        for particle, values in losses.items() if len(losses) > 1 else []:
+            own = color_of(particle) if named else MUTED if alone else color
+            width, alpha = (1.0, 1.0) if named else (0.5, 0.6)
+            end = draw(axes, x, thin(values), color=own, lw=width, alpha=alpha, marker="")
+            if named and end:
+                ends.append(End(*end, f"particle {particle}", own))
+        end = draw(axes, x, thin([record.mean for record in records]), color=color, ls=line_of(run.number))
+        if end:
+            which = "mean" if len(losses) > 1 else f"particle {min(losses)}" if losses else "all particles"
+            name = short(run.label) if not alone else which if run.num_particles > 1 else ""
+            ends.append(End(*end, name, color))
+    return ends
+
+
+def _held_out_dots(axes: Axes, run: Run) -> list[End]:
+    """Of every particle, with one name for all."""
+    steps, ends, found = [record.step for record in run.held_out], [], columns(run.held_out)
+    found = found[:1] if all(losses == found[0] for losses in found) else found
+    for particle, losses in enumerate(found):
+        color = color_of(particle) if 1 < len(found) <= FEW else INK
+        dots = {"marker": "o", "markersize": 4, "markerfacecolor": LIGHT["paper"], "markeredgewidth": 1.0}
+        end = draw(axes, thin(steps), thin(losses), color=color, lw=1.0, ls=":", **dots)
+        if end:
+            ends.append(End(*end, "held-out", MUTED))
+    return ends[:1]
+
+
+def _unit(runs: Sequence[Run], axis: str) -> tuple[float, str]:
+    """What to divide by, and the label of the axis."""
+    if axis == "time":
+        most = max((run.seconds for run in runs), default=0.0)
+        size, unit = (3600.0, "hours") if most > 7200 else (60.0, "minutes") if most > 180 else (1.0, "seconds")
+        return size, f"{unit} since training began"
+    if axis == "bytes":
+        size, unit = sync_figures.byte_unit(runs)
+        return size, f"received by one rank, {unit}"
+    return 1.0, STEPS
+
+
+def _caption_of_losses(runs: Sequence[Run]) -> str:
+    kinds = sorted({"sync point" if run.training is run.syncs else "evaluation" for run in runs if run.training})
+    what = f"Mean training loss of each particle since the last {' or '.join(kinds)} (thin), and their mean (thick)"
+    if any(run.uses_probe and run.training is run.syncs for run in runs):
+        what = "Loss of each particle on the probe batch (thin), and their mean (thick)"
+    alone = len(runs) == 1 and runs[0]
+    if alone and alone.num_particles == 1:
+        what = "Training loss"
+    if alone and alone.held_out:
+        what += ", and on held-out data (rings)"
+    most = max((len(run.training) for run in runs), default=0)
+    thinned = f" Each point is the mean of {math.ceil(most / POINTS)} of them." if most > POINTS else ""
+    grey = " Grey lines are sync points." if alone and 0 < len(alone.syncs) <= 100 else ""
+    return f"{what}.{grey}{thinned}"
+
+
+def _without_bytes(runs: Sequence[Run]) -> str:
+    missing = [run.label for run in runs if not run.bytes_received]
+    return f" Nothing is counted in {', '.join(missing)}." if missing else ""

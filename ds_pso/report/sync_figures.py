@@ -1,0 +1,290 @@
+"""The figures of sync points: drift, who was best, what the rule did, time, bytes and bandwidth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from ds_pso.report.drawing import (
+    FEW,
+    GRID,
+    INK,
+    MUTED,
+    POINTS,
+    SERIES,
+    STEPS,
+    STYLE,
+    End,
+    color_of,
+    draw,
+    finish,
+    line_of,
+    new_figure,
+    short,
+    thin,
+)
+from ds_pso.report.runs import Run, Sync
+
+BARS = 60  # of a run at most
+# What a rule notes, under the name of the record; a rule of one's own has other names.
+NOTES = {
+    "weights": "weight in the consensus",
+    "lr_factors": "factor of the learning rate",
+    "scores": "loss on the probe batch",
+    "pressure": "pressure towards the others",
+    "inertia": "inertia that was taken",
+    "age": "sync points that the peer was behind",
+    "next_interval": "steps to the next sync point",
+}
+NOT_DRAWN = {"sync", "best", "sources", "from", "step_s", "staleness", "fragment", "fragments_staleness", "fragments_s"}
+
+Drawn = tuple[str, str, str, Figure | None]
+
+
+def drawn(runs: Sequence[Run]) -> list[Drawn]:
+    """Name, title, caption and figure of each; no figure where there is nothing to show."""
+    alone = len(runs) == 1
+    rules = [
+        (
+            "rule" if alone else f"rule_{run.number}",
+            "What the rule did" if alone else f"What the rule did: {run.label}",
+            "Numbers that the rule took or found at each sync point, where they changed.",
+            rule(run),
+        )
+        for run in runs
+    ]
+    return [
+        (
+            "drift",
+            "Drift between particles",
+            "How far the particles were from what they received, root mean square, in percent of its norm: "
+            "if it grows and grows, the interval is too long for the learning rate.",
+            drift(runs),
+        ),
+        (
+            "best",
+            "Who was best",
+            "The particle with the lowest loss at each sync point; a cross is a particle that was not finite. "
+            "With data alike for all, who is best is mostly chance.",
+            best(runs),
+        ),
+        *rules,
+        (
+            "sync_time",
+            "Time at sync points",
+            "How long a sync point stopped training at the leader: waiting for the last peer, exchange, anything else; "
+            "and what a delayed one did beside training.",
+            sync_time(runs),
+        ),
+        (
+            "bytes",
+            "Bytes received",
+            "What one rank, the leader, has received at sync points so far.",
+            received(runs),
+        ),
+        (
+            "bandwidth",
+            "Bandwidth",
+            "Bits received in a second inside the exchange, at the leader, where a sync point moved something.",
+            bandwidth(runs),
+        ),
+    ]
+
+
+def byte_unit(runs: Sequence[Run]) -> tuple[float, str]:
+    most = max((run.bytes_received for run in runs), default=0)
+    return next(((size, unit) for size, unit in ((1e9, "GB"), (1e6, "MB")) if most >= 2 * size), (1e3, "kB"))
+
+
+@matplotlib.rc_context(STYLE)
+def drift(runs: Sequence[Run]) -> Figure | None:
+    def points(run: Run) -> list[tuple[int, float]]:
+        return [(sync.step, 100 * sync.drift) for sync in run.syncs]
+
+    return _lines(runs, points, title="drift, %", from_zero=True)
+
+
+@matplotlib.rc_context(STYLE)
+def bandwidth(runs: Sequence[Run]) -> Figure | None:
+    def points(run: Run) -> list[tuple[int, float]]:
+        least = 0.01 * max((sync.bytes_received for sync in run.syncs), default=0)
+        syncs = [] if run.is_simulated else run.syncs
+        return [(sync.step, sync.bandwidth_mbit_s) for sync in syncs if sync.bytes_received > least]
+
+    return _lines(runs, points, title="Mbit/s")
+
+
+@matplotlib.rc_context(STYLE)
+def received(runs: Sequence[Run]) -> Figure | None:
+    size, unit = byte_unit(runs)
+
+    def points(run: Run) -> list[tuple[int, float]]:
+        steps = sorted({sync.step for sync in run.syncs}) if run.bytes_received else []
+        some = steps[:: -max(1, math.ceil(len(steps) / POINTS))]  # with the last one
+        return [(step, run.bytes_by(step) / size) for step in reversed(some)]
+
+    return _lines(runs, points, title=unit, from_zero=True)
+
+
+def _lines(
+    runs: Sequence[Run],
+    points: Callable[[Run], Sequence[tuple[float, float]]],
+    *,
+    title: str,
+    from_zero: bool = False,
+) -> Figure | None:
+    """One for each run, over steps."""
+    figure, (axes,) = new_figure([2.6])
+    ends = []
+    for run in runs:
+        x, y = (thin(values) for values in list(zip(*points(run), strict=True)) or ((), ()))
+        end = draw(axes, x, y, color=color_of(run.number), ls=line_of(run.number))
+        if end:
+            ends.append(End(*end, short(run.label) if len(runs) > 1 else "", color_of(run.number)))
+    finish(axes, ends, title=title, xlabel=STEPS, from_zero=from_zero)
+    return figure if axes.lines else None
+
+
+@matplotlib.rc_context(STYLE)
+def best(runs: Sequence[Run]) -> Figure | None:
+    """A row for each particle, and a mark where it was best; None where fewer than two losses were known."""
+    shown = [run for run in runs if any(sync.best is not None for sync in run.syncs)]
+    if not shown:
+        return None
+    figure, rows = new_figure([0.8 + 0.26 * min(run.num_particles, 12) for run in shown])
+    rows[0].set_xlim(0, 1.02 * max(run.steps for run in shown))
+    for axes, run in zip(rows, shown, strict=True):
+        syncs = run.syncs[:: math.ceil(len(run.syncs) / 1000)]
+        names = run.num_particles <= 12
+        for particle in range(run.num_particles):
+            steps = [sync.step for sync in syncs if sync.best == particle]
+            color = color_of(particle) if run.num_particles <= FEW else SERIES[0]
+            axes.axhline(particle, color=GRID, lw=0.6, zorder=0)
+            size = max(2.5, min(11, 110 / run.num_particles))
+            axes.plot(steps, [particle] * len(steps), "|", color=color, markersize=size, markeredgewidth=1.8)
+            dead = [sync.step for sync in syncs if particle < len(sync.alive) and not sync.alive[particle]]
+            axes.plot(dead, [particle] * len(dead), "x", color=INK, markersize=min(5, size), markeredgewidth=1.2)
+            if names:
+                count = sum(sync.best == particle for sync in run.syncs)
+                text = f"{count} of {len(run.syncs)}"
+                axes.annotate(
+                    text,
+                    (1, particle),
+                    xycoords=axes.get_yaxis_transform(),
+                    xytext=(6, 0),
+                    textcoords="offset points",
+                    va="center",
+                    color=color,
+                )
+        axes.set_ylim(run.num_particles - 0.4, -0.6)
+        axes.grid(visible=False)
+        if names:
+            axes.set_yticks(range(run.num_particles))
+        title = "particle" if len(shown) == 1 else f"{run.label}: particle"
+        finish(axes, title=title, xlabel=STEPS if axes is rows[-1] else "")
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def rule(run: Run) -> Figure | None:
+    """What the rule noted, each kind of number in a frame of its own; None if nothing changed."""
+    panels = [(key, _noted(run.syncs, key)) for key in _keys(run)]
+    panels = [(key, values) for key, values in panels if _changes(values)][:6]
+    if not panels:
+        return None
+    figure, rows = new_figure([1.7 if len(values) == 1 else 2.1 for _, values in panels])
+    x = thin([sync.step for sync in run.syncs])
+    for axes, (key, values) in zip(rows, panels, strict=True):
+        ends, named = [], 1 < len(values) <= FEW
+        for particle, line in enumerate(values):
+            color = color_of(particle) if named or len(values) == 1 else MUTED
+            end = draw(axes, x, thin(line), color=color, lw=1.2 if len(values) > 1 else 1.8)
+            if named and end:
+                ends.append(End(*end, f"particle {particle}", color))
+        finish(axes, ends, title=NOTES.get(key, key.replace("_", " ")), xlabel=STEPS if axes is rows[-1] else "")
+    return figure
+
+
+def _keys(run: Run) -> list[str]:
+    return [key for key in dict.fromkeys(key for sync in run.syncs for key in sync.note) if key not in NOT_DRAWN]
+
+
+def _noted(syncs: Sequence[Sync], key: str) -> list[list[float]]:
+    """One line of numbers, or one for each particle; none if it is something else."""
+    found = [sync.note.get(key) for sync in syncs]
+    if all(value is None or _is_number(value) for value in found):
+        return [[math.nan if value is None else float(value) for value in found]]
+    rows = [value if isinstance(value, list) and all(map(_is_number, value)) else [] for value in found]
+    width = max(map(len, rows))
+    if any(len(row) not in (0, width) for row in rows):
+        return []
+    return [[float(row[i]) if row else math.nan for row in rows] for i in range(width)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _changes(lines: Sequence[Sequence[float]]) -> bool:
+    known = [value for line in lines for value in line if math.isfinite(value)]
+    return len(known) > 0 and max(known) - min(known) > 1e-9
+
+
+PARTS = {
+    "waiting": SERIES[4],
+    "exchange": SERIES[0],
+    "other stop": MUTED,
+    "beside training": SERIES[5],
+}
+
+
+@matplotlib.rc_context(STYLE)
+def sync_time(runs: Sequence[Run]) -> Figure | None:
+    """A bar for each sync point, or the mean of neighbours; the times of a simulation mean nothing."""
+    shown = [run for run in runs if run.syncs and not run.is_simulated]
+    if not shown:
+        return None
+    figure, rows = new_figure([2.6 if len(shown) == 1 else 1.9] * len(shown))
+    used = np.zeros(len(PARTS))
+    for axes, run in zip(rows, shown, strict=True):
+        times = np.array([_parts(sync) for sync in run.syncs])
+        used += times.sum(axis=0)
+        size = math.ceil(len(times) / BARS)
+        groups = np.array_split(np.arange(len(times)), range(size, len(times), size))
+        left = run.start.step if run.start and run.start.step < run.syncs[0].step else 0
+        heights = np.array([times[group].mean(axis=0) for group in groups])
+        factor, unit = (1000, "ms") if heights.sum(axis=1).max() < 1 else (1, "s")
+        right = np.array([run.syncs[group[-1]].step for group in groups])
+        width = np.diff(right, prepend=left)
+        bottom = np.zeros(len(groups))
+        for (name, color), height in zip(PARTS.items(), factor * heights.T, strict=True):
+            axes.bar(right - width / 2, height, 0.8 * width, bottom, color=color, label=name)
+            bottom += height
+        axes.set_ylim(0, 1.1 * bottom.max() or 1.0)
+        title = f"{unit} a sync point" if len(runs) == 1 else f"{run.label}: {unit} a sync point"
+        finish(axes, title=title, xlabel=STEPS if axes is rows[-1] else "")
+    if not used.any():
+        return None
+    handles, names = rows[0].get_legend_handles_labels()
+    chosen = [
+        (handle, name) for handle, name, time in zip(handles, names, used, strict=True) if time > 0.005 * used.sum()
+    ]
+    place = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 2.2}  # above the title
+    rows[0].legend(*zip(*chosen, strict=True), ncols=len(chosen), handlelength=0.9, columnspacing=1.2, **place)
+    return figure
+
+
+def _parts(sync: Sync) -> list[float]:
+    """Seconds of each of PARTS. What peers do in the background does not hold training up."""
+    stop, waited, exchange, beside = (
+        value if math.isfinite(value) else 0.0
+        for value in (sync.seconds, sync.waited_s, sync.exchange_s, sync.overlapped_s)
+    )
+    if beside or sync.note.get("staleness"):
+        return [0.0, 0.0, stop, beside]
+    return [waited, exchange, max(0.0, stop - waited - exchange), 0.0]

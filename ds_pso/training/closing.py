@@ -1,0 +1,46 @@
+"""The closing words: a sample of what was learned, and the summary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ds_pso.training.progress import human_bytes
+
+
+def generate_sample(model: Any, tokenizer: Any, prompt: str, num_tokens: int = 60) -> str:
+    """Prompt and continuation, sampled with a fixed seed."""
+    import torch
+
+    torch.manual_seed(0)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    output = model.generate(**inputs, max_new_tokens=num_tokens, do_sample=True, top_k=20, temperature=0.8)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def summary(
+    *,
+    run_dir: Path,
+    files: dict[str, Path],
+    first_loss: float,
+    last_loss: float,
+    swarm_bytes: int,
+    gradient_bytes: int,
+    sync_line: str,
+    sample: str,
+) -> str:
+    """The closing words, as text."""
+    lines = ["", f"Held-out loss: {first_loss:.3f} before training, {last_loss:.3f} for the exported model"]
+    lines.append(sync_line)
+    if swarm_bytes:
+        ratio = gradient_bytes / swarm_bytes
+        lines.append(
+            f"Exchanged between particles: {human_bytes(swarm_bytes)}; synchronous training would have exchanged "
+            f"{human_bytes(gradient_bytes)} of gradients in the same steps ({ratio:.1f} x)"
+        )
+    lines.append(f"Written to {run_dir}/:")
+    width = max(len(str(path)) for path in files.values())
+    lines += [f"  {path!s:<{width}}  {what}" for what, path in files.items()]
+    lines.append("Sample:")
+    lines += [f"  {line}" for line in sample.splitlines()]
+    return "\n".join(lines)

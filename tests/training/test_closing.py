@@ -1,0 +1,44 @@
+"""The closing words of a run."""
+
+from pathlib import Path
+
+import pytest
+
+from ds_pso.training.closing import summary
+from ds_pso.training.progress import human_bytes
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (12_345_678, "12.3 MB"), (5e15, "5000.0 TB")]
+)
+def test_human_bytes(count, text):
+    assert human_bytes(count) == text
+
+
+def test_summary_names_files_bytes_and_losses():
+    text = summary(
+        run_dir=Path("runs/x"),
+        files={"the losses as a picture": Path("runs/x/loss.png")},
+        first_loss=8.25,
+        last_loss=4.5,
+        swarm_bytes=1_000_000,
+        gradient_bytes=16_000_000,
+        sync_line="5 sync points",
+        sample="def f():\n  pass",
+    )
+    for expected in ("8.250", "4.500", "1.0 MB", "16.0 MB", "16.0 x", "runs/x/loss.png", "  def f():"):
+        assert expected in text
+
+
+def test_summary_of_one_particle_does_not_speak_of_exchange():
+    text = summary(
+        run_dir=Path("r"),
+        files={"a": Path("b")},
+        first_loss=1,
+        last_loss=1,
+        swarm_bytes=0,
+        gradient_bytes=0,
+        sync_line="",
+        sample="",
+    )
+    assert "Exchanged" not in text
