@@ -13,14 +13,16 @@ from typing import Any, NoReturn
 from ds_pso.errors import ConfigError
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as ConfigError."""
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see --help")
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Raises ConfigError on a wrong argument."""
-    parser = _Parser(
+    parser = Parser(
         prog="train.py",
         allow_abbrev=False,
         description="Train a causal language model with a swarm of DeepSpeed ZeRO particles.",
@@ -39,11 +41,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="a text file, a folder of text files, a datasets id, or `python`: the source code of "
         "Python's standard library (default)",
     )
-    add("--steps", type=_positive, default=400, help="optimizer steps (default: %(default)s)")
-    add("--seq_length", type=_positive, default=128, help="tokens per sample (default: %(default)s)")
+    add("--steps", type=positive, default=400, help="optimizer steps (default: %(default)s)")
+    add("--seq_length", type=positive, default=128, help="tokens per sample (default: %(default)s)")
     add("--output_dir", type=Path, default=Path("runs/latest"), help="run folder (default: %(default)s)")
-    add("--eval_every", type=_positive, default=40, help="steps between held-out evaluations (default: %(default)s)")
-    add("--save_every", type=_positive, help="steps between checkpoints (default: only at the end)")
+    add("--eval_every", type=positive, default=40, help="steps between held-out evaluations (default: %(default)s)")
+    add("--save_every", type=positive, help="steps between checkpoints (default: only at the end)")
     add("--resume", action="store_true", help="continue from the latest checkpoint in --output_dir")
     add("--seed", type=int, default=0, help="of model, data order and dropout (default: %(default)s)")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
@@ -53,7 +55,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A type for ``add_argument``."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
     return int(text)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +16,27 @@ from torch.utils.data import DataLoader
 
 import ds_pso
 from ds_pso import metrics
-from ds_pso.errors import CheckpointError, ConfigError, SwarmError
-from ds_pso.files import write_atomically
+from ds_pso.errors import CheckpointError, ConfigError
+from ds_pso.report import write_loss_picture, write_report
 from ds_pso.swarm import Swarm
 from ds_pso.training.arguments import fill_auto, parse_arguments, read_deepspeed_config
+from ds_pso.training.closing import generate_sample, summary
 from ds_pso.training.model import HeldOut, build_model, causal_loss, load_tokenizer
 from ds_pso.training.progress import Progress
-from ds_pso.training.report import generate_sample, plot_losses, summary
+from ds_pso.training.start import move_aside, run, write_record
 from ds_pso.training.text import Corpus, load_corpus
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the job; errors that ds_pso foresaw become one line and exit code 1."""
-    is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"  # of each node: a file may be missing on one only
-    try:
+    """Run the job; the exit code is 1 after an error that ds_pso foresaw."""
+
+    def body() -> None:
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        config = read_deepspeed_config(arguments.deepspeed_config, world_size)
-        if not torch.cuda.is_available():
-            _settle_on_cpu(world_size)
-        _quieten()
+        config = read_deepspeed_config(arguments.deepspeed_config, int(os.environ.get("WORLD_SIZE", "1")))
         with ds_pso.init(config, run_dir=arguments.output_dir) as swarm:
             train(swarm, arguments)
-    except SwarmError as error:
-        if is_first_here or not error.agreed:
-            print(f"ds_pso: error: {error}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+
+    return run(body)
 
 
 def train(swarm: Swarm, arguments: argparse.Namespace) -> None:
@@ -135,7 +127,8 @@ def _finish(
     model = transformers.AutoModelForCausalLM.from_pretrained(exported).to(engine.device).eval()
     last_loss = held_out.evaluate_whole(model)
     swarm.log("exported", losses=[last_loss])
-    plot_losses(run_dir / "metrics.jsonl", run_dir / "loss.png")
+    write_loss_picture(run_dir, run_dir / "loss.png")
+    page = write_report([run_dir], images=False)
     gradient = next(p.dtype.itemsize for p in engine.module.parameters() if p.requires_grad)
     prompt = "def " if arguments.dataset == "python" else "The"
     print(
@@ -144,7 +137,8 @@ def _finish(
             files={
                 "resolved config": run_dir / "config.json",
                 "losses, sync points, bytes": run_dir / "metrics.jsonl",
-                "the same as a picture": run_dir / "loss.png",
+                "the losses as a picture": run_dir / "loss.png",
+                "all of it as a page": page,
                 "to continue with --resume": run_dir / "checkpoints",
                 "from_pretrained opens it": exported,
             },
@@ -181,42 +175,14 @@ def _first_held_out(path: Path) -> float:
 def _prepare_run_dir(swarm: Swarm, arguments: argparse.Namespace) -> None:
     """Keep what an earlier run left, unless it is to be continued; write the resolved config."""
     run_dir: Path = arguments.output_dir
-    record = {
-        "arguments": {key: value if isinstance(value, int) else str(value) for key, value in vars(arguments).items()},
-        "deepspeed": {**swarm.ds_config, "swarm": swarm.config.resolved()},
-    }
     with swarm.world.agree("preparing the run folder"):
         if not swarm.is_leader:
             return
         if arguments.resume and not (run_dir / "checkpoints").is_dir():
             raise CheckpointError(f"{run_dir}: nothing to resume (no checkpoints folder); leave out --resume")
         if not arguments.resume and (run_dir / "metrics.jsonl").exists():
-            _move_aside(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(run_dir / "config.json", json.dumps(record, indent=2) + "\n")
-
-
-def _move_aside(run_dir: Path) -> None:
-    """An older run keeps its results under the next free number."""
-    number = 1
-    while (old := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
-        number += 1
-    os.replace(run_dir, old)
-
-
-def _settle_on_cpu(world_size: int) -> None:
-    """Ranks on one machine share its cores instead of each taking all, and need no compiler."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size)))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
-    # DeepSpeed would compile a shared-memory all-reduce at start-up; gloo serves as well here.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def _quieten() -> None:
-    """Keep the output to what a person needs; DeepSpeed calls a deprecated collective at every step."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    transformers.utils.logging.disable_progress_bar()
+            move_aside(run_dir)
+        write_record(swarm, arguments)
 
 
 def _say(swarm: Swarm, message: str) -> None:

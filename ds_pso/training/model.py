@@ -13,6 +13,8 @@ from ds_pso.swarm import Swarm
 from ds_pso.training.arguments import parse_llama
 from ds_pso.training.text import Blocks
 
+_OR_BUILT = "llama:<layers>x<width>, "
+
 
 def load_tokenizer(model: str) -> Any:
     """The tokenizer that comes with a local or hub model; None for one built from scratch."""
@@ -20,19 +22,26 @@ def load_tokenizer(model: str) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    return _from_pretrained(AutoTokenizer, model)
+    return from_pretrained(AutoTokenizer, model, _OR_BUILT)
 
 
 def build_model(model: str, tokenizer: Any, seq_length: int, ds_config: dict[str, Any]) -> torch.nn.Module:
     """A Llama of the size that ``model`` names, or the pretrained model it points to."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
     if not model.startswith("llama:"):
         with _partitioned_loading(ds_config):
-            return _from_pretrained(AutoModelForCausalLM, model)
+            return from_pretrained(AutoModelForCausalLM, model, _OR_BUILT)
+    return LlamaForCausalLM(llama_config(model, len(tokenizer), seq_length, tokenizer.eos_token_id))
+
+
+def llama_config(model: str, vocabulary: int, seq_length: int = 0, end_of_text: int | None = None) -> Any:
+    """Of ``llama:<layers>x<width>``, as a ``transformers`` config."""
+    from transformers import LlamaConfig
+
     layers, width = parse_llama(model)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+    return LlamaConfig(
+        vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=width * 8 // 3 // 32 * 32,
         num_hidden_layers=layers,
@@ -40,20 +49,20 @@ def build_model(model: str, tokenizer: Any, seq_length: int, ds_config: dict[str
         num_key_value_heads=width // 32,
         max_position_embeddings=max(2048, seq_length),
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
+        bos_token_id=end_of_text,
+        eos_token_id=end_of_text,
+        pad_token_id=end_of_text,
     )
-    return LlamaForCausalLM(config)
 
 
-def _from_pretrained(kind: Any, model: str) -> Any:
+def from_pretrained(kind: Any, model: str, or_else: str = "", **options: Any) -> Any:
+    """``kind.from_pretrained(model)``; ConfigError if that fails, which also names what may be given ``or_else``."""
     try:
-        return kind.from_pretrained(model)
+        return kind.from_pretrained(model, **options)
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"--model {model}: cannot be loaded ({reason}); give llama:<layers>x<width>, a local folder or a hub id"
+            f"--model {model}: cannot be loaded ({reason}); give {or_else}a local folder or a hub id"
         ) from error
 
 

@@ -59,7 +59,14 @@ def check_run(folder, num_particles):
     """A finished run: all files there, the exported model opens, the loss went down."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    for name in ("config.json", "metrics.jsonl", "loss.png", "checkpoints/latest", "model/model.safetensors"):
+    for name in (
+        "config.json",
+        "metrics.jsonl",
+        "loss.png",
+        "report.html",
+        "checkpoints/latest",
+        "model/model.safetensors",
+    ):
         assert (folder / name).exists(), name
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     tokens = AutoTokenizer.from_pretrained(folder / "model")("swarm particle", return_tensors="pt").input_ids

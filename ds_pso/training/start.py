@@ -1,0 +1,71 @@
+"""What surrounds a training script: threads on a CPU, quiet libraries, errors in one line, a run folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import deepspeed
+import torch
+import transformers
+
+from ds_pso.errors import SwarmError
+from ds_pso.files import write_atomically
+from ds_pso.swarm import Swarm
+
+
+def run(body: Callable[[], None]) -> int:
+    """Run a script's body; errors that ds_pso foresaw become one line and exit code 1."""
+    is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"  # of each node: a file may be missing on one only
+    if not torch.cuda.is_available():
+        _settle_on_cpu()
+    _quieten()
+    try:
+        body()
+    except SwarmError as error:
+        if is_first_here or not error.agreed:
+            print(f"ds_pso: error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def _settle_on_cpu() -> None:
+    """Ranks on one machine share its cores instead of each taking all, and need no compiler."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        world_size = os.environ.get("WORLD_SIZE", "1")
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size)))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+    # DeepSpeed would compile a shared-memory all-reduce at start-up; gloo serves as well here.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _quieten() -> None:
+    """Keep the output to what a person needs; DeepSpeed calls a deprecated collective at every step."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    transformers.utils.logging.disable_progress_bar()
+
+
+def move_aside(run_dir: Path) -> None:
+    """An older run keeps its results under the next free number. Called on one rank."""
+    number = 1
+    while (old := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
+        number += 1
+    os.replace(run_dir, old)
+
+
+def write_record(swarm: Swarm, arguments: argparse.Namespace) -> None:
+    """``config.json``: the arguments, and the config with every default of the swarm section. Called on one rank."""
+    record = {
+        "arguments": {
+            key: value if isinstance(value, int | float) else str(value) for key, value in vars(arguments).items()
+        },
+        "deepspeed": {**swarm.ds_config, "swarm": swarm.config.resolved()},
+    }
+    run_dir: Path = arguments.output_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(run_dir / "config.json", json.dumps(record, indent=2) + "\n")
