@@ -15,6 +15,17 @@ from benchmarks.slow_link.runs import BANDWIDTHS, MICRO_BATCH, SEQ_LENGTH, Run
 from ds_pso.files import write_atomically
 
 CLAIMS = Path(__file__).parent / "claims.md"
+GAIN = "100 Mbit/s"  # the link of the picture that the README shows, and what it shows there
+GAINS = {
+    "DeepSpeed ZeRO-2, every step": Run("DeepSpeed", interval=1),
+    "torchft DiLoCo, every 8 steps": Run("torchft", "diloco", interval=8),
+    "ds_pso, every 8 steps": Run("ds_pso", interval=8),
+    "ds_pso, every 8 steps, int4, delay 2": Run("ds_pso", interval=8, wire="int4", delay=2),
+    "torchft DiLoCo, every 32 steps": Run("torchft", "diloco"),
+    "ds_pso, every 32 steps": Run("ds_pso"),
+    "ds_pso, every 32 steps, int4, streaming": Run("ds_pso", wire="int4", delay=1, fragments=4),
+}
+_COLOURS: dict[str, Any] = {"ds_pso": "C0", "torchft": "C1", "Accelerate": "C2", "DeepSpeed": "C3"}
 _TOKENS = 2 * MICRO_BATCH * SEQ_LENGTH  # of both ends, in a step
 
 _ABOUT = (
@@ -71,6 +82,7 @@ def write_report(table: SlowLinkTable) -> list[Path]:
         lines += ["", *CLAIMS.read_text(encoding="utf-8").splitlines()]
     write_atomically(page, "\n".join(lines).rstrip() + "\n")
     _draw(table, picture)
+    _draw_gain(table, table.path.with_name("gain.png"))
     return [page, picture]
 
 
@@ -80,6 +92,16 @@ def _share(table: SlowLinkTable, run: Run, row: Measured) -> float:
         r.step_s for a, r in table.rows.items() if not a.talks and replace(a, bandwidth=run.bandwidth) == run.alone
     ]
     return median(alone) / row.step_s if alone else float("nan")
+
+
+def shares(table: SlowLinkTable, name: str, bandwidth: str) -> list[float]:
+    """Compute share in percent, one for each repetition."""
+    found = [
+        100 * _share(table, run, row)
+        for run, row in table.rows.items()
+        if (run.name, run.bandwidth) == (name, bandwidth)
+    ]
+    return [share for share in found if not math.isnan(share)]
 
 
 def _grid(table: SlowLinkTable, value: Callable[[Run, Measured], float], spec: str) -> list[str]:
@@ -115,22 +137,47 @@ def _draw(table: SlowLinkTable, picture: Path) -> None:
     figure, panels = plt.subplots(
         1, len(shown), figsize=(3.2 + 2.6 * len(shown), 0.9 + 0.26 * len(names)), sharey=True, squeeze=False
     )
-    colours: dict[str, Any] = {"ds_pso": "C0", "torchft": "C1", "Accelerate": "C2", "DeepSpeed": "C3"}
     for panel, bandwidth in zip(panels.flat, shown, strict=True):
         for y, name in enumerate(names):
-            shares = [
-                100 * _share(table, r, row) for r, row in talking.items() if (r.name, r.bandwidth) == (name, bandwidth)
-            ]
-            if shares:
-                middle = median(shares)
-                panel.barh(y, middle, color=colours[name.split()[0]], height=0.7)
-                panel.plot([min(shares), max(shares)], [y, y], color="0.2", lw=1)
-                panel.text(middle + 2, y, f"{middle:.0f}", va="center", fontsize=7)
-        panel.set(title=bandwidth, xlim=(0, 115), xlabel="compute share, %", yticks=range(len(names)))
+            found = shares(table, name, bandwidth)
+            if found:
+                middle = median(found)
+                panel.barh(y, middle, color=_COLOURS[name.split()[0]], height=0.7)
+                panel.plot([min(found), max(found)], [y, y], color="0.2", lw=1)
+                panel.text(max(found) + 1.5, y, f"{middle:.0f}", va="center", fontsize=7)
+        panel.set(title=bandwidth, xlim=(0, 120), xlabel="compute share, %", yticks=range(len(names)))
         panel.axvline(95, color="0.6", lw=0.8, ls=":")
         panel.set_yticklabels(names, fontsize=8)
         panel.spines[["top", "right"]].set_visible(False)
     panels.flat[0].invert_yaxis()
+    _save(figure, picture)
+
+
+def _draw_gain(table: SlowLinkTable, picture: Path) -> None:
+    """What the README shows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    found = {label: shares(table, run.name, GAIN) for label, run in GAINS.items()}
+    if not all(found.values()):
+        return
+    figure, panel = plt.subplots(figsize=(7.6, 2.9))
+    for y, (label, values) in enumerate(found.items()):
+        panel.barh(y, median(values), color=_COLOURS[label.split()[0].strip(",")], height=0.72)
+        panel.plot([min(values), max(values)], [y, y], color="0.2", lw=1)
+        panel.text(max(values) + 1.5, y, f"{median(values):.0f} %", va="center", fontsize=9)
+    panel.set(xlim=(0, 108), xlabel=f"share of the time that is left for training over {GAIN}, %")
+    panel.set_yticks(range(len(found)), list(found), fontsize=9)
+    panel.invert_yaxis()
+    panel.spines[["top", "right"]].set_visible(False)
+    _save(figure, picture)
+
+
+def _save(figure: Any, picture: Path) -> None:
+    from matplotlib import pyplot as plt
+
     figure.tight_layout()
     temporary = picture.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=130)
