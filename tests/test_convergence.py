@@ -227,6 +227,7 @@ def test_small_versions_of_the_tables(pool: Pool, tmp_path: Path) -> None:
     assert outcomes[wanted["averaging"]].megabytes < 0.1 * outcomes[wanted["every step"]].megabytes
 
 
+@pytest.mark.slow
 def test_a_small_version_of_the_transformers(pool: Pool, tmp_path: Path) -> None:
     cell = Cell("gpt_small", "local_sgd", 4, 32, 64, seed=1, lr=0.004)
     rules = {"local_sgd": 32, "allreduce": 0, "easgd": 32, "none": 0}
@@ -239,6 +240,7 @@ def test_a_small_version_of_the_transformers(pool: Pool, tmp_path: Path) -> None
     assert loss["local_sgd"] < loss["none"] - 0.05
 
 
+@pytest.mark.slow
 def test_a_small_version_of_the_optimizer_states(pool: Pool, tmp_path: Path) -> None:
     cell = Cell("gpt_small", "local_sgd", 4, 8, 64, seed=1, lr=0.004)
     cells = {state: replace(cell, optimizer_state=state) for state in ("average", "reset")}

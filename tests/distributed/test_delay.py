@@ -31,7 +31,14 @@ RULES["swarm"] = replace(BASE, sync_mode="swarm", options=SWARM | {"guard": Fals
 
 @pytest.mark.parametrize(
     ("stage", "particles", "delay"),
-    [(0, 2, 1), (1, 2, 2), (2, 2, 3), (3, 2, 1), (2, 4, 2), (3, 4, 3)],
+    [
+        pytest.param(0, 2, 1, marks=pytest.mark.slow),
+        pytest.param(1, 2, 2, marks=pytest.mark.slow),
+        (2, 2, 3),
+        (3, 2, 1),
+        (2, 4, 2),
+        pytest.param(3, 4, 3, marks=pytest.mark.slow),
+    ],
 )
 def test_every_rule_is_corrected_by_the_steps_meanwhile(pool: Pool, stage: int, particles: int, delay: int) -> None:
     """x <- result + (x now - x when it began), against NumPy; a delay of the whole interval, too."""

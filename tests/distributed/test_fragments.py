@@ -43,7 +43,14 @@ def numbers_of(particle: list[Pieces], count: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("stage", "particles", "delay", "fragments"), [(0, 2, 3, 2), (1, 2, 3, 3), (2, 4, 2, 2), (3, 2, 3, 2), (2, 2, 3, 3)]
+    ("stage", "particles", "delay", "fragments"),
+    [
+        pytest.param(0, 2, 3, 2, marks=pytest.mark.slow),
+        pytest.param(1, 2, 3, 3, marks=pytest.mark.slow),
+        pytest.param(2, 4, 2, 2, marks=pytest.mark.slow),
+        (3, 2, 3, 2),
+        (2, 2, 3, 3),
+    ],
 )
 def test_every_rule_in_fragments(pool: Pool, stage: int, particles: int, delay: int, fragments: int) -> None:
     """Each element moves by the result, and keeps the steps since it was taken, when its fragment is due."""
@@ -138,7 +145,7 @@ def interrupted(case: Case, folder: Path, stop: int | None) -> Weights:
         return working_weights(engine)
 
 
-@pytest.mark.parametrize("stop", [4, 5, 6])
+@pytest.mark.parametrize("stop", [4, pytest.param(5, marks=pytest.mark.slow), 6])
 def test_resuming_between_fragments_is_exact(pool: Pool, tmp_path: Path, stop: int) -> None:
     """Begun at step 4; due at 6 and 7. Also with another number of fragments in the config from then on."""
     case = Case(sync_mode="easgd", steps=10, interval=4, seed=1, swarm={"delay": 3, "fragments": 2, "wire": "int8"})

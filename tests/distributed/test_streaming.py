@@ -21,7 +21,13 @@ TWO = {"streaming": True, "fragments": 2}
 
 @pytest.mark.parametrize(
     ("stage", "particles", "interval", "delay", "fragments"),
-    [(0, 2, 4, 2, 2), (1, 2, 6, 1, 3), (2, 4, 4, 1, 2), (3, 2, 4, 2, 2), (2, 2, 6, 2, 3)],
+    [
+        pytest.param(0, 2, 4, 2, 2, marks=pytest.mark.slow),
+        pytest.param(1, 2, 6, 1, 3, marks=pytest.mark.slow),
+        (2, 4, 4, 1, 2),
+        (3, 2, 4, 2, 2),
+        pytest.param(2, 2, 6, 2, 3, marks=pytest.mark.slow),
+    ],
 )
 def test_every_rule(pool: Pool, stage: int, particles: int, interval: int, delay: int, fragments: int) -> None:
     """Each fragment moves as if it were the whole model, met every interval, and began in its turn."""
