@@ -12,7 +12,7 @@ WITH_CONFIG = $(if $(and $(filter file,$(origin CONFIG)),$(filter %1 %3 %5 %7 %9
 # The deepspeed launcher and DeepSpeed's own builds look for python and ninja on PATH.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help train test coverage test-slow lint clean
+.PHONY: help train test coverage test-slow lint docs clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -32,8 +32,11 @@ test-slow: $(VENV)/.installed ## The tests that take minutes
 lint: $(VENV)/.installed ## What pre-commit runs: ruff and mypy
 	pre-commit run --all-files
 
+docs: $(VENV)/.installed ## Build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+
 $(VENV)/.installed: pyproject.toml launcher/install.sh
 	launcher/install.sh $(VENV)
 
 clean: ## Remove the virtual environment and caches; run folders stay
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* build *.egg-info
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* build site *.egg-info

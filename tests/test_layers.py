@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_version": set(),
     "errors": set(),
     "fitness": set(),
-    "metrics": set(),
+    "metrics": {"_version"},
     "lr_schedule": {"errors"},
     "sampler": {"errors"},
     "rules": set(),
@@ -54,15 +54,23 @@ MAY_IMPORT: dict[str, set[str]] = {
     "late": {"errors", "exchange", "fitness", "fragments", "meetings", "pending", "rules", "shards"},
     "synchronizer": {"exchange", "fitness", "late", "letters", "meetings", "pending", "rules", "shards"},
     "state": {"config", "errors", "exchange", "fitness", "meetings", "metrics", "sampler", "synchronizer", "world"},
-    "checkpoint": {"errors", "files", "state", "synchronizer"},
+    "blueprint": {"errors", "shards", "state"},
+    "checkpoint": {"blueprint", "errors", "files", "state", "synchronizer"},
     "export": {"errors", "files", "shards", "state"},
 }
 MAY_IMPORT["swarm"] = set(MAY_IMPORT) - {"_version"}
+MAY_IMPORT["hf_trainer"] = {"checkpoint", "errors", "monitor", "swarm"}
 MAY_IMPORT["simulate"] = {"config", "errors", "simulated_world", "swarm"}
 MAY_IMPORT["plan"] = {"config", "rules", "schedule"}
-MAY_IMPORT["cli"] = {"config", "errors", "plan", "simulate"}
+MAY_IMPORT["skeleton"] = {"errors"}
+MAY_IMPORT["consolidate"] = {"blueprint", "checkpoint", "errors", "exchange", "export", "rules", "shards", "skeleton"}
+MAY_IMPORT["report"] = {"_version", "errors", "files", "metrics"}
+MAY_IMPORT["commands"] = {
+    *("config", "consistency", "consolidate", "errors", "plan", "report", "rules", "simulate", "skeleton", "training"),
+}
+MAY_IMPORT["cli"] = {"commands", "errors"}
 MAY_IMPORT["ds_pso"] = {"_version", "errors", "simulate", "swarm"}
-MAY_IMPORT["training"] = {"ds_pso", "config", "errors", "files", "metrics", "swarm"}
+MAY_IMPORT["training"] = {"ds_pso", "config", "errors", "files", "metrics", "report", "swarm"}
 MAY_IMPORT["train"] = {"training"}
 
 # What a layer must not know about, of the world outside.
@@ -73,6 +81,7 @@ MUST_NOT_KNOW = [
     *[("synchronizer", name) for name in ("torch.distributed", "deepspeed", "transformers", "accelerate")],
     *[("swarm", name) for name in ("torch.distributed", "deepspeed", "transformers", "accelerate")],
     *[("training", name) for name in ("torch.distributed",)],
+    *[("report", name) for name in ("torch", "deepspeed", "transformers", "accelerate")],
     *[("config", name) for name in ("torch", "deepspeed", "transformers", "accelerate")],
 ]
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import pytest
 
 from benchmarks.slow_link import network
-from benchmarks.slow_link.report import write_report
+from benchmarks.slow_link.report import GAIN, GAINS, shares, write_report
 from benchmarks.slow_link.results import Measured, SlowLinkTable
 from benchmarks.slow_link.runs import BANDWIDTHS, Run, runs
 
@@ -107,6 +109,18 @@ def test_every_run_has_its_stack_alone_in_the_same_repetition() -> None:
     for run in wanted:
         warmup, measured = run.steps
         assert not run.talks or (warmup % run.interval, measured % run.interval) == (0, 0)
+
+
+def test_the_readme_tells_what_was_measured() -> None:
+    table, text = SlowLinkTable(), (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    told = text.split("results/gain.png)", 1)[1].split("Two ends", 1)[0]
+    assert GAIN.removesuffix("bit/s") in told
+    gains = {label: f"{median(shares(table, run.name, GAIN)):.0f} %" for label, run in GAINS.items()}
+    assert re.findall(r"\d+ %", told) == [
+        gains["DeepSpeed ZeRO-2, every step"],
+        gains["ds_pso, every 8 steps, int4, delay 2"],
+        gains["ds_pso, every 32 steps, int4, streaming"],
+    ]
 
 
 def test_shares_are_those_of_equal_repetitions(tmp_path: Path) -> None:
