@@ -205,6 +205,7 @@ def run_cells(folder: Path, cells: list[Cell]) -> dict[Cell, Outcome]:
     return outcomes
 
 
+@pytest.mark.slow
 def test_small_versions_of_the_tables(pool: Pool, tmp_path: Path) -> None:
     write_images(tmp_path)
     wanted = {

@@ -15,6 +15,8 @@ import yaml
 
 import ds_pso
 
+pytestmark = pytest.mark.slow  # wheel and sdist for all of them
+
 ROOT = Path(__file__).parents[1]
 VERSION = ds_pso.__version__
 NOT_IN_SDIST = (".ci/", ".git", ".pre-commit")  # of use in a clone only

@@ -16,6 +16,8 @@ from test_docs import PAGES, ROOT, TEXT, short
 
 import ds_pso
 
+pytestmark = pytest.mark.slow  # a site for all of them
+
 COUNTED = ("h1", "h2", "h3", "pre", "table", "tr", "li", "img")
 
 

@@ -66,9 +66,8 @@ def check(launcher: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.timeout(500)
-@pytest.mark.parametrize(
-    "launcher", ["torchrun", *(pytest.param(name, marks=pytest.mark.slow) for name in ("deepspeed", "accelerate"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "accelerate"])
 def test_the_same_script_under_every_launcher(launcher: str, tmp_path: Path) -> None:
     first = check(launcher, tmp_path)
     if launcher == "torchrun":  # resuming in fresh processes: once is enough
