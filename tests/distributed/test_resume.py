@@ -147,7 +147,7 @@ def assert_resumes(pool: Pool, case: Case, folder: Path, stop: int) -> list[Any]
 # An epoch has two steps: at 3 both the window and the epoch are half full.
 @pytest.mark.parametrize(
     ("stage", "stop"),
-    [(0, 3), (1, 3), (2, 3), (3, 3), (2, 4)],
+    [pytest.param(0, 3, marks=pytest.mark.slow), pytest.param(1, 3, marks=pytest.mark.slow), (2, 3), (3, 3), (2, 4)],
     ids=lambda number: f"{number}",
 )
 @pytest.mark.parametrize("sync_mode", RULES)
@@ -156,7 +156,7 @@ def test_resume_is_bit_exact(pool: Pool, tmp_path: Path, sync_mode: str, stage: 
     assert_resumes(pool, case, tmp_path, stop)
 
 
-@pytest.mark.parametrize(("stage", "stop"), [(0, 5), (3, 3)])
+@pytest.mark.parametrize(("stage", "stop"), [pytest.param(0, 5, marks=pytest.mark.slow), (3, 3)])
 @pytest.mark.parametrize("rule", LATER_RULES)
 def test_resume_of_the_later_rules(pool: Pool, tmp_path: Path, rule: str, stage: int, stop: int) -> None:
     case = replace(LATER_RULES[rule], stage=stage, dropout=BASE.dropout, batch_norm=True)

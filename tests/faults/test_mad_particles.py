@@ -76,7 +76,7 @@ def assert_sane(ranks: list[Any]) -> None:
 
 @pytest.mark.parametrize("sync_mode", RULES)
 @pytest.mark.parametrize("mad", [0, 1], ids=["particle 0 mad", "particle 1 mad"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_a_nan_loss(pool: Pool, stage: int, mad: int, sync_mode: str) -> None:
     """In pure fp32 at stage 0 the NaN reaches the weights, at the other stages the step is skipped."""
     case = Case(stage=stage, sync_mode=sync_mode, options=RULES[sync_mode])
@@ -94,7 +94,7 @@ def assert_healed(ranks: list[Any], case: Case, mad: int) -> None:
         assert ranks[0][0][1]["best"] != mad
 
 
-@pytest.mark.parametrize(("stage", "mad"), [(0, 1), (3, 0)])
+@pytest.mark.parametrize(("stage", "mad"), [pytest.param(0, 1, marks=pytest.mark.slow), (3, 0)])
 @pytest.mark.parametrize("rule", LATER_RULES)
 def test_a_nan_loss_under_the_later_rules(pool: Pool, rule: str, stage: int, mad: int) -> None:
     case = replace(LATER_RULES[rule], stage=stage)
@@ -111,7 +111,7 @@ def test_nan_on_one_rank_is_the_whole_particle(pool: Pool) -> None:
     assert [list(rank[0][1]["alive"]) for rank in ranks] == [[True, False]] * 4
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2, 3])
 @pytest.mark.parametrize("sync_mode", ["local_sgd", "pso"])
 def test_an_fp16_overflow(pool: Pool, stage: int, sync_mode: str) -> None:
     """The step is skipped, the loss is finite: the particle counts, with the weights it had."""

@@ -78,7 +78,13 @@ def check_run(folder, num_particles):
     return records
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+VARIANTS = ("pso_", "nosync.", "easgd", "line_search", "cpu_offload", "node_particles", "bf16")  # of what others show
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * any(part in name for part in VARIANTS)) for name in EXAMPLES],
+)
 def test_every_example_config_trains(pool, tiny, tmp_path, name):
     config = json.loads((REPO / "ds_config_examples" / name).read_text())
     results = pool.run(run_main, tiny(REPO / "ds_config_examples" / name), env={"LOCAL_WORLD_SIZE": "2"}, timeout=120)
