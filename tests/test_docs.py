@@ -90,6 +90,7 @@ def test_python_snippets_compile(snippet):
     compile(snippet, "snippet", "exec")
 
 
+@pytest.mark.slow
 def test_the_complete_script_of_the_api_page_runs(tmp_path):
     script = next(s for s in blocks(page("docs/api.md"), "python") if "__main__" in s)
     (tmp_path / "script.py").write_text(script, encoding="utf-8")

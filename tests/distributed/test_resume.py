@@ -147,7 +147,13 @@ def assert_resumes(pool: Pool, case: Case, folder: Path, stop: int) -> list[Any]
 # An epoch has two steps: at 3 both the window and the epoch are half full.
 @pytest.mark.parametrize(
     ("stage", "stop"),
-    [pytest.param(0, 3, marks=pytest.mark.slow), pytest.param(1, 3, marks=pytest.mark.slow), (2, 3), (3, 3), (2, 4)],
+    [
+        pytest.param(0, 3, marks=pytest.mark.slow),
+        pytest.param(1, 3, marks=pytest.mark.slow),
+        (2, 3),
+        (3, 3),
+        pytest.param(2, 4, marks=pytest.mark.slow),
+    ],
     ids=lambda number: f"{number}",
 )
 @pytest.mark.parametrize("sync_mode", RULES)

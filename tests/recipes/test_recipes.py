@@ -112,6 +112,7 @@ def test_cifar10_resnet(pool, tmp_path):
     assert accuracy == pytest.approx(metric, abs=0.002)
 
 
+@pytest.mark.slow
 def test_vit_cifar10(pool, tmp_path):
     from transformers import AutoModelForImageClassification
 
@@ -121,6 +122,7 @@ def test_vit_cifar10(pool, tmp_path):
     assert accuracy_of(lambda images: model(images).logits, tmp_path / "run") == pytest.approx(metric, abs=0.002)
 
 
+@pytest.mark.slow
 def test_seq_classification(pool, tmp_path):
     from datasets import Dataset
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -152,7 +154,7 @@ def test_causal_lm_pretrain_in_bf16(pool, tmp_path):
     assert model.generate(prompt, max_new_tokens=5, do_sample=False).shape == (1, prompt.shape[1] + 5)
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_causal_lm_finetune(pool, tmp_path, lora):
     from transformers import AutoModelForCausalLM
 
