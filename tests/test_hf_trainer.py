@@ -498,7 +498,7 @@ def refusals(folder: Path) -> dict[str, str]:
         trainer.add_callback(SwarmCallback(swarm, trainer))
         note("sampler", trainer.train)
 
-        monitored = {**swarm.ds_config, "tensorboard": {"enabled": True, "output_path": str(folder)}}
+        monitored = {**swarm.ds_config, "csv_monitor": {"enabled": True, "output_path": str(folder)}}
         note("monitor", lambda: a_trainer(swarm, folder, deepspeed=monitored).train())
     return found
 
@@ -517,7 +517,7 @@ def test_what_the_swarm_cannot_follow_is_refused(pool: Pool, tmp_path: Path) -> 
         assert found["few"] == "ConfigError: the train dataset has 3 samples for 4 ranks; use more"
         assert found["sampler"].startswith("UnsupportedError: the Trainer's train loader has a WeightedRandomSampler")
         assert found["monitor"].startswith(
-            "ConfigError: tensorboard: the particles would write into one another's files"
+            "ConfigError: csv_monitor: the particles would write into one another's files"
         )
 
 
