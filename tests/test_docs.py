@@ -114,6 +114,7 @@ def test_the_complete_script_of_the_api_page_runs(tmp_path):
     assert max(records[-1]["losses"]) < 0.2 * min(records[1]["losses"])
 
 
+@pytest.mark.slow
 def test_the_worked_example_of_contributing_works(tmp_path):
     """Carries out the steps of "Adding a rule" on a copy."""
     text = page("CONTRIBUTING.md")

@@ -59,6 +59,7 @@ def test_sync_points_in_the_background(pool: Pool) -> None:
     compare(pool, {n: replace(RULES[n], stage=0, steps=6, swarm={"delay": 1}) for n in names}, 2, exactly=True)
 
 
+@pytest.mark.slow
 def test_four_particles_to_rounding(pool: Pool) -> None:
     compare(pool, {name: replace(case, stage=0) for name, case in RULES_FOR_FOUR.items()}, 4, exactly=False)
 

@@ -275,6 +275,7 @@ def assert_two_particles(everyone: list[dict[str, Any]], ranks: int, hosts: list
 
 
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
+@pytest.mark.slow
 def test_two_nodes_with_an_address_and_a_name_each(tmp_path: Path) -> None:
     report, hosts = tmp_path / "report.json", ["node-a", "node-b"]
     with network.slow_link(1e9) as link:
