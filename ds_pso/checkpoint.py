@@ -19,10 +19,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import pickle
 import random
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,14 +32,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ds_pso.blueprint import MODEL, describe_shards, save_model_config
+from ds_pso.checkpoint_files import (
+    DEEPSPEED_TAG,
+    FORMAT,
+    LATEST,
+    check_files,
+    checksum,
+    find,
+    parse_record,
+    rank_stem,
+    weights_only,
+)
 from ds_pso.errors import CheckpointError, SwarmError
 from ds_pso.files import hash_file, replace_folder, write_atomically
 from ds_pso.state import SwarmState
-
-FORMAT = 5
-LATEST = "latest"
-DEEPSPEED_TAG = "deepspeed"
-
 
 # -- saving ---------------------------------------------------------------------------------
 
@@ -123,12 +126,8 @@ def _save_rank(swarm: SwarmState, folder: Path, particle: Path) -> None:
     }
     mine = [Path(f"{stem}.safetensors"), *_my_share(particle, swarm)]
     record["files"] = {str(path.relative_to(folder)): [path.stat().st_size, hash_file(path)] for path in mine}
-    record["checksum"] = _checksum(record)
+    record["checksum"] = checksum(record)
     write_atomically(Path(f"{stem}.json"), json.dumps(record))
-
-
-def _checksum(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record).encode()).hexdigest()[:16]
 
 
 def _own_tensors(swarm: SwarmState) -> dict[str, Tensor]:
@@ -178,7 +177,7 @@ def load(swarm: SwarmState, folder: Path, tag: str | None = None) -> int:
         source = find(folder, tag)
         record = _read_record(source, swarm)
         _check_fits(record, swarm, source)
-        _check_files(record, source)
+        check_files(record, source)
         tensors = _read_tensors(source, swarm)
     _load_engine(swarm, source / f"particle_{swarm.particle}", DEEPSPEED_TAG)
     _restore(swarm, record, tensors)
@@ -198,7 +197,7 @@ def check_part(swarm: SwarmState, folder: Path) -> None:
                 f"{folder}: holds nothing of the swarm, as a checkpoint that was interrupted or was written without "
                 "SwarmCallback; move it away and resume from an older one"
             )
-        _check_files(_read_record(folder, swarm), folder)
+        check_files(_read_record(folder, swarm), folder)
 
 
 def load_part(swarm: SwarmState, folder: Path, *, strict: bool = True) -> int:
@@ -226,60 +225,16 @@ def _load_engine(swarm: SwarmState, folder: Path, tag: str | None, strict: bool 
             raise CheckpointError(f"{folder}: DeepSpeed found nothing to load; the folder is incomplete")
 
 
-def find(folder: Path, tag: str | None = None) -> Path:
-    """The folder of checkpoint ``tag``, or of the one that ``latest`` names."""
-    pointer = folder / LATEST
-    if tag is None:
-        try:
-            tag = pointer.read_text(encoding="utf-8").strip()
-        except OSError as error:
-            raise CheckpointError(
-                f"{folder}: no checkpoint to resume ({LATEST} cannot be read: {error.strerror}); "
-                "check the path, or start without resuming"
-            ) from error
-    source = folder / tag
-    if not re.fullmatch(r"step_\d{8,}", tag) or not source.is_dir():
-        raise CheckpointError(f"{source}: no such checkpoint; name one of the step_* folders in {folder}")
-    return source
-
-
 def _read_record(source: Path, swarm: SwarmState) -> dict[str, Any]:
     path = Path(f"{rank_stem(source, swarm.world.layout.rank)}.json")
     try:
-        return _parse_record(path)
+        return parse_record(path)
     except OSError as error:
         present = len(list((source / "swarm").glob("rank_*.json")))
         raise CheckpointError(
             f"{path}: cannot be read ({error.strerror}); the checkpoint holds {present} ranks and this run has "
             f"{swarm.world.layout.world_size}: start as many as it was saved with"
         ) from error
-
-
-def verified_record(source: Path, rank: int) -> dict[str, Any]:
-    """The record of a rank, after checking it and the files that it names. For reading without a swarm."""
-    path = Path(f"{rank_stem(source, rank)}.json")
-    try:
-        record = _parse_record(path)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}); bring the files of all ranks together in one folder"
-        ) from error
-    _check_files(record, source)
-    return record
-
-
-def _parse_record(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: damaged ({error}); resume from another step_* folder") from error
-    if not isinstance(record, dict):
-        raise CheckpointError(f"{path}: damaged (not an object); resume from another step_* folder")
-    if record.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {record.get('format')!r} is not {FORMAT}; use the ds_pso that wrote it")
-    if record.pop("checksum", None) != _checksum(record):
-        raise CheckpointError(f"{path}: damaged (checksum differs); resume from another step_* folder")
-    return record
 
 
 def _check_fits(record: dict[str, Any], swarm: SwarmState, source: Path) -> None:
@@ -317,20 +272,6 @@ def _check_fits(record: dict[str, Any], swarm: SwarmState, source: Path) -> None
         reason = sampler.check(state)
         if reason:
             raise CheckpointError(f"{source}: {reason}; resume with the data it was saved with")
-
-
-def _check_files(record: dict[str, Any], source: Path) -> None:
-    for name, (size, digest) in record["files"].items():
-        path = source / name
-        if not path.is_file():
-            raise CheckpointError(f"{path}: missing; resume from another step_* folder")
-        if path.stat().st_size != size:
-            raise CheckpointError(
-                f"{path}: {path.stat().st_size} bytes instead of {size}, so it was cut short or overwritten; "
-                "resume from another step_* folder"
-            )
-        if hash_file(path) != digest:
-            raise CheckpointError(f"{path}: damaged (checksum differs); resume from another step_* folder")
 
 
 def _read_tensors(source: Path, swarm: SwarmState) -> dict[str, Tensor]:
@@ -371,35 +312,6 @@ def _restore_random(record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     torch.set_rng_state(tensors["random.torch"])
     if "random.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"])
-
-
-@contextlib.contextmanager
-def weights_only() -> Iterator[None]:
-    """DeepSpeed unpickles its checkpoints; allow its own state classes and plain data, nothing else."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    allowed = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
-    # Numbers: a learning rate computed with NumPy is a NumPy scalar.
-    allowed += [np.float64(0).__reduce__()[0], np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType]
-    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
-    before = {name: os.environ.pop(name, None) for name in names}
-    os.environ[names[0]] = "1"
-    try:
-        with torch.serialization.safe_globals(allowed):
-            yield
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        if isinstance(error, SwarmError):
-            raise
-        raise CheckpointError(f"DeepSpeed could not load its checkpoint: {str(error).splitlines()[0]}") from error
-    finally:
-        del os.environ[names[0]]
-        os.environ.update({name: value for name, value in before.items() if value is not None})
-
-
-def rank_stem(folder: Path, rank: int) -> Path:
-    return folder / "swarm" / f"rank_{rank:05d}"
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ds_pso.blueprint import MODEL
-from ds_pso.checkpoint import DEEPSPEED_TAG, LATEST, find, rank_stem, verified_record, weights_only
+from ds_pso.checkpoint_files import DEEPSPEED_TAG, LATEST, find, rank_stem, verified_record, weights_only
 from ds_pso.errors import CheckpointError, ConfigError
 from ds_pso.exchange import wire_dtype
 from ds_pso.export import replacing_model

@@ -615,7 +615,7 @@ def forget_the_rate_of_the_particle() -> None:
 def believe_every_file() -> None:
     from ds_pso import checkpoint
 
-    checkpoint._check_files = do_nothing
+    checkpoint.check_files = do_nothing
 
 
 @sabotage("faults/test_bad_checkpoints.py")
@@ -623,7 +623,7 @@ def load_before_checking() -> None:
     """Rank 0 begins to restore while the others still check."""
     from ds_pso import checkpoint
 
-    real = checkpoint._check_files
+    real = checkpoint.check_files
 
     def check(record: Any, source: Path) -> None:
         import random
@@ -631,7 +631,7 @@ def load_before_checking() -> None:
         random.seed(0)
         real(record, source)
 
-    checkpoint._check_files = check
+    checkpoint.check_files = check
 
 
 @sabotage("faults/test_bad_checkpoints.py")
@@ -641,9 +641,9 @@ def save_in_place() -> None:
 
     real = checkpoint._save_rank
 
-    def save_rank(swarm: Any, folder: Path) -> None:
+    def save_rank(swarm: Any, folder: Path, particle: Path) -> None:
         (folder.parent / "latest").write_text(folder.name)
-        real(swarm, folder)
+        real(swarm, folder, particle)
 
     checkpoint._save_rank = save_rank
 

@@ -55,7 +55,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "synchronizer": {"exchange", "fitness", "late", "letters", "meetings", "pending", "rules", "shards"},
     "state": {"config", "errors", "exchange", "fitness", "meetings", "metrics", "sampler", "synchronizer", "world"},
     "blueprint": {"errors", "shards", "state"},
-    "checkpoint": {"blueprint", "errors", "files", "state", "synchronizer"},
+    "checkpoint_files": {"errors", "files"},
+    "checkpoint": {"blueprint", "checkpoint_files", "errors", "files", "state", "synchronizer"},
     "export": {"errors", "files", "shards", "state"},
 }
 MAY_IMPORT["swarm"] = set(MAY_IMPORT) - {"_version"}
@@ -63,7 +64,9 @@ MAY_IMPORT["hf_trainer"] = {"checkpoint", "errors", "monitor", "swarm"}
 MAY_IMPORT["simulate"] = {"config", "errors", "simulated_world", "swarm"}
 MAY_IMPORT["plan"] = {"config", "rules", "schedule"}
 MAY_IMPORT["skeleton"] = {"errors"}
-MAY_IMPORT["consolidate"] = {"blueprint", "checkpoint", "errors", "exchange", "export", "rules", "shards", "skeleton"}
+MAY_IMPORT["consolidate"] = {
+    *("blueprint", "checkpoint_files", "errors", "exchange", "export", "rules", "shards", "skeleton"),
+}
 MAY_IMPORT["report"] = {"_version", "errors", "files", "metrics"}
 MAY_IMPORT["commands"] = {
     *("config", "consistency", "consolidate", "errors", "plan", "report", "rules", "simulate", "skeleton", "training"),

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import ds_pso
-from ds_pso import checkpoint, cli
+from ds_pso import cli
+from ds_pso.checkpoint_files import checksum
 from ds_pso.consolidate import consolidate, find_checkpoint, write
 from ds_pso.files import hash_file
 
@@ -326,7 +327,7 @@ def seal(source: Path, changed: Path) -> None:
         if name in record["files"]:
             del record["checksum"]
             record["files"][name] = [changed.stat().st_size, hash_file(changed)]
-            path.write_text(json.dumps(record | {"checksum": checkpoint._checksum(record)}))
+            path.write_text(json.dumps(record | {"checksum": checksum(record)}))
 
 
 @dataclass
@@ -363,7 +364,7 @@ def edit(key: str, value: Any) -> Callable[[Path], None]:
             record = json.loads(path.read_text())
             del record["checksum"]
             record[key] = value
-            path.write_text(json.dumps(record | {"checksum": checkpoint._checksum(record)}))
+            path.write_text(json.dumps(record | {"checksum": checksum(record)}))
 
     return change
 
