@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ds_pso.config import ALLREDUCE, SwarmConfig
+from ds_pso.elasticity import ElasticConfig
 from ds_pso.rules import RULES
 from ds_pso.schedule import ScheduleConfig
 
@@ -24,6 +25,7 @@ BEGIN, END = "<!-- begin generated -->\n", "<!-- end generated -->\n"
 _SIGNS = {Ge: ("ge", "at least"), Gt: ("gt", "above"), Le: ("le", "at most"), Lt: ("lt", "below")}
 # What the type of a field does not say, because a validator checks it.
 _BY_VALIDATOR = {
+    "elastic": "object",
     "particles": 'whole number, at least 1, or `"node"`',
     "schedule": "object",
     "sync_mode": ", ".join(f'`"{name}"`' for name in (ALLREDUCE, *RULES)) + ', `"my_module:MyRule"`',
@@ -33,6 +35,7 @@ _BY_VALIDATOR = {
 def tables() -> str:
     """One table for the section itself, then one for each rule."""
     parts = ["### `swarm`\n", _table(SwarmConfig), "### `swarm.schedule`\n", _table(ScheduleConfig)]
+    parts += ["### `swarm.elastic`\n", _table(ElasticConfig)]
     for name, rule in RULES.items():
         parts.append(f"### `swarm.{name}`\n")
         parts.append(_table(rule.Config) if rule.Config.model_fields else "No options.\n")

@@ -2,10 +2,12 @@
 
 from ds_pso._version import __version__
 from ds_pso.errors import CheckpointError, ConfigError, PeerError, SwarmError, UnsupportedError
+from ds_pso.preemption import EXIT_PREEMPTED
 from ds_pso.simulate import simulate
 from ds_pso.swarm import Swarm, init
 
 __all__ = [
+    "EXIT_PREEMPTED",
     "CheckpointError",
     "ConfigError",
     "PeerError",

@@ -21,62 +21,82 @@ import hashlib
 import json
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ds_pso.blueprint import MODEL, describe_shards, save_model_config
+from ds_pso.checkpoint_fallback import newest_whole
 from ds_pso.checkpoint_files import (
     DEEPSPEED_TAG,
     FORMAT,
-    LATEST,
     check_files,
-    checksum,
     find,
     parse_record,
     rank_stem,
     weights_only,
 )
-from ds_pso.errors import CheckpointError, SwarmError
-from ds_pso.files import hash_file, replace_folder, write_atomically
+from ds_pso.checkpoint_writer import Copies, as_checkpoint_error, complete, copying, prune, write_part
+from ds_pso.errors import CheckpointError, ConfigError
+from ds_pso.reshape import Reshaped, is_of_another_shape
+from ds_pso.roster import Roster
 from ds_pso.state import SwarmState
 
 # -- saving ---------------------------------------------------------------------------------
 
 
-def save(swarm: SwarmState, folder: Path) -> Path:
+def save(swarm: SwarmState, folder: Path, keep: int | None = None, *, background: bool = False) -> Path:
     """Write ``folder/step_<n>`` and move ``latest`` to it. Called on all ranks, between steps.
 
+    Args:
+        keep: how many of the newest to leave; None: all.
+        background: return when the state is copied to main memory; the rest happens beside training.
+
     Raises:
-        CheckpointError: the disk is full or the folder cannot be written; what was there stays.
+        CheckpointError: the disk is full or the folder cannot be written, now or for the one before, that was
+            written in the background; what was there stays.
     """
+    if keep is not None and keep < 1:
+        raise ConfigError(f"swarm.save keep = {keep}: must be at least 1, or None to keep all")
+    swarm.writer.wait()
     name = f"step_{swarm.engine.global_steps:08d}"
     temporary, final = folder / f".{name}.tmp", folder / name
+    particle = temporary / f"particle_{swarm.particle}"
     world = swarm.world
-    with _as_checkpoint_error(folder):
+    with as_checkpoint_error(folder):
         leads = world.leads_disk(folder)
-    with world.agree("starting a checkpoint"), _as_checkpoint_error(temporary):
+    with world.agree("starting a checkpoint"), as_checkpoint_error(temporary):
         if leads:
             shutil.rmtree(temporary, ignore_errors=True)
             (temporary / "swarm").mkdir(parents=True, exist_ok=True)
-    with _as_checkpoint_error(temporary):
-        # Not inside agree: its barriers would leave the others waiting while this rank waits for them.
-        save_model_config(swarm, temporary / f"particle_{swarm.particle}" / MODEL)
-        swarm.engine.save_checkpoint(
-            str(temporary / f"particle_{swarm.particle}"), tag=DEEPSPEED_TAG, save_latest=False
-        )
-    with world.agree("writing a checkpoint"), _as_checkpoint_error(temporary):
-        _save_rank(swarm, temporary, temporary / f"particle_{swarm.particle}")
-    with world.agree("completing a checkpoint"), _as_checkpoint_error(final):
-        if leads:
-            replace_folder(temporary, final)
-            write_atomically(folder / LATEST, name)
+    with world.agree("starting a checkpoint"), as_checkpoint_error(temporary):
+        save_model_config(swarm, particle / MODEL)
+    saving = copying(swarm.engine) if background else contextlib.nullcontext(Copies())
+    # Not inside agree: its barriers would leave the others waiting while this rank waits for them.
+    with as_checkpoint_error(temporary), saving as copies:
+        swarm.engine.save_checkpoint(str(particle), tag=DEEPSPEED_TAG, save_latest=False)
+    with world.agree("copying a checkpoint"):  # nobody writes before all have seen which files are there
+        record, tensors = _part(swarm)
+        files = _my_share(particle, swarm)
+
+    def finish(roster: Roster) -> None:
+        with roster.agree("writing a checkpoint"), as_checkpoint_error(temporary):
+            write_part(temporary, world.layout.rank, record, tensors, [*files, *copies.write()])
+        with roster.agree("completing a checkpoint"), as_checkpoint_error(final):
+            if leads:
+                complete(temporary, final)
+        if leads and keep is not None:
+            prune(final, keep)
+
+    if background:
+        swarm.writer.follow(world.beside(finish))
+    else:
+        finish(world)
     return final
 
 
@@ -88,21 +108,19 @@ def save_part(swarm: SwarmState, folder: Path) -> None:
     Raises:
         CheckpointError: as ``save`` does.
     """
-    with swarm.world.agree("starting a checkpoint"), _as_checkpoint_error(folder):
+    with swarm.world.agree("starting a checkpoint"), as_checkpoint_error(folder):
         (folder / "swarm").mkdir(exist_ok=True)
-    with swarm.world.agree("completing a checkpoint"), _as_checkpoint_error(folder):
-        _save_rank(swarm, folder, folder)
+    with swarm.world.agree("completing a checkpoint"), as_checkpoint_error(folder):
+        write_part(folder, swarm.world.layout.rank, *_part(swarm), _my_share(folder, swarm))
 
 
-def _save_rank(swarm: SwarmState, folder: Path, particle: Path) -> None:
-    """``particle``: the folder of this particle's files."""
+def _part(swarm: SwarmState) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Record and tensors of this rank, as they are now; they do not change when training goes on."""
     layout = swarm.world.layout
-    stem = rank_stem(folder, layout.rank)
-    tensors = {key: value.detach().clone() for key, value in _own_tensors(swarm).items()}
+    tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in _own_tensors(swarm).items()}
     tensors["random.torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
-    save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, f"{stem}.safetensors")
+        tensors["random.cuda"] = torch.cuda.get_rng_state()  # on the CPU, as torch's
     numpy_state: Any = np.random.get_state()
     record: dict[str, Any] = {
         "format": FORMAT,
@@ -122,12 +140,8 @@ def _save_rank(swarm: SwarmState, folder: Path, particle: Path) -> None:
             "python": random.getstate(),
             "numpy": [numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]],
         },
-        "files": {},
     }
-    mine = [Path(f"{stem}.safetensors"), *_my_share(particle, swarm)]
-    record["files"] = {str(path.relative_to(folder)): [path.stat().st_size, hash_file(path)] for path in mine}
-    record["checksum"] = checksum(record)
-    write_atomically(Path(f"{stem}.json"), json.dumps(record))
+    return json.loads(json.dumps(record)), tensors
 
 
 def _own_tensors(swarm: SwarmState) -> dict[str, Tensor]:
@@ -165,21 +179,57 @@ def _model_fingerprint(swarm: SwarmState) -> str:
 
 # -- loading --------------------------------------------------------------------------------
 
+_OR_RESHAPE = ", or load it with reshape=True (train.py: --reshape)"
 
-def load(swarm: SwarmState, folder: Path, tag: str | None = None) -> int:
+
+def load(swarm: SwarmState, folder: Path, tag: str | None = None, *, reshape: bool = False) -> int:
     """Check the whole checkpoint on all ranks, then restore it. Returns the step it was saved at.
+
+    Without a ``tag`` a damaged one is passed over, with a warning, for the next older; what does not fit is an error.
+
+    Args:
+        reshape: whether it may have been saved with another number of particles, or of ranks in each.
 
     Raises:
         CheckpointError: nothing there, damaged, or of another model, rule or number of ranks;
             the engine is untouched.
     """
+    swarm.writer.wait()
+    name = newest_whole(swarm.world, folder) if tag is None else tag
     with swarm.world.agree("checking the checkpoint"):
-        source = find(folder, tag)
-        record = _read_record(source, swarm)
-        _check_fits(record, swarm, source)
-        check_files(record, source)
-        tensors = _read_tensors(source, swarm)
+        source = find(folder, name)
+        reshape = reshape and is_of_another_shape(swarm, source)
+        if not reshape:
+            record = _read_record(source, swarm, _OR_RESHAPE)
+            _check_fits(record, swarm, source, _OR_RESHAPE)
+            if tag is not None:  # otherwise it has been done
+                check_files(record, source)
+            tensors = _read_tensors(source, swarm)
+    if reshape:
+        return _load_reshaped(swarm, source)
     _load_engine(swarm, source / f"particle_{swarm.particle}", DEEPSPEED_TAG)
+    _restore(swarm, record, tensors)
+    swarm.metrics.rewind(record["step"])
+    return int(record["step"])
+
+
+def _load_reshaped(swarm: SwarmState, source: Path) -> int:
+    with swarm.world.agree("checking the checkpoint"):
+        reshaped = Reshaped(swarm, source)
+        record = reshaped.record | {"model": _model_fingerprint(swarm)}  # it compares the model itself
+        _check_fits(record, swarm, source)
+    with swarm.world.agree("reading the checkpoint"):
+        tensors = reshaped.read()
+        kept = _own_tensors(swarm)
+        if reshaped.begins_anew:
+            kept = {key: value for key, value in kept.items() if key.startswith("buffer.")}
+        _check_kept(tensors, kept, swarm, source)
+    with reshaped.in_place_of_the_files():
+        _load_engine(swarm, reshaped.folder, DEEPSPEED_TAG)
+    if reshaped.begins_anew and swarm.synchronizer is not None:
+        swarm.synchronizer.begin_anew(record["step"])
+        record["synchronizer"] = swarm.synchronizer.state_dict()
+        tensors = _own_tensors(swarm) | tensors
     _restore(swarm, record, tensors)
     swarm.metrics.rewind(record["step"])
     return int(record["step"])
@@ -225,7 +275,7 @@ def _load_engine(swarm: SwarmState, folder: Path, tag: str | None, strict: bool 
             raise CheckpointError(f"{folder}: DeepSpeed found nothing to load; the folder is incomplete")
 
 
-def _read_record(source: Path, swarm: SwarmState) -> dict[str, Any]:
+def _read_record(source: Path, swarm: SwarmState, or_reshape: str = "") -> dict[str, Any]:
     path = Path(f"{rank_stem(source, swarm.world.layout.rank)}.json")
     try:
         return parse_record(path)
@@ -233,11 +283,11 @@ def _read_record(source: Path, swarm: SwarmState) -> dict[str, Any]:
         present = len(list((source / "swarm").glob("rank_*.json")))
         raise CheckpointError(
             f"{path}: cannot be read ({error.strerror}); the checkpoint holds {present} ranks and this run has "
-            f"{swarm.world.layout.world_size}: start as many as it was saved with"
+            f"{swarm.world.layout.world_size}: start as many as it was saved with{or_reshape}"
         ) from error
 
 
-def _check_fits(record: dict[str, Any], swarm: SwarmState, source: Path) -> None:
+def _check_fits(record: dict[str, Any], swarm: SwarmState, source: Path, or_reshape: str = "") -> None:
     layout = swarm.world.layout
     now = {
         "num_particles": layout.num_particles,
@@ -249,8 +299,8 @@ def _check_fits(record: dict[str, Any], swarm: SwarmState, source: Path) -> None
         "model": _model_fingerprint(swarm),
     }
     remedies = {
-        "num_particles": "set swarm.particles to that number",
-        "particle_size": "start that many ranks per particle",
+        "num_particles": f"set swarm.particles to that number{or_reshape}",
+        "particle_size": f"start that many ranks per particle{or_reshape}",
         "sync_mode": "set swarm.sync_mode to that",
         "wire": "set swarm.wire to that",
         "turns": "set swarm.fragments to that and swarm.streaming to true, or if it is 1 to false",
@@ -280,15 +330,19 @@ def _read_tensors(source: Path, swarm: SwarmState) -> dict[str, Tensor]:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged ({error}); resume from another step_* folder") from error
-    expected = _own_tensors(swarm)
-    expected = {key: value for key, value in expected.items() if not key.startswith("pending.")}
+    _check_kept(tensors, _own_tensors(swarm), swarm, path)
+    return tensors
+
+
+def _check_kept(tensors: dict[str, Tensor], mine: dict[str, Tensor], swarm: SwarmState, path: str | Path) -> None:
+    """``tensors``: what was saved; ``mine``: what is to be restored from it."""
+    expected = {key: value for key, value in mine.items() if not key.startswith("pending.")}
     found = {key: value for key, value in tensors.items() if not key.startswith(("random.", "pending."))}
     if {key: value.shape for key, value in expected.items()} != {key: value.shape for key, value in found.items()}:
         raise CheckpointError(
             f"{path}: holds the state {sorted(found)}, and swarm.{swarm.config.sync_mode} as configured now "
             f"keeps {sorted(expected)}; resume with the options it was saved with"
         )
-    return tensors
 
 
 def _restore(swarm: SwarmState, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -306,23 +360,11 @@ def _restore(swarm: SwarmState, record: dict[str, Any], tensors: dict[str, Tenso
 
 
 def _restore_random(record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    if record["random"] is None:
+        return  # a rank that was not there: it begins from its seed
     version, internal, gauss = record["random"]["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(tuple(record["random"]["numpy"]))
     torch.set_rng_state(tensors["random.torch"])
     if "random.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"])
-
-
-@contextlib.contextmanager
-def _as_checkpoint_error(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
-        if isinstance(error, SwarmError) and type(error) is not SwarmError:
-            raise  # it has said already what is wrong
-        raise CheckpointError(
-            f"{getattr(error, 'filename', None) or path}: cannot write the checkpoint "
-            f"({getattr(error, 'strerror', None) or error}); free some space or choose another folder; "
-            "the last complete checkpoint is untouched",
-        ) from error

@@ -21,48 +21,78 @@ from ds_pso.files import hash_file
 FORMAT = 5
 LATEST = "latest"
 DEEPSPEED_TAG = "deepspeed"
+_STEP = re.compile(r"step_\d{8,}")
 
 
 def find(folder: Path, tag: str | None = None) -> Path:
     """The folder of checkpoint ``tag``, or of the one that ``latest`` names."""
-    pointer = folder / LATEST
     if tag is None:
         try:
-            tag = pointer.read_text(encoding="utf-8").strip()
+            tag = (folder / LATEST).read_text(encoding="utf-8").strip()
         except OSError as error:
             raise CheckpointError(
                 f"{folder}: no checkpoint to resume ({LATEST} cannot be read: {error.strerror}); "
                 "check the path, or start without resuming"
             ) from error
     source = folder / tag
-    if not re.fullmatch(r"step_\d{8,}", tag) or not source.is_dir():
+    if not _STEP.fullmatch(tag) or not source.is_dir():
         raise CheckpointError(f"{source}: no such checkpoint; name one of the step_* folders in {folder}")
     return source
 
 
+def pointed_at(folder: Path) -> str | None:
+    """What ``latest`` says, if it can be read."""
+    try:
+        return (folder / LATEST).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def step_number(name: str) -> int:
+    """64 of ``step_00000064``."""
+    return int(name.removeprefix("step_"))
+
+
+def steps_in(folder: Path) -> list[str]:
+    """Names of the complete checkpoints in ``folder``, newest first."""
+    found = [path for path in folder.glob("step_*") if _STEP.fullmatch(path.name) and not path.is_symlink()]
+    return sorted((path.name for path in found if (path / "swarm").is_dir()), key=step_number, reverse=True)
+
+
 def verified_record(source: Path, rank: int) -> dict[str, Any]:
     """The record of a rank, after checking it and the files that it names. For reading without a swarm."""
-    path = Path(f"{rank_stem(source, rank)}.json")
-    try:
-        record = parse_record(path)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}); bring the files of all ranks together in one folder"
-        ) from error
+    record = record_of(source, rank)
     check_files(record, source)
     return record
 
 
+def record_of(source: Path, rank: int) -> dict[str, Any]:
+    """The record of any rank that took part. Raises CheckpointError unless it lies here and is as it was written."""
+    path = Path(f"{rank_stem(source, rank)}.json")
+    try:
+        return parse_record(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}); bring the files of all ranks together in one folder"
+        ) from error
+
+
 def parse_record(path: Path) -> dict[str, Any]:
-    """Raises OSError if it cannot be read, CheckpointError if it is not what was written."""
+    """Raises OSError if it cannot be read, CheckpointError if it is not what was written, or of another format."""
+    record = read_record(path)
+    if record.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format {record.get('format')!r} is not {FORMAT}; use the ds_pso that wrote it")
+    return record
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A record of any format. Raises OSError if it cannot be read, CheckpointError if it is not what was written."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path}: damaged ({error}); resume from another step_* folder") from error
     if not isinstance(record, dict):
         raise CheckpointError(f"{path}: damaged (not an object); resume from another step_* folder")
-    if record.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {record.get('format')!r} is not {FORMAT}; use the ds_pso that wrote it")
     if record.pop("checksum", None) != checksum(record):
         raise CheckpointError(f"{path}: damaged (checksum differs); resume from another step_* folder")
     return record

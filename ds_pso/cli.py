@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ds_pso.commands import check, export, plan, report, simulate
+from ds_pso.commands import check, export, launch, plan, report, simulate
 from ds_pso.errors import SwarmError
 
 
@@ -26,7 +26,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="`ds-pso COMMAND --help` has the arguments and an example. Errors are one line, and exit with 1.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (check, plan, simulate, report, export):
+    for command in (check, plan, simulate, launch, report, export):
         command.add_to(commands)
     return parser
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator
 
 from ds_pso.consistency import check_consistent, total_num_steps
+from ds_pso.elasticity import ElasticConfig
 from ds_pso.errors import ConfigError
 from ds_pso.rules import RULES, Rule, find_rule
 from ds_pso.rules.base import RuleConfig, StrictModel
@@ -61,6 +62,18 @@ class SwarmConfig(StrictModel):
         default="train",
         description="Loss that ranks the particles: mean training loss since the last sync, or a probe batch.",
     )
+    quarantine_loss: float | None = Field(
+        default=4.0,
+        gt=1,
+        description="Leave a particle out of a sync point, and restart it from the others, when its loss, divided by "
+        "its highest so far, is more than so many times the median of the others', and no chance; `null`: never.",
+    )
+    quarantine_norm: float | None = Field(
+        default=10.0,
+        gt=1,
+        description="Likewise when the norm of its weights is more than so many times the median of the others', as "
+        "after a flipped bit in memory; `null`: never.",
+    )
     optimizer_state: Literal["keep", "average", "reset"] = Field(
         default="keep",
         description="The optimizer's moments at a sync point: each particle keeps its own, all take their mean "
@@ -88,8 +101,22 @@ class SwarmConfig(StrictModel):
         "Positions are always kept in fp32.",
     )
     bucket_mb: float = Field(default=64.0, gt=0, le=4096, description="Exchange buffer, in MiB.")
+    checksums: bool = Field(
+        default=False,
+        description="Compare checksums after each collective between particles, and repeat what was damaged "
+        "on the way.",
+    )
     peer_backend: Literal["auto", "gloo", "nccl"] = Field(
         default="auto", description="Collectives between particles: NCCL on GPUs and gloo on CPU unless named."
+    )
+    transport: Literal["static", "elastic"] = Field(
+        default="static",
+        description="`static`: all particles in one launch. `elastic`: each is a job of its own, started by "
+        "`ds-pso launch`, and the others go on without it.",
+    )
+    elastic: ElasticConfig = Field(
+        default=ElasticConfig(),
+        description="When an elastic swarm goes on without a particle: see `swarm.elastic` below.",
     )
     timeout_s: float = Field(
         default=600.0, gt=0, le=10_000_000, description="Longest wait for another rank, in seconds."
@@ -141,6 +168,8 @@ class SwarmConfig(StrictModel):
     def resolved(self) -> dict[str, Any]:
         """The section with every default filled in, as JSON types."""
         section = self.model_dump(mode="json") | {"schedule": self.schedule.resolved()}
+        if self.transport == "static":
+            del section["elastic"]
         if self.rule_options is not None:
             section[self.sync_mode] = self.rule_options.model_dump(mode="json")
         return section
@@ -152,7 +181,7 @@ def find_config() -> str:
     Raises:
         ConfigError: neither does.
     """
-    path = _named_in(sys.argv[1:])
+    path = named_in(sys.argv[1:])
     if path is None and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     if path in (None, "", "none", "None"):
@@ -163,8 +192,11 @@ def find_config() -> str:
     return str(path)
 
 
-def _named_in(arguments: Sequence[str]) -> str | None:
-    """The last value of the first of these options that has one; ``--deepspeed`` is the HF Trainer's."""
+def named_in(arguments: Sequence[str]) -> str | None:
+    """The config that a command line names: the last value of the first of these options that has one.
+
+    ``--deepspeed`` is the HF Trainer's.
+    """
     found = {}
     for index, word in enumerate(arguments):
         name, equals, value = word.partition("=")

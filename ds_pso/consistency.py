@@ -56,6 +56,8 @@ def check_consistent(ds_config: dict[str, Any], swarm: SwarmConfig, where: str) 
         _check_wire(rule, swarm, where)
     if (swarm.state_device, swarm.state_dtype) != ("auto", "fp32"):
         _check_state(rule, swarm, where)
+    if swarm.transport == "elastic":
+        _check_elastic(rule, swarm, where)
     if rule.max_staleness is not None:
         if swarm.optimizer_state != "keep":
             raise ConfigError(
@@ -67,6 +69,27 @@ def check_consistent(ds_config: dict[str, Any], swarm: SwarmConfig, where: str) 
                 f'{where}: swarm.fitness = "probe": particles that wait for nobody are not ranked; '
                 f'use "train", or set swarm.{mode}.asynchronous to false'
             )
+
+
+def _check_elastic(rule: Rule, swarm: SwarmConfig, where: str) -> None:
+    transport = f'{where}: swarm.transport = "elastic"'
+    if swarm.fragments > 1:
+        raise ConfigError(
+            f"{transport}: a sync point is all or nothing, and swarm.fragments = {swarm.fragments} are applied one "
+            "after the other; set it to 1"
+        )
+    if rule.max_staleness is not None:
+        raise ConfigError(
+            f"{transport}: particles that may be gone are not written to; set swarm.{swarm.sync_mode}.asynchronous to "
+            "false"
+        )
+    if swarm.peer_backend == "nccl":
+        raise ConfigError(f'{transport}: NCCL cannot go on without a peer; set swarm.peer_backend to "gloo" or "auto"')
+    if swarm.elastic.straggler == "async" and (rule.state_names or swarm.wire != "fp32"):
+        raise ConfigError(
+            f'{transport}: swarm.elastic.straggler = "async": with these options swarm.{swarm.sync_mode} or the wire '
+            '"' + swarm.wire + '" keeps state that a particle must not have missed; use "skip" or "wait"'
+        )
 
 
 def _check_schedule(rule: Rule, swarm: SwarmConfig, where: str) -> None:

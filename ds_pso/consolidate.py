@@ -17,18 +17,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from deepspeed.checkpoint.constants import FP32_FLAT_GROUPS, OPTIMIZER_STATE_DICT, SINGLE_PARTITION_OF_FP32_GROUPS
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
 from ds_pso.blueprint import MODEL
-from ds_pso.checkpoint_files import DEEPSPEED_TAG, LATEST, find, rank_stem, verified_record, weights_only
+from ds_pso.checkpoint_files import LATEST, find, verified_record, weights_only
 from ds_pso.errors import CheckpointError, ConfigError
 from ds_pso.exchange import wire_dtype
 from ds_pso.export import replacing_model
+from ds_pso.quarantine import Health, Limits, judge
 from ds_pso.rules import SyncPoint
+from ds_pso.saved_particle import SavedParticle, masters_of
+from ds_pso.shards import Segment
+from ds_pso.shards.base import square_of_norm
 from ds_pso.shards.replicated import equal_parts
 from ds_pso.skeleton import load_config, skeleton, with_adapter
 
@@ -124,7 +126,11 @@ def _module_of(model: Model) -> tuple[Any, str | None]:
 
 def _weights(source: Path, particles: Sequence[_Particle | None], which: str | int) -> tuple[float, ...]:
     """Of each particle in the model; they sum to one."""
-    alive = tuple(particle is not None and particle.is_finite() for particle in particles)
+    there = {i: particle for i, particle in enumerate(particles) if particle is not None}
+    limits = Limits(norm=next(iter(there.values())).norm_limit)
+    reasons = judge([Health(particle.loss, 0.0, particle.norm(), math.nan) for particle in there.values()], limits)
+    left_out = {i for number, i in enumerate(there) if number in reasons}
+    alive = tuple(i in there and i not in left_out for i in range(len(particles)))
     if not any(alive):
         who = "no particle has" if isinstance(which, str) else f"particle {which} has no"
         raise CheckpointError(
@@ -161,37 +167,29 @@ def _mean(parts: Sequence[tuple[float, Tensor]]) -> Tensor:
     return mean
 
 
-class _Particle:
+class _Particle(SavedParticle):
     """The files of one particle, checked and mapped into memory."""
 
     def __init__(self, source: Path, number: int, size: int) -> None:
-        ranks = range(number * size, (number + 1) * size)
-        records = [verified_record(source, rank) for rank in ranks]
+        records = [verified_record(source, rank) for rank in range(number * size, (number + 1) * size)]
         if any(record.get("shards") is None for record in records):
             raise CheckpointError(
                 f"{source}: does not say where the parameters of its engine lie (an older ds_pso, or an engine whose "
                 "shards cannot be read); load it and use swarm.export"
             )
+        super().__init__(source, number, records)
         met = records[0]["synchronizer"]
         self.loss = math.nan if met is None else float(met["last_losses"][number])
-        self._own = [safe_open(f"{rank_stem(source, rank)}.safetensors", "pt") for rank in ranks]
+        self.norm_limit = None if met is None else met.get("norm_limit")
         self._model_in = records[0]["shards"]["model_in"]
-        self._stage = records[0]["zero_stage"]
-        # name -> (rank, shard, its start there, start in the parameter, elements)
-        self.pieces: dict[str, list[tuple[int, int, int, int, int]]] = {}
-        for rank, record in enumerate(records):
-            for name, shard, shard_start, param_start, numel in record["shards"]["segments"]:
-                self.pieces.setdefault(name, []).append((rank, shard, shard_start, param_start, numel))
-        self._numel = {name: sum(piece[-1] for piece in pieces) for name, pieces in self.pieces.items()}
-        folder = source / f"particle_{number}" / DEEPSPEED_TAG
-        prefixes = [f"zero_pp_rank_{rank}_" for rank in range(size)] if self._stage == 3 else [""]
-        self._saved = [_load(folder, f"{prefix}mp_rank_00_model_states.pt") for prefix in prefixes]
-        self.module: dict[str, Tensor] = self._saved[0]["module"]  # at stage 3 only names and dtypes
-        self._masters = self._replicated(size) if self._stage == 0 else _partitioned(folder, size)
+        if self.stage == 0:
+            self._masters = self._replicated(size)
+        else:
+            self._masters = [masters_of(state) for state in self.optimizer_states()]
 
     def _replicated(self, size: int) -> list[list[Tensor]]:
         """At stage 0, the part of the whole masters that each rank exchanges: see ``ReplicatedShards``."""
-        optimizer = self._saved[0]["optimizer"]
+        optimizer = self.model_states[0]["optimizer"]
         if "fp32_groups_flat" in optimizer:
             masters = optimizer["fp32_groups_flat"]
         elif "fp32_groups" in optimizer:
@@ -203,44 +201,36 @@ class _Particle:
 
     def parameter(self, name: str, of_rule: bool = False) -> Tensor:
         """fp32 and flat. ``of_rule``: from where the rule keeps the model, which may be its state."""
-        whole = torch.empty(self._numel[name])
-        for rank, shard, shard_start, param_start, numel in self.pieces[name]:
-            if of_rule and self._model_in != "x":
-                values = self._own[rank].get_slice(f"rule.{shard}.{self._model_in}")
-            else:
-                values = self._masters[rank][shard].detach()
-            whole[param_start : param_start + numel] = values[shard_start : shard_start + numel]
-        return whole
 
-    def shape(self, name: str) -> torch.Size:
-        if self._stage < 3:
-            return self.module[name].shape
-        return next(group[name] for group in self._saved[0]["param_shapes"] if name in group)
+        def read(rank: int, shard: int) -> Any:
+            if of_rule and self._model_in != "x":
+                return self.own[rank].get_slice(f"rule.{shard}.{self._model_in}")
+            return self._masters[rank][shard].detach()
+
+        numel = self.numel[name]
+        return self.gather([Segment(name, 0, 0, 0, numel)], [numel], torch.float32, read)[0]
 
     @property
     def buffers(self) -> list[str]:
-        return [key.removeprefix("buffer.") for key in self._own[0].keys() if key.startswith("buffer.")]  # noqa: SIM118
+        return [key.removeprefix("buffer.") for key in self.own[0].keys() if key.startswith("buffer.")]  # noqa: SIM118
 
     def buffer(self, name: str, rank: int = 0) -> Tensor:
-        return self._own[rank].get_tensor(f"buffer.{name}")
+        return self.own[rank].get_tensor(f"buffer.{name}")
 
-    def is_finite(self) -> bool:
-        """Whether no weight, and no buffer of any rank, is NaN or infinite. Padding does not count."""
-        tensors = [self.buffer(name, rank) for name in self.buffers for rank in range(len(self._own))]
-        return all(bool(t.isfinite().all()) for t in tensors) and all(
-            bool(self.parameter(name).isfinite().all()) for name in self.pieces
-        )
+    def norm(self) -> float:
+        """Of all weights, and the buffers of all ranks; not finite if one is not. Padding does not count."""
+        buffers = [self.buffer(name, rank) for name in self.buffers for rank in range(len(self.own))]
+        squares = [square_of_norm(b.reshape(-1)) for b in buffers if b.is_floating_point() and b.numel()]
+        return math.sqrt(sum(squares) + sum(square_of_norm(self.parameter(name)) for name in self.pieces))
 
     def frozen_and_tied(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Parameters that are not trained, in their working dtype; and names of the same tensor as another name."""
         known = {*self.pieces, *self.buffers}
         others = [n for n, t in self.module.items() if n not in known and isinstance(t, Tensor)]
-        if self._stage == 3:
-            shared = self._saved[0]["shared_params"]
-            frozen = {}
-            for name, shape in self._saved[0]["frozen_param_shapes"].items():
-                blocks = [saved["frozen_param_fragments"][name] for saved in self._saved]
-                frozen[name] = torch.cat(blocks)[: shape.numel()].view(shape)
+        if self.stage == 3:
+            shared = self.model_states[0]["shared_params"]
+            names = self.model_states[0]["frozen_param_shapes"]
+            frozen = {name: self.frozen(name).view(self.shape(name)) for name in names}
         else:
             first: dict[int, str] = {}
             for name, tensor in self.module.items():
@@ -249,19 +239,3 @@ class _Particle:
             shared = {n: first.get(self.module[n].data_ptr(), n) for n in others}
             frozen = {n: self.module[n].clone() for n in others if shared[n] == n}
         return frozen, {n: shared[n] for n in others if shared.get(n, n) != n}
-
-
-def _partitioned(folder: Path, size: int) -> list[list[Tensor]]:
-    """At ZeRO 1 to 3, the masters of each rank; padding at their end may be missing."""
-    found = []
-    for rank in range(size):
-        state = _load(folder, f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")[OPTIMIZER_STATE_DICT]
-        found.append(state[FP32_FLAT_GROUPS] if FP32_FLAT_GROUPS in state else state[SINGLE_PARTITION_OF_FP32_GROUPS])
-    return found
-
-
-def _load(folder: Path, pattern: str) -> dict[str, Any]:
-    path = next(folder.glob(pattern), None)
-    if path is None:
-        raise CheckpointError(f"{folder / pattern}: missing; name another checkpoint with --tag")
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)

@@ -5,18 +5,18 @@ Knows the peer group; knows nothing of rules or of DeepSpeed.
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_pso.checksums import Added, Copied
 from ds_pso.chunks import in_chunks
-from ds_pso.errors import PeerError
+from ds_pso.collectives import Collectives, nbytes
 from ds_pso.wire import BLOCK, Differences, Format
 from ds_pso.world import World
 
@@ -69,29 +69,21 @@ def wire_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-class Exchange:
+class Exchange(Collectives):
     """Collectives of one peer group.
 
     ``bytes_received`` counts what this rank receives under the bandwidth-optimal algorithm for
     each collective, N bytes in a group of P: 2 N (P - 1) / P for an all-reduce, N for a
     broadcast (0 at the source) or a part in an all-to-all, N (P - 1) for an all-gather. Summed over the group it is the
-    whole traffic. Where differences are sent, N is their encoded size, padded to whole blocks.
+    whole traffic. Where differences are sent, N is their encoded size, padded to whole blocks. P is the number of
+    particles that are present; weights and sources stand for all, and of those that are absent they do not count. With
+    ``checksums``, an all-gather of a few numbers follows each collective, and counts, too; and what has been damaged
+    on the way is moved again before anybody uses it.
     """
 
-    def __init__(self, world: World, bucket_mb: float) -> None:
-        self.world = world
+    def __init__(self, world: World, bucket_mb: float, *, checksums: bool = False) -> None:
+        super().__init__(world, checksums=checksums)
         self.bucket_bytes = int(bucket_mb * 2**20)
-        self.device = world.peer_device
-        self.bytes_received = 0
-        self.seconds = 0.0  # inside collectives, waiting included
-
-    @property
-    def num_particles(self) -> int:
-        return self.world.layout.num_particles
-
-    @property
-    def particle(self) -> int:
-        return self.world.layout.particle
 
     def weighted_mean(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Iterator[tuple[Piece, Tensor]]:
         """Yield, piece by piece, sum_i weights[i] * (the tensor of particle i).
@@ -100,15 +92,14 @@ class Exchange:
         ``tensors`` are flat and of floating dtype, with the same sizes on every peer; those
         already yielded may be overwritten. A yielded tensor is valid until the next one.
         """
-        share = 2 * (self.num_particles - 1) / self.num_particles
+        share = 2 * (len(self.present) - 1) / len(self.present)
         for bucket, pieces in self._buckets(tensors):
-            if weights[self.particle] == 0:
-                bucket.zero_()
-            else:
-                for piece in pieces:
-                    for part, x in in_chunks(piece.in_bucket(bucket), piece.of(tensors[piece.tensor])):
-                        part.copy_(x).mul_(weights[self.particle])
-            self._run("all-reduce", lambda group, bucket=bucket: group.allreduce([bucket]), share * _nbytes(bucket))
+            self._run(
+                "all-reduce",
+                lambda group, bucket=bucket: group.allreduce([bucket]),
+                share * nbytes(bucket),
+                partial(self._weigh, bucket, pieces, tensors, weights[self.particle]),
+            )
             yield from self._unpack(bucket, pieces, tensors)
 
     def mean_by_differences(
@@ -140,7 +131,7 @@ class Exchange:
                     owed = piece.of(differences.residual[piece.tensor])
                     # What overflowed would be owed for ever.
                     owed.copy_(piece.in_bucket(values).nan_to_num_(0.0, 0.0, 0.0))
-            for part, row in zip(values.chunk(self.num_particles), self._gather_parts(encoded), strict=True):
+            for part, row in zip(values.chunk(len(self.present)), self._gather_parts(encoded), strict=True):
                 form.decode(row, part)
             yield from self._add_common(values, pieces, differences, become_common=feedback)
 
@@ -172,21 +163,23 @@ class Exchange:
 
     def from_each(self, tensors: Sequence[Tensor], sources: Sequence[int]) -> Iterator[tuple[Piece, Tensor]]:
         """Yield, piece by piece, the tensors of particle ``sources[i]`` to particle i."""
-        if len(set(sources)) == 1:
-            yield from self.from_one(tensors, sources[0])
-            return
         me, source = self.particle, sources[self.particle]
-        takers = [i != me and sources[i] == me for i in range(self.num_particles)]
+        if all(sources[i] == source for i in self.present):
+            yield from self.from_one(tensors, source)
+            return
+        takers = [i != me and sources[i] == me for i in self.present]
         for bucket, pieces in self._buckets(tensors):
             self._fill(bucket, pieces, tensors)
             copies = bucket.repeat(sum(takers))
+            outgoing = [bucket if taker else None for taker in takers]
             send = [bucket.numel() * taker for taker in takers]
-            receive = [bucket.numel() * (i == source != me) for i in range(self.num_particles)]
+            receive = [bucket.numel() * (i == source != me) for i in self.present]
             arrived = bucket.new_empty(sum(receive))
             self._run(
                 "all-to-all",
                 lambda group, a=arrived, c=copies, r=receive, s=send: group.alltoall_base(a, c, r, s),
-                _nbytes(arrived),
+                nbytes(arrived),
+                partial(Copied, outgoing, [arrived if numel else None for numel in receive]),
             )
             yield from self._unpack(bucket if source == me else arrived, pieces, tensors)
 
@@ -197,23 +190,29 @@ class Exchange:
                 yield piece, piece.of(tensors[piece.tensor])
 
     def all_gather(self, values: Sequence[float]) -> list[list[float]]:
-        """A few float64 of every particle, exactly, in the order of particles."""
+        """A few float64 of every particle, exactly, in the order of particles; NaN of those that are absent."""
         if self.num_particles == 1:
             return [list(values)]
         mine = torch.tensor(values, dtype=torch.float64, device=self.device)
-        rows = [torch.empty_like(mine) for _ in range(self.num_particles)]
+        rows = [torch.empty_like(mine) for _ in self.present]
         self._run(
             "all-gather",
             lambda group: group.allgather([rows], [mine]),
-            (self.num_particles - 1) * _nbytes(mine),
+            (len(rows) - 1) * nbytes(mine),
+            lambda: Copied([mine] * len(rows), rows),
         )
-        return [row.tolist() for row in rows]
+        table = [[math.nan] * len(values)] * self.num_particles
+        for particle, row in zip(self.present, rows, strict=True):
+            table[particle] = row.tolist()
+        return table
 
     def _broadcast(self, tensor: Tensor, source: int) -> Tensor:
         options = dist.BroadcastOptions()
-        options.rootRank, options.rootTensor = source, 0
-        received = 0 if self.particle == source else _nbytes(tensor)
-        self._run("broadcast", lambda group: group.broadcast([tensor], options), received)
+        options.rootRank, options.rootTensor = self.present.index(source), 0
+        received = 0 if self.particle == source else nbytes(tensor)
+        mine = [tensor if self.particle == source else None] * len(self.present)
+        theirs = [tensor if i == source != self.particle else None for i in self.present]
+        self._run("broadcast", lambda group: group.broadcast([tensor], options), received, lambda: Copied(mine, theirs))
         return tensor
 
     def _sum_rounded(self, values: Tensor, form: Format) -> Tensor:
@@ -221,8 +220,8 @@ class Exchange:
 
         What remains in ``values`` is what was rounded away here.
         """
-        parts, mine = values.chunk(self.num_particles), values.chunk(self.num_particles)[self.particle]
-        others = [i for i in range(self.num_particles) if i != self.particle]
+        parts, here = values.chunk(len(self.present)), self.present.index(self.particle)
+        mine, others = parts[here], [i for i in range(len(parts)) if i != here]
         encoded = torch.empty(form.nbytes(len(mine)), dtype=torch.uint8, device=values.device)
         outgoing = encoded.new_empty(len(others), len(encoded))
         for row, other in zip(outgoing, others, strict=True):
@@ -234,23 +233,32 @@ class Exchange:
 
     def _swap_parts(self, outgoing: Tensor) -> Tensor:
         """Send a row (P - 1, n) to each other peer; returns those that they sent, in the order of particles."""
-        sizes = [outgoing.shape[1] * (i != self.particle) for i in range(self.num_particles)]
+        sizes = [outgoing.shape[1] * (i != self.particle) for i in self.present]
         sent = outgoing.view(-1).to(self.device)
         arrived = torch.empty_like(sent)
-        self._run("all-to-all", lambda group: group.alltoall_base(arrived, sent, sizes, sizes), _nbytes(arrived))
+        self._run(
+            "all-to-all",
+            lambda group: group.alltoall_base(arrived, sent, sizes, sizes),
+            nbytes(arrived),
+            lambda: Copied(sent.split(sizes), arrived.split(sizes)),
+        )
         return arrived.to(outgoing.device).view_as(outgoing)
 
     def _gather_parts(self, encoded: Tensor) -> list[Tensor]:
         """The bytes (n,) of every particle, in the order of particles."""
         sent = encoded.to(self.device)
-        rows = [torch.empty_like(sent) for _ in range(self.num_particles)]
-        received = (self.num_particles - 1) * _nbytes(sent)
-        self._run("all-gather", lambda group: group.allgather([rows], [sent]), received)
+        rows = [torch.empty_like(sent) for _ in self.present]
+        self._run(
+            "all-gather",
+            lambda group: group.allgather([rows], [sent]),
+            (len(rows) - 1) * nbytes(sent),
+            lambda: Copied([sent] * len(rows), rows),
+        )
         return [row.to(encoded.device) for row in rows]
 
     def _blocks(self, tensors: Sequence[Tensor]) -> Iterator[tuple[list[Piece], Tensor]]:
         """Buckets of fp32 zeros, as large as a whole number of blocks for each particle."""
-        unit = self.num_particles * BLOCK
+        unit = len(self.present) * BLOCK
         capacity = max(1, self.bucket_bytes // (4 * unit)) * unit
         numels = [t.numel() for t in tensors]
         buffer = torch.empty(
@@ -281,6 +289,16 @@ class Exchange:
                 last = pieces[-1]
                 yield buffer[: last.offset + last.stop - last.start], pieces
 
+    def _weigh(self, bucket: Tensor, pieces: list[Piece], tensors: Sequence[Tensor], weight: float) -> Added | None:
+        """Fill the bucket with what this particle contributes."""
+        if weight == 0:
+            bucket.zero_()
+        else:
+            for piece in pieces:
+                for part, x in in_chunks(piece.in_bucket(bucket), piece.of(tensors[piece.tensor])):
+                    part.copy_(x).mul_(weight)
+        return Added(bucket) if self.checksums else None
+
     @staticmethod
     def _fill(bucket: Tensor, pieces: list[Piece], tensors: Sequence[Tensor]) -> None:
         for piece in pieces:
@@ -291,33 +309,3 @@ class Exchange:
         for piece in pieces:
             target = tensors[piece.tensor]
             yield piece, piece.in_bucket(bucket).to(device=target.device, dtype=target.dtype)
-
-    def _run(self, what: str, start: Any, received: float) -> None:
-        group = self.world.peer_group
-        if group is None:
-            return
-        self.world.settle()
-        begin = time.perf_counter()
-        try:
-            work = start(group)
-            if self.device.type == "cuda":
-                work.wait(timedelta(seconds=self.world.timeout_s))  # blocks, unlike NCCL's wait without a timeout
-                torch.cuda.current_stream().synchronize()
-            else:
-                work.wait()
-        except (torch.OutOfMemoryError, PeerError):  # a simulation knows who is missing
-            raise
-        except RuntimeError as error:
-            layout = self.world.layout
-            peers = "; ".join(self.world.describe(rank) for rank in layout.peers if rank != layout.rank)
-            raise PeerError(
-                f"{self.world.describe(layout.rank)}: the {what} with its peers broke ({error}); one of these was "
-                f"lost or is slower than swarm.timeout_s: {peers}. Look at their logs, then restart "
-                "from the last checkpoint"
-            ) from error
-        self.seconds += time.perf_counter() - begin
-        self.bytes_received += round(received)
-
-
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -14,6 +15,18 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def to_disk(path: Path) -> None:
+    """Return when a file, or the names in a folder, would survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system without it
+            raise
+    finally:
+        os.close(handle)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """A reader sees the old text or the new one, also after a power cut."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -22,15 +35,22 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    to_disk(path.parent)
 
 
 def replace_folder(temporary: Path, final: Path) -> None:
-    """Rename ``temporary`` to ``final``; an older ``final`` is kept until the new one is in place."""
+    """Rename ``temporary`` to ``final``; an older ``final`` is kept until the new one is in place.
+
+    The files in it must be on disk already; the names of all are when this returns.
+    """
+    for path in [temporary, *(path for path in temporary.rglob("*") if path.is_dir())]:
+        to_disk(path)
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         os.replace(final, old)
     os.replace(temporary, final)
+    to_disk(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -8,23 +8,34 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ds_pso.quarantine import Health
+
 
 class FitnessWindow:
     """Sums the losses of one rank. Adding does not wait for the device."""
 
     def __init__(self) -> None:
         self._sum: Tensor | float = 0.0
+        self._first: Tensor | float = math.nan
         self.count = 0  # of losses
         self.steps = 0  # of the optimizer
 
     def add(self, loss: Tensor) -> None:
         """``loss``: scalar of one micro-batch, before any loss scaling."""
-        self._sum = self._sum + loss.detach().to(torch.float64)
+        loss = loss.detach().to(torch.float64)
+        if isinstance(self._first, float):
+            self._first = loss
+        self._sum = self._sum + loss
         self.count += 1
 
     @property
     def total(self) -> float:
         return float(self._sum)
+
+    @property
+    def first(self) -> float:
+        """The first loss of all that was ever added; NaN if there was none."""
+        return float(self._first)
 
     def state(self) -> list[float]:
         return [self.total, self.count, self.steps]
@@ -43,16 +54,15 @@ class FitnessWindow:
         self.restore(0.0, 0, 0)
 
 
-def combine(rows: Sequence[Sequence[float]]) -> tuple[float, bool]:
-    """Reduce (sum of losses, number of losses, weights finite) of the ranks of one particle.
+def combine(rows: Sequence[Sequence[float]]) -> Health:
+    """Reduce (sum of losses, number of losses, sum of the squares of the weights, first loss) of a particle's ranks.
 
     Returns:
-        The mean loss, NaN if there was none, and whether the particle is alive: its weights are
-        finite on every rank and its loss, if it has one, is finite. Rows are added in the order
-        of ranks, so every rank computes the same bits.
+        The mean loss, NaN if there was none, the norm of all weights, and the mean of the first losses as the highest
+        so far. Rows are added in the order of ranks, so every rank computes the same bits.
     """
     total = sum(row[0] for row in rows)
     count = sum(row[1] for row in rows)
-    weights_finite = all(row[2] == 1.0 for row in rows)
     loss = total / count if count else math.nan
-    return loss, weights_finite and (not count or math.isfinite(loss))
+    heard = float(count) if not count or math.isfinite(loss) else -1.0
+    return Health(loss, heard, math.sqrt(sum(row[2] for row in rows)), sum(row[3] for row in rows) / len(rows))

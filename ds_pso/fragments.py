@@ -34,8 +34,13 @@ def cut(shards: Shards, count: int) -> list[Fragment]:
     """
     if count == 1:
         return [[Range(i, 0, t.numel()) for i, t in enumerate(shards.tensors)]]
-    order = {name: place for place, (name, _) in enumerate(shards.module.named_parameters())}
-    segments = sorted(shards.segments, key=lambda s: (order[s.name], s.param_start))
+    return cut_segments(shards.segments, [name for name, _ in shards.module.named_parameters()], count)
+
+
+def cut_segments(segments: Sequence[Segment], names: Sequence[str], count: int) -> list[Fragment]:
+    """More than one fragment of a rank that holds these segments. ``names``: of the parameters, in their order."""
+    order = {name: place for place, name in enumerate(names)}
+    segments = sorted(segments, key=lambda s: (order[s.name], s.param_start))
     total = sum(s.numel for s in segments)
     bounds = [total * k // count for k in range(count + 1)]
     return [list(_between(segments, start, stop)) for start, stop in itertools.pairwise(bounds)]

@@ -257,6 +257,11 @@ def _check_supported(swarm: Swarm, trainer: Trainer) -> None:
         )
     if swarm.num_particles == 1:
         return
+    if swarm.world.meets_at_sync_points_only:
+        raise ConfigError(
+            'SwarmCallback: swarm.transport = "elastic": the Trainer counts its own steps, and a particle that joins '
+            'late would train on after the others; use "static"'
+        )
     refused = {
         "auto_find_batch_size": (args.auto_find_batch_size, "it builds the engine anew; set it to False"),
         "train_sampling_strategy": (

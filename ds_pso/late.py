@@ -55,11 +55,13 @@ class LateMeetings(Meetings):
         point = self.census.of_all(row, self.schedule.progress(pending.begun))
         pending.pace = self._pace()
         # Whoever waits for the first fragment reads it.
-        pending.record = {"sync": point.index, "losses": point.fitness, "alive": point.alive, "waited_s": waited}
+        pending.record = self.census.record_of(point) | {"waited_s": waited}
         if self.streaming:
             pending.record |= {"fragment": pending.numbers[0], "abandoned": not all(point.alive)}
         if any(point.alive) and not pending.record.get("abandoned"):
+            self.is_torn = True
             pending.record |= self._move(pending, point, begin)
+            self.is_torn = False
         pending.record |= self._traffic_since(traffic)
         pending.background_s = time.perf_counter() - begin
 

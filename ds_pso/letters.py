@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_pso.checksums import checksum, sealed, unsealed
+
 _FOR_EVER = timedelta(days=3650)  # only threads that nobody waits for wait so long
 _FAREWELL_S = 2.0
 _GOODBYE = -1  # in place of an index
@@ -59,7 +61,8 @@ class Mailbox(ABC):
 class GlooMailbox(Mailbox):
     """Two threads for each peer, one that sends and one that receives, on a process group of their own.
 
-    A peer that is slow, stopped or dead holds up its own two threads and nobody else. Memory: the newest
+    A peer that is slow, stopped or dead holds up its own two threads and nobody else. A letter that was damaged on
+    the way is as good as one that never came. Memory: the newest
     letter, one for each peer that is just sending, and one for each that is just being sent to.
 
     Args:
@@ -124,7 +127,8 @@ class GlooMailbox(Mailbox):
                 with self._changed:
                     self._changed.wait_for(lambda: self._closed or peer in self._outgoing)
                     index, flat = (_GOODBYE, torch.empty(0)) if self._closed else self._outgoing[peer]
-                self._group.send([torch.tensor([index, flat.numel()])], peer, 0).wait(_FOR_EVER)
+                header = sealed([index, flat.numel(), checksum(flat)])
+                self._group.send([torch.tensor(header)], peer, 0).wait(_FOR_EVER)
                 if index == _GOODBYE:
                     return
                 for chunk in flat.split(self._chunk):
@@ -134,18 +138,20 @@ class GlooMailbox(Mailbox):
                     del self._outgoing[peer]
 
     def _collect(self, peer: int) -> None:
-        header = torch.empty(2, dtype=torch.int64)
+        header = torch.tensor(sealed([0, 0, 0]))
         with contextlib.suppress(RuntimeError):  # the peer is gone
             while not self._closed:
                 self._group.recv([header], peer, 0).wait(_FOR_EVER)
-                index, numel = header.tolist()
-                if index == _GOODBYE:
+                known = unsealed(header.tolist())
+                if known is None or known[0] == _GOODBYE:  # nobody could say where the next letter begins
                     return
+                index, numel, expected = known
                 flat = torch.empty(numel)
                 for chunk in flat.split(self._chunk):
                     self._group.recv([chunk], peer, 1).wait(_FOR_EVER)
+                intact = checksum(flat) == expected
                 with self._changed:
                     self._received += 4 * numel
-                    if self._newest is None or index >= self._newest.index:
+                    if intact and (self._newest is None or index >= self._newest.index):
                         self._newest = Letter(peer, index, flat)
                 del flat, chunk

@@ -39,7 +39,7 @@ class WarmupHoldDecayLR(lr_schedules.WarmupDecayLR):
                 f"scheduler.params.total_num_steps = {total_num_steps!r}: must be a whole number of at least 1; "
                 'only ds_pso/train.py fills in "auto"'
             )
-        if not 0 < decay_ratio <= 1:
+        if not isinstance(decay_ratio, int | float) or not 0 < decay_ratio <= 1:
             raise ConfigError(f"scheduler.params.decay_ratio = {decay_ratio!r}: must lie in (0, 1]")
         self.decay_num_steps = max(1, round(decay_ratio * total_num_steps))
         super().__init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from ds_pso.fitness import FitnessWindow
 from ds_pso.fragments import Fragment, cut
 from ds_pso.keeping import AS_IT_COMES, Keeping
 from ds_pso.pending import Pending
+from ds_pso.quarantine import USUAL, Limits
 from ds_pso.rules import Rule, SyncPoint
 from ds_pso.schedule import Observed, Schedule
 from ds_pso.shards import Shards
@@ -54,6 +56,7 @@ class Meetings:
         fragments: into how many pieces a delayed sync point is cut.
         streaming: whether each of them meets by itself, in its turn.
         keeping: where state lies, and in how many bits.
+        limits: see ``Census``.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Meetings:
         fragments: int = 1,
         streaming: bool = False,
         keeping: Keeping = AS_IT_COMES,
+        limits: Limits = USUAL,
     ) -> None:
         self.world = world
         self.exchange = exchange
@@ -81,7 +85,7 @@ class Meetings:
         self.streaming = streaming
         self.totals = SyncTotals()
         self.schedule = schedule
-        self.census = Census(world, exchange, shards, probe=probe, rank_by=rank_by, total=schedule.count)
+        self.census = Census(world, exchange, shards, probe=probe, rank_by=rank_by, total=schedule.count, limits=limits)
         self._check_same_model()
         self._start_alike()
         differences = None if wire == "fp32" else Differences(FORMATS[wire], shards.tensors, keeping)
@@ -96,6 +100,8 @@ class Meetings:
         self.pending: Pending | None = None
         # A fragment did not meet in its turn: a particle that is not alive needs the whole model, so ``sync`` is next.
         self.needs_whole = False
+        # Whether an exchange was broken off when some of the weights, or of what is kept, had been changed.
+        self.is_torn = False
         self._cuts: dict[int, list[Fragment]] = {}
         self._mailbox = world.open_mailbox() if rule.max_staleness is not None else None
         self._letter_bytes = 0
@@ -121,6 +127,36 @@ class Meetings:
         with self.shards.flat_buffers() as buffers:
             fill(buffers, self.exchange.from_one(buffers, source=0))
         self.shards.publish()
+
+    def step_made(self) -> None:
+        """The optimizer has taken a step."""
+        self.clock.tick()
+
+    def _publish(self, *, tentative: bool = False) -> None:
+        """Show the particle's new weights to its ranks; ``tentative``: to be scored, and perhaps changed again."""
+        self.shards.publish()
+
+    def _stay_together(self) -> None:
+        """Before the ranks of a particle do something together after each has exchanged with its peers."""
+
+    def begin_anew(self, step: int) -> None:
+        """The particles are equal and have not met before: what is kept follows from the weights as they are now."""
+        self.world.settle()
+        self.shards.zero_padding()
+        tensors = self.shards.tensors
+        for kept, x in zip(self.updater.state, tensors, strict=True):
+            for name, value in self.rule.init_state(x).items():
+                kept[name].copy_(value)
+        if self.updater.differences is not None:
+            self.updater.differences.agree_on(tensors)
+            for residual in self.updater.differences.residual:
+                residual.zero_()
+        self.memories = [{}] * len(self.memories)
+        self.pending, self.needs_whole = None, False
+        self.shards.lr_factor = 1.0
+        self.totals = SyncTotals()
+        self.census.losses, self.census.index = (math.nan,) * self.exchange.num_particles, 0
+        self.schedule.begin(step)
 
     def _pace(self) -> tuple[float, float]:
         return self.census.step_s, self.census.held_up_s
@@ -156,18 +192,20 @@ class Meetings:
         """See ``Census.apart``; ``distances``: of each part of this rank's elements."""
         return self.census.apart([sum(column) for column in zip(*distances, strict=True)], point)
 
-    def _traffic(self) -> tuple[int, float]:
-        return self.exchange.bytes_received, self.exchange.seconds
+    def _traffic(self) -> tuple[int, float, int]:
+        return self.exchange.bytes_received, self.exchange.seconds, self.exchange.repeated
 
-    def _traffic_since(self, before: tuple[int, float]) -> dict[str, Any]:
-        received, seconds = (now - then for now, then in zip(self._traffic(), before, strict=True))
+    def _traffic_since(self, before: tuple[int, float, int]) -> dict[str, Any]:
+        received, seconds, repeated = (now - then for now, then in zip(self._traffic(), before, strict=True))
         bandwidth = received * 8 / seconds / 1e6 if seconds > 0 else None
-        return {"bytes_received": int(received), "exchange_s": seconds, "bandwidth_mbit_s": bandwidth}
+        found = {"bytes_received": int(received), "exchange_s": seconds, "bandwidth_mbit_s": bandwidth}
+        return found | ({"repeated": int(repeated)} if repeated else {})
 
-    def _wait_for(self, *groups: Sequence[int]) -> float:
-        """Roll call; returns its seconds."""
+    def _wait_for(self, ranks: Sequence[int], *, together: bool = False) -> float:
+        """Roll call; ``together``: with the mates. Returns its seconds."""
         begin, turn = time.perf_counter(), self.world.turn("sync")
-        self.world.roll_call(f"sync {turn}", sorted({rank for ranks in groups for rank in ranks}))
+        call = self.world.roll_call_together if together else self.world.roll_call
+        call(f"sync {turn}", ranks)
         if turn > 1:  # the last one may have been of others
             self.world.forget(f"sync {turn - 2}")
         return time.perf_counter() - begin

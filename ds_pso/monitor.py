@@ -11,7 +11,7 @@ _NUMBERS = (
     *("seconds", "waited_s", "overlapped_s", "exchange_s", "step_s", "bytes_received", "bandwidth_mbit_s"),
 )
 OWN_FOLDERS = ("tensorboard", "csv_monitor")  # sections of those that write files
-_OF_PARTICLES = {"losses": "loss", "weights": "weight", "lr_factors": "lr_factor"}
+_OF_PARTICLES = {"losses": "loss", "alive": "alive", "weights": "weight", "lr_factors": "lr_factor"}
 
 
 def give_each_a_folder(ds_config: dict[str, Any], particle: int) -> None:

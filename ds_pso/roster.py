@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,28 +28,44 @@ Answer = TypeVar("Answer")
 
 
 class Roster:
-    """The ranks of the launcher's world, as this one of them sees them."""
+    """The ranks of a launcher's world, as this one of them sees them.
 
-    def __init__(self, layout: Layout, timeout_s: float) -> None:
+    Args:
+        ranks: of the swarm that this launcher has started; all of them unless each particle is a job of its own.
+    """
+
+    def __init__(self, layout: Layout, timeout_s: float, ranks: Sequence[int] | None = None) -> None:
         self.layout = layout
         self.timeout_s = timeout_s
+        self.ranks = range(layout.world_size) if ranks is None else ranks
         self.store: dist.Store | None = None  # None: a world of one rank
         self._turns: dict[str, int] = {}  # of each label
-        self._hosts = [""] * layout.world_size  # by launcher's rank, once known
+        self._hosts = [""] * layout.world_size  # by rank, once known
         self._frozen = False  # the host of the store does not answer
 
     def open(self, store: dist.Store) -> None:
         """Meet the others on ``store``, and learn which machine each runs on."""
         self.store = store
-        ranks = range(self.layout.world_size)
         store.set(f"host/{self.layout.rank}", socket.gethostname())
-        self.roll_call("start", ranks)
-        self._hosts = [host.decode() for host in store.multi_get([f"host/{rank}" for rank in ranks])]
+        self.roll_call("start", self.ranks)
+        hosts = store.multi_get([f"host/{rank}" for rank in self.ranks])
+        for rank, host in zip(self.ranks, hosts, strict=True):
+            self._hosts[rank] = host.decode()
+
+    def companion(self) -> Roster:
+        """The same ranks on a connection of their own, for a thread beside this one. Called alike on all ranks."""
+        other = Roster(self.layout, self.timeout_s, self.ranks)
+        other._hosts = self._hosts
+        store: Any = self.store
+        if store is not None:
+            # One TCPStore answers one question at a time: a thread that waits would hold this one up.
+            other.store = dist.PrefixStore(f"companion/{self.turn('companion')}", store.clone())
+        return other
 
     @property
     def is_leader(self) -> bool:
-        """True on one rank of the whole swarm: rank 0 of particle 0."""
-        return self.layout.rank == 0
+        """True on one rank of the launcher's world: the first."""
+        return self.layout.rank == self.ranks[0]
 
     def _on_this_node(self, ranks: Iterable[int]) -> list[int]:
         return [rank for rank in ranks if self._hosts[rank] == self._hosts[self.layout.rank]]
@@ -62,7 +78,7 @@ class Roster:
     @property
     def is_node_leader(self) -> bool:
         """True on the lowest rank of each machine: the one that makes and renames folders."""
-        return self._on_this_node(range(self.layout.rank + 1))[0] == self.layout.rank
+        return self._on_this_node(self.ranks)[0] == self.layout.rank
 
     def leads_disk(self, folder: Path) -> bool:
         """True on one rank for each disk that ``folder`` lies on; made if missing. Called on all ranks.
@@ -111,9 +127,35 @@ class Roster:
         return self._turns[label]
 
     def forget(self, label: str) -> None:
-        """Drop this rank's mark at ``label``, once everybody is known to have passed it."""
+        """Drop this rank's marks at ``label``, once everybody is known to have passed it."""
         if self.store is not None:
             self.store.delete_key(f"at/{label}/{self.layout.rank}")
+            self.store.delete_key(f"met/{label}/{self.layout.rank}")
+
+    def roll_call_together(self, label: str, ranks: Iterable[int]) -> None:
+        """As ``roll_call``; where a rank of the particle waits in vain, its mates raise what it raises.
+
+        Else they would go on, and wait for it inside the particle.
+        """
+        mates, store = self.layout.mates, self.store
+        expected = sorted({*ranks, *mates})
+        if store is None or len(mates) == 1:
+            self.roll_call(label, expected)
+            return
+        mark = f"met/{label}"
+        try:
+            self.roll_call(label, expected)
+        except PeerError as error:
+            text = str(error)
+            with contextlib.suppress(dist.DistError, RuntimeError, TimeoutError):  # the store may be what was lost
+                self._ask(lambda: store.set(f"{mark}/{self.layout.rank}", text))
+            raise
+        store.set(f"{mark}/{self.layout.rank}", "")
+        keys = [f"{mark}/{mate}" for mate in mates]
+        self._wait(keys, mates, label)
+        lost = next((text for text in store.multi_get(keys) if text), None)
+        if lost is not None:
+            raise PeerError(lost.decode())
 
     def _wait(self, keys: list[str], ranks: list[int], label: str) -> None:
         store = self.store
@@ -171,7 +213,7 @@ class Roster:
         )
 
     def barrier(self, label: str) -> None:
-        """Wait for all W ranks."""
+        """Wait for all ranks."""
         self.gather(label, None)
 
     def gather(self, label: str, value: Any) -> list[Any]:
@@ -181,9 +223,9 @@ class Roster:
         self.settle()
         turn = self.turn(label)
         key = f"gather/{label}/{turn}"
-        ranks = list(range(self.layout.world_size))
+        ranks = list(self.ranks)
         keys = [f"{key}/{rank}" for rank in ranks]
-        self.store.set(keys[self.layout.rank], json.dumps(value))
+        self.store.set(f"{key}/{self.layout.rank}", json.dumps(value))
         if self.is_leader:
             self._wait(keys, ranks, label)
             everything = [json.loads(item) for item in self.store.multi_get(keys)]

@@ -84,5 +84,17 @@ class SwarmSampler(Sampler[int]):
                 return f"the data's {key} was {state[key]} and is {mine[key]} now"
         return None
 
+    def continued(self, state: dict[str, int], world_size: int) -> dict[str, int]:
+        """``state`` of a sampler that shared the data with so many ranks, as this one's; for ``load_state_dict``.
+
+        What was trained on are the first samples in the order of the epoch; this one goes on behind them, or
+        up to one batch of all its ranks before.
+        """
+        seen = state["batch"] * state["batch_size"] * world_size
+        epoch, batch = state["epoch"], seen // (self._world_size * self._batch_size)
+        if batch == self._num_batches:
+            epoch, batch = epoch + 1, 0
+        return {**state, "batch_size": self._batch_size, "epoch": epoch, "batch": batch}
+
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.epoch, self._batch = state["epoch"], state["batch"]

@@ -24,6 +24,7 @@ from torch import Tensor
 from ds_pso.errors import ConfigError, PeerError
 from ds_pso.layout import Layout
 from ds_pso.letters import Letter, Mailbox
+from ds_pso.roster import Roster
 from ds_pso.world import World
 
 
@@ -143,6 +144,9 @@ class SimulatedWorld(World):
     def roll_call(self, label: str, ranks: Iterable[int]) -> None:
         """Nobody is missing: what follows is a meeting anyway."""
 
+    def roll_call_together(self, label: str, ranks: Iterable[int]) -> None:
+        """As ``roll_call``."""
+
     def gather(self, label: str, value: Any) -> list[Any]:
         values: list[str] = self._room.meet(self.layout.rank, json.dumps(value))
         return [json.loads(item) for item in values]
@@ -150,6 +154,9 @@ class SimulatedWorld(World):
     def in_background(self, job: Callable[[], None]) -> None:
         """At once: nothing is gained by waiting, and only one thread runs at a time."""
         job()
+
+    def beside(self, job: Callable[[Roster], None]) -> None:
+        job(self)
 
     def open_mailbox(self) -> Mailbox:
         return _RoomMailbox(self._room, self.layout.particle)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ds_pso.checkpoint_writer import Writer
 from ds_pso.config import SwarmConfig
 from ds_pso.errors import SwarmError
 from ds_pso.exchange import Exchange
 from ds_pso.fitness import FitnessWindow
 from ds_pso.meetings import SyncTotals
 from ds_pso.metrics import MetricsLog, versions
+from ds_pso.preemption import Preemption
 from ds_pso.sampler import SwarmSampler
 from ds_pso.synchronizer import Synchronizer
 from ds_pso.world import World
@@ -24,11 +26,13 @@ class SwarmState:
         self.config = config
         self.world = world
         self.run_dir = run_dir
-        self.exchange = Exchange(world, config.bucket_mb)
+        self.exchange = Exchange(world, config.bucket_mb, checksums=config.checksums)
         self.metrics = MetricsLog(run_dir / "metrics.jsonl" if run_dir and world.is_leader else None)
         self.window = FitnessWindow()
         self.samplers: list[SwarmSampler] = []
         self.last_sync: dict[str, Any] = {}  # what was logged of the last sync point
+        self.writer = Writer()
+        self._preemption: Preemption | None = None  # None: ``should_stop`` was never called
         self._engine: Any = None
         self._backwards = 0  # since the last optimizer step
         self.synchronizer: Synchronizer | None = None  # None: not attached, or only one particle

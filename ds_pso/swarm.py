@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 import warnings
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Sized
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
-
 from ds_pso import checkpoint, export, lr_schedule, monitor
-from ds_pso.census import Probe
-from ds_pso.config import ALLREDUCE, ConfigSource, find_config, load_config
-from ds_pso.consistency import total_num_steps
-from ds_pso.errors import ConfigError, SwarmError
-from ds_pso.keeping import Keeping
+from ds_pso.attached import AttachedSwarm
+from ds_pso.config import ALLREDUCE, ConfigSource, SwarmConfig, find_config, load_config
+from ds_pso.elastic.place import is_launched
+from ds_pso.elastic.synchronizer import ElasticSynchronizer
+from ds_pso.elastic.world import ElasticWorld
+from ds_pso.errors import CheckpointError, ConfigError, PeerError, SwarmError
+from ds_pso.preemption import Preemption
 from ds_pso.sampler import SwarmSampler
-from ds_pso.shards import find_shards
 from ds_pso.simulated_world import Crew
-from ds_pso.state import SwarmState
-from ds_pso.synchronizer import Synchronizer
 from ds_pso.world import World
 
 
@@ -49,9 +48,7 @@ def init(config: ConfigSource | None = None, *, run_dir: str | Path | None = Non
     lr_schedule.register()
     particles = 1 if swarm_config.sync_mode == ALLREDUCE else swarm_config.particles
     if world is None:
-        world = Crew.world(particles, swarm_config.timeout_s) or World.carve(
-            particles, peer_backend=swarm_config.peer_backend, timeout_s=swarm_config.timeout_s
-        )
+        world = Crew.world(particles, swarm_config.timeout_s) or _build_world(particles, swarm_config)
     elif world.closed:
         raise ConfigError("the world that was given to ds_pso.init is closed; give it before its swarm is closed")
     elif particles not in ("node", world.layout.num_particles):
@@ -67,10 +64,21 @@ def init(config: ConfigSource | None = None, *, run_dir: str | Path | None = Non
             "give a number of particles to split the node",
             stacklevel=2,
         )
-    return Swarm(ds_config, swarm_config, world, Path(run_dir) if run_dir else None)
+    return Swarm(ds_config, swarm_config, world, world.own_folder(Path(run_dir)) if run_dir else None)
 
 
-class Swarm(SwarmState):
+def _build_world(particles: int | Literal["node"], config: SwarmConfig) -> World:
+    if config.transport == "elastic" and config.sync_mode != ALLREDUCE:
+        return ElasticWorld.join(particles, config.elastic, config.timeout_s)
+    if is_launched(os.environ):
+        raise ConfigError(
+            'ds-pso launch starts each particle as a job of its own; set swarm.transport to "elastic" and a sync_mode '
+            f'other than "{ALLREDUCE}", or start with deepspeed'
+        )
+    return World.carve(particles, peer_backend=config.peer_backend, timeout_s=config.timeout_s)
+
+
+class Swarm(AttachedSwarm):
     """P particles that train apart and meet every ``sync_interval`` optimizer steps. Made by ``ds_pso.init``.
 
     Usable as a context manager: leaving it in good order waits for the other ranks, and so does an error
@@ -83,131 +91,6 @@ class Swarm(SwarmState):
     """
 
     # -- the training script's calls --------------------------------------------------------
-
-    def attach(self, engine: Any, probe: Probe | None = None) -> Any:
-        """Let ``engine.step()`` meet the swarm at sync points.
-
-        Copies the weights of particle 0 to all others, so that all start alike.
-
-        Args:
-            engine: what ``deepspeed.initialize`` returned, with an optimizer.
-            probe: for ``"fitness": "probe"`` and for rules that score what they try: a function of the
-                number of the sync point, for choosing a batch, that returns the engine's loss on it.
-                The batch must be the same for every particle. Called on all ranks, without gradients;
-                the mean over a particle's ranks counts.
-
-        Returns:
-            The same engine.
-
-        Raises:
-            UnsupportedError: the engine uses a feature that the swarm cannot follow.
-            ConfigError: the config asks for a probe and none is given, or for the length of the training.
-            SwarmError: the particles hold different models, or attach was called before.
-        """
-        if self._engine is not None:
-            raise SwarmError("swarm.attach was called twice; one swarm trains one engine", agreed=True)
-        self._take_filled_in(engine.config)
-        rule = self.config.build_rule()
-        if rule is not None and self.num_particles > 1:
-            if self.config.fitness == "probe" and probe is None:
-                raise ConfigError('swarm.fitness = "probe": give swarm.attach a probe, or use "train"')
-            if rule.uses_probe and probe is None:
-                raise ConfigError(
-                    f'swarm.sync_mode = "{self.config.sync_mode}": it scores weights on a probe batch; '
-                    "give swarm.attach a probe, or choose another mode or options"
-                )
-            schedule = self.config.build_schedule(self.ds_config)
-            if schedule.last == 0 and self.is_leader:
-                warnings.warn(
-                    f"swarm.sync_interval = {self.config.sync_interval}: longer than the whole training, so that the "
-                    "particles never meet; lower it",
-                    stacklevel=2,
-                )
-            if rule.uses_progress and not schedule.last:
-                raise ConfigError(
-                    f"swarm.{self.config.sync_mode} changes over training, and scheduler.params.total_num_steps = "
-                    f"{total_num_steps(self.ds_config)!r} gives no sync point; give a number of at least "
-                    "swarm.sync_interval there or in swarm.total_steps"
-                )
-            with self.world.agree("attaching the engine"):
-                shards = find_shards(engine)
-            self.synchronizer = Synchronizer(
-                self.world,
-                self.exchange,
-                rule,
-                shards,
-                probe=probe,
-                rank_by=self.config.fitness,
-                schedule=schedule,
-                optimizer_state=self.config.optimizer_state,
-                wire=self.config.wire,
-                fragments=self.config.fragments,
-                streaming=self.config.streaming,
-                keeping=Keeping(self.config.state_device, self.config.state_dtype),
-            )
-        self._engine = engine
-        self._follow(engine)
-        self.log("start", **self._start_record())
-        return engine
-
-    def _take_filled_in(self, config: Any) -> None:
-        """Accelerate and the HF Trainer replace each "auto" in a copy, or in what they have read themselves."""
-        if not isinstance(config, Mapping):
-            return  # a path
-        for name in monitor.OWN_FOLDERS if self.num_particles > 1 else ():
-            section = config.get(name) or {}
-            if section.get("enabled") and f"particle_{self.particle}" not in str(section):
-                raise ConfigError(
-                    f"{name}: the particles would write into one another's files; give DeepSpeed swarm.ds_config, in "
-                    "which each has a folder of its own, and not the file itself"
-                )
-        self.ds_config = {key: value for key, value in config.items() if key != "swarm"}
-
-    def sync(self) -> None:
-        """Meet the other particles now; call it on all ranks, outside of forward and backward.
-
-        ``engine.step`` does it when a sync point is due. This one counts as one more.
-
-        Raises:
-            PeerError: a rank did not come in time, or was lost.
-        """
-        if self.synchronizer is not None:
-            self._advance(to_the_end=True)
-            self._log_sync(self.synchronizer.sync(self.window, self.engine.global_steps))
-
-    def finish_pending(self) -> None:
-        """Apply now what a delayed sync point still has to bring, if one is pending; call it on all ranks."""
-        self._advance(to_the_end=True)
-
-    def _advance(self, *, to_the_end: bool = False) -> None:
-        """Apply what a delayed sync point has brought, so far as it is due."""
-        if self.synchronizer is not None and self.synchronizer.pending is not None:
-            record = self.synchronizer.advance(self.window, self.engine.global_steps, to_the_end=to_the_end)
-            if record is not None:
-                self._log_sync(record)
-
-    def _log_sync(self, record: dict[str, Any]) -> None:
-        self.last_sync = record
-        self.log("sync", **record)
-        if self.is_leader and self.engine.monitor.enabled:
-            self.engine.monitor.write_events(monitor.events(record, self.engine.global_samples))
-
-    def _meet_if_due(self, step: int) -> None:
-        synchronizer = self.synchronizer
-        if synchronizer is None:
-            return
-        synchronizer.clock.tick()
-        self._advance()
-        schedule = synchronizer.schedule
-        if synchronizer.needs_whole or schedule.is_due(step):
-            # After resuming with a shorter interval it may begin before the last one is due.
-            self._advance(to_the_end=True)
-            waits = self.config.delay == 0 or schedule.in_warmup(step) or schedule.progress(step) == 1
-            if waits or synchronizer.needs_whole:
-                self.sync()
-            else:
-                synchronizer.begin(self.window, step, self.config.delay)
-        synchronizer.clock.go_on()
 
     def sampler(
         self, dataset: Sized, *, batch_size: int | None = None, shuffle: bool = True, seed: int = 0
@@ -241,6 +124,8 @@ class Swarm(SwarmState):
             seed=seed,
         )
         self.samplers.append(sampler)
+        if isinstance(self.synchronizer, ElasticSynchronizer):
+            self.synchronizer.progress.place(sampler)
         return sampler
 
     @contextlib.contextmanager
@@ -275,7 +160,7 @@ class Swarm(SwarmState):
             self.synchronizer.consensus.adopt(which)
 
     def gather(self, value: float) -> list[float]:
-        """Tell every rank a number of each particle; call it on all ranks.
+        """Tell every rank a number of each particle; call it on all ranks. In an elastic swarm others' are NaN.
 
         Args:
             value: of this rank, such as a loss.
@@ -285,41 +170,69 @@ class Swarm(SwarmState):
         """
         rows = self.world.particle_gather([value])
         mean = sum(row[0] for row in rows) / len(rows)
+        if self.world.meets_at_sync_points_only:
+            return [mean if particle == self.particle else math.nan for particle in range(self.num_particles)]
         return [row[0] for row in self.exchange.all_gather([mean])]
 
     def total_bytes(self) -> int:
         """Bytes that all ranks together have received at sync points; call it on all ranks."""
         return sum(self.world.gather("bytes", self.totals.bytes_received))
 
-    def log(self, event: str, **values: Any) -> None:
-        """Append a record to ``metrics.jsonl`` (the leader's; other ranks' are dropped).
-
-        Args:
-            event: what kind of record; ds_pso's own are called ``sync``.
-            values: what JSON can hold; NaN and infinities become null.
-        """
-        self.metrics.write(event, self._engine.global_steps if self._engine else 0, values)
-
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, *, keep: int | None = None, background: bool = False) -> Path:
         """Write a checkpoint of the whole swarm; call it on all ranks, after ``engine.step``.
 
         Args:
             folder: gets ``step_<n>`` when all of it is written, and ``latest`` then names that.
+            keep: remove all but this one and the ``keep - 1`` before it, once it is complete; None: keep all.
+            background: return when the state is copied to main memory, and write it while training goes on. The
+                next ``save``, ``load``, ``export`` or ``close`` waits for that, as ``wait_for_save`` does.
 
         Returns:
             The folder of this checkpoint.
 
         Raises:
-            CheckpointError: it cannot be written; the complete ones stay.
+            CheckpointError: it cannot be written, or the one before, in the background, could not; the complete
+                ones stay.
+            ConfigError: ``keep`` is less than 1.
         """
-        return checkpoint.save(self, Path(folder))
+        return checkpoint.save(self, self.world.own_folder(Path(folder)), keep, background=background)
 
-    def load(self, folder: str | Path, tag: str | None = None) -> int:
+    def wait_for_save(self) -> None:
+        """Wait until the checkpoint is complete that is written in the background, if one is; call it on all ranks.
+
+        Raises:
+            CheckpointError: it could not be written; the complete ones stay.
+        """
+        self.writer.wait()
+
+    def rescue(self, folder: str | Path) -> Path | None:
+        """After a PeerError: save this particle alone, in ``folder/particle_<i>``; call it on all its ranks.
+
+        An elastic swarm continues from there: the lost particles take the state of those that were saved.
+
+        Returns:
+            The folder of the checkpoint; None if a rank of this particle is missing, or an exchange was broken off in
+            the middle, so that the weights are neither the old nor the new.
+        """
+        if self.synchronizer is not None:
+            if self.synchronizer.is_torn:
+                return None
+            self.synchronizer.pending = None
+        try:
+            self.world.shrink()
+            return checkpoint.save(self, self.world.particle_folder(Path(folder)))
+        except (PeerError, CheckpointError):
+            return None
+
+    def load(self, folder: str | Path, tag: str | None = None, *, reshape: bool = False) -> int:
         """Continue from a checkpoint; call it on all ranks, after ``attach`` and ``sampler``.
 
         Args:
             folder: what ``save`` was given.
-            tag: name of a ``step_<n>`` in it; the latest one if not given.
+            tag: name of a ``step_<n>`` in it. If not given, the latest; if a file of that is damaged, the one before
+                 it, with a warning that says so.
+            reshape: whether it may have been saved with another number of particles, or of ranks in each.
+                Particle j then continues particle j modulo their number.
 
         Returns:
             Its optimizer step.
@@ -327,7 +240,12 @@ class Swarm(SwarmState):
         Raises:
             CheckpointError: missing, damaged, or of another model or swarm; nothing was changed.
         """
-        return checkpoint.load(self, Path(folder), tag)
+        if isinstance(self.synchronizer, ElasticSynchronizer) and self.synchronizer.came_late:
+            return int(self.engine.global_steps)  # the state of the others is newer
+        step = checkpoint.load(self, self.world.own_folder(Path(folder)), tag, reshape=reshape)
+        if isinstance(self.synchronizer, ElasticSynchronizer):
+            self.synchronizer.joined = False
+        return step
 
     def export(self, folder: str | Path, which: export.Choice = "consensus", tokenizer: Any = None) -> Path:
         """Write one model in Hugging Face format; call it on all ranks, after ``engine.step``.
@@ -344,7 +262,21 @@ class Swarm(SwarmState):
         Raises:
             ConfigError: ``which`` is neither of the two, or no particle has finite weights.
         """
+        self.writer.wait()
         return export.export(self, Path(folder), which, tokenizer)
+
+    def should_stop(self) -> bool:
+        """Whether this job was asked to end, by SIGTERM to any rank; call it on all ranks, after each ``engine.step``.
+
+        All ranks get the same answer at the same step. Then save, leave the loop, close the swarm and exit with
+        ``ds_pso.EXIT_PREEMPTED``. From the first call on SIGTERM does nothing else, until the swarm is closed.
+
+        Raises:
+            PeerError: the signal came, and a rank did not answer in time.
+        """
+        if self._preemption is None:
+            self._preemption = Preemption(self.world, self.engine.global_steps)
+        return self._preemption.due(self.engine.global_steps)
 
     def close(self) -> None:
         """Leave the swarm; waits for the other ranks, and gives the launcher's environment back."""
@@ -354,7 +286,19 @@ class Swarm(SwarmState):
                 "swarm.sync(), or give its length in swarm.total_steps",
                 stacklevel=2,
             )
-        self.world.close()
+        try:
+            self.writer.wait()
+        except SwarmError as error:
+            self._leave(wait=error.agreed)
+            raise
+        self._leave(wait=True)
+
+    def _leave(self, *, wait: bool) -> None:
+        try:
+            self.world.close() if wait else self.world.abandon()
+        finally:  # last: until then the others may want to know at which step to stop
+            if self._preemption is not None:
+                self._preemption.close()
 
     def __enter__(self) -> Swarm:
         return self
@@ -363,37 +307,4 @@ class Swarm(SwarmState):
         if kind is None or getattr(error, "agreed", False):  # all leave; who hosts the store must be the last
             self.close()
         else:
-            self.world.abandon()
-
-    # -- following the engine ---------------------------------------------------------------
-
-    def _follow(self, engine: Any) -> None:
-        """Watch the engine from outside: on overflow its optimizer is not even called."""
-        backward, step = engine.backward, engine.step
-
-        def backward_and_record(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
-            result = backward(loss, *args, **kwargs)
-            # The HF Trainer divides by the accumulation steps itself, and says so.
-            divided = kwargs.get("scale_wrt_gas") is False
-            self.window.add(loss * engine.gradient_accumulation_steps() if divided else loss)
-            self._backwards += 1
-            for sampler in self.samplers:
-                sampler.advance()
-            return result
-
-        def step_and_meet(*args: Any, **kwargs: Any) -> Any:
-            before = engine.global_steps
-            result = step(*args, **kwargs)
-            if engine.global_steps == before:
-                return result  # gradients are still being accumulated
-            if self.samplers and self._backwards == 0:
-                raise SwarmError(
-                    "swarm.sampler counts what was trained on, and saw nothing; "
-                    "call engine.backward(loss), not loss.backward()"
-                )
-            self._backwards = 0
-            self.window.steps += 1
-            self._meet_if_due(engine.global_steps)
-            return result
-
-        engine.backward, engine.step = backward_and_record, step_and_meet
+            self._leave(wait=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -40,8 +41,8 @@ class Synchronizer(LateMeetings):
         begin, traffic = time.perf_counter(), self._traffic()
         self.schedule.begin(step)
         self.needs_whole = False
-        layout = self.world.layout  # mates too: a frozen one would be waited for without a word inside the particle
-        waited = self._wait_for(layout.peers, layout.mates) if self._mailbox is None else 0.0
+        # Mates too: a frozen one would be waited for without a word inside the particle.
+        waited = self._wait_for(self.world.layout.peers, together=True) if self._mailbox is None else 0.0
         self.shards.zero_padding()
         mine = self._own_row(window)
         count = self.census.of_all if self._mailbox is None else self.census.of_one
@@ -52,13 +53,14 @@ class Synchronizer(LateMeetings):
             note = self._take_letter(self._mailbox, point)
             apart = self.updater.take_distance()  # of this particle alone
         elif any(point.alive):
+            self.is_torn = True
             note, apart = self._follow_rule(point)
-        self.shards.publish()
+            self.is_torn = False
+        self._publish()
         window.clear()
         self.census.losses = point.fitness
         drift = self.census.drift(apart)
-        record: dict[str, Any] = {"sync": point.index, "losses": point.fitness, "alive": point.alive, **note}
-        record |= {"waited_s": waited, **self._traffic_since(traffic)}
+        record = self.census.record_of(point) | note | {"waited_s": waited, **self._traffic_since(traffic)}
         seconds = time.perf_counter() - begin
         return self._conclude(record, step, drift, self._pace(), staleness=0, seconds=seconds)
 
@@ -73,7 +75,7 @@ class Synchronizer(LateMeetings):
             plan = self.rule.plan(point, self.memories[number])
             note |= updater.carry_out(plan, x)
             while plan.score:
-                self.shards.publish()
+                self._publish(tentative=True)
                 plan = self.rule.proceed(plan, self.census.score())
                 note |= updater.carry_out(plan, x)
             updater.agree_on(x)
@@ -128,13 +130,15 @@ class Synchronizer(LateMeetings):
     def _average_moments(self, point: SyncPoint) -> None:
         """The moments of every particle, the dead included, become the mean of those of the living."""
         moments = self.shards.moments()
-        alike = len({row[0] for row in self.exchange.all_gather([float(len(moments))])}) == 1  # peers, not mates
+        counts = self.exchange.all_gather([float(len(moments))])
+        alike = len({counts[particle][0] for particle in self.exchange.present}) == 1  # peers, not mates
         if not all(row[0] for row in self.world.particle_gather([float(alike)])):
             # A particle whose every step was skipped has none yet.
             if not point.alive[self.exchange.particle]:
                 self.shards.reset_optimizer_state()
             return
         fill(moments, self.exchange.weighted_mean(moments, point.mean_weights()))
+        self._stay_together()
         self.shards.publish_moments()
 
     def _average_buffers(self, point: SyncPoint) -> None:
@@ -148,6 +152,8 @@ class Synchronizer(LateMeetings):
             "rule_memories": self.memories,
             "lr_factor": self.shards.lr_factor,
             "last_losses": self.census.losses,
+            "highest_loss": self.census.highest_loss,
+            "norm_limit": self.census.limits.norm,  # for who reads the checkpoint without a swarm
             "totals": asdict(self.totals),
             "schedule": self.schedule.state_dict(),
             "held_up_s": self._held_up_s,
@@ -164,6 +170,7 @@ class Synchronizer(LateMeetings):
         self.memories = list(state["rule_memories"])
         self.shards.lr_factor = state["lr_factor"]
         self.census.losses = tuple(state["last_losses"])
+        self.census.highest_loss = state.get("highest_loss", math.nan)  # of an older ds_pso there is none
         self.totals = SyncTotals(**state["totals"])
         self.census.index = self.totals.count
         self.schedule.load_state_dict(state["schedule"])

@@ -13,8 +13,9 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -34,14 +35,17 @@ _GOODBYE_S = 30.0  # how long the host of a store waits for its clients to leave
 class World(Roster):
     """A rank's place in the swarm: the roster of the job, its particle, and its peer group."""
 
+    meets_at_sync_points_only = False  # whether particles can do nothing together in between
+
     # One connection for the life of the process: a rank that joins a second swarm must not meet a store
     # that rank 0 is about to close.
     _launcher_stores: ClassVar[dict[tuple[str, int], dist.TCPStore]] = {}
     _joined: ClassVar[int] = 0  # how many swarms this process has been in; equal on all ranks
 
-    def __init__(self, layout: Layout, timeout_s: float) -> None:
-        super().__init__(layout, timeout_s)
+    def __init__(self, layout: Layout, timeout_s: float, ranks: Sequence[int] | None = None) -> None:
+        super().__init__(layout, timeout_s, ranks)
         self.peer_group: Any = None  # None: one particle
+        self.present: Sequence[int] = range(layout.num_particles)  # the particles in it, in order
         self.backend = "none"
         self._particle_store: dist.TCPStore | None = None
         self._mailbox: GlooMailbox | None = None
@@ -84,16 +88,24 @@ class World(Roster):
                 raise
         return world
 
+    def own_folder(self, folder: Path) -> Path:
+        """Where this launch writes what the script puts into ``folder``."""
+        return folder
+
+    def particle_folder(self, folder: Path) -> Path:
+        """What is this particle's alone."""
+        own = f"particle_{self.layout.particle}"
+        return folder if own in folder.parts else folder / own
+
     # -- building ---------------------------------------------------------------------------
 
     def _join(self) -> None:
         """Open the store of the launcher's world; every rank says hello."""
-        layout = self.layout
         address, port = os.environ["MASTER_ADDR"], read_int(os.environ, "MASTER_PORT")
         agent_hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         store = World._launcher_stores.get((address, port))
         if store is None:
-            hosts_store = layout.rank == 0 and not agent_hosts_store
+            hosts_store = self.is_leader and not agent_hosts_store
             store = World._launcher_stores[address, port] = self._open_launcher_store(address, port, hosts_store)
         # The store may hold the keys of an earlier attempt of torchrun, or of an earlier swarm of this job.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -210,6 +222,11 @@ class World(Roster):
         self.settle()
         self._task = Task(job)
 
+    def beside(self, job: Callable[[Roster], None]) -> Task | None:
+        """Begin a job that meets the other ranks, on a connection of its own; None: it is done. Called alike on all."""
+        companion = self.companion()
+        return Task(lambda: job(companion))
+
     def settle(self) -> None:
         self.wait_for_task()
         if self._task is not None and not self._task.is_mine:
@@ -245,6 +262,36 @@ class World(Roster):
         """Whether this rank has left it."""
         return self._closed
 
+    def shrink(self) -> None:
+        """After peers were lost: roll calls, values from all and agreement are among this particle's ranks from now on.
+
+        Raises:
+            PeerError: not all of them are here.
+        """
+        layout, patience = self.layout, min(_GOODBYE_S, self.timeout_s)
+        self._task = None  # what it raised is known
+        try:
+            store = dist.TCPStore(
+                os.environ["MASTER_ADDR"],
+                read_int(os.environ, "MASTER_PORT"),
+                is_master=False,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=patience),
+            )
+        except (dist.DistError, RuntimeError) as error:
+            raise PeerError(f"{self.describe(layout.rank)}: the first rank of its particle was lost") from error
+        self.ranks, self.store, self._turns, self._frozen = (
+            layout.mates,
+            dist.PrefixStore("ds_pso/shrunk", store),
+            {},
+            False,
+        )
+        timeout_s, self.timeout_s = self.timeout_s, patience
+        try:
+            self.roll_call("those who are left", layout.mates)
+        finally:
+            self.timeout_s = timeout_s
+
     # -- leaving ----------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -268,9 +315,10 @@ class World(Roster):
                     mates = [f"bye/{mate}" for mate in layout.mates[1:]]
                     if mates:
                         self.store.wait(mates, patience)
-                if layout.rank == 0:
-                    firsts = range(layout.particle_size, layout.world_size, layout.particle_size)
-                    self.store.wait([f"bye/{rank}" for rank in firsts], patience)
+                if self.is_leader:
+                    firsts = [f"bye/{rank}" for rank in self.ranks[:: layout.particle_size][1:]]
+                    if firsts:
+                        self.store.wait(firsts, patience)
                 else:
                     self.store.set(f"bye/{layout.rank}", "1")
                     if layout.shard_rank == 0:

@@ -395,6 +395,31 @@ def two_bests() -> None:
     pso.best_of = lambda losses, alive: 1 if rank() >= 2 else real(losses, alive)
 
 
+@sabotage("faults/test_quarantine.py")
+def judge_nobody() -> None:
+    """What is finite is well."""
+    from ds_pso import census
+    from ds_pso.quarantine import Limits
+
+    real = census.judge
+    census.judge = lambda table, limits: real(table, Limits(None, None))
+
+
+@sabotage("faults/test_damaged_links.py")
+def believe_the_link() -> None:
+    from ds_pso.checksums import Added, Copied
+
+    Added.damage = Copied.damage = lambda *_: ""
+
+
+@sabotage("faults/test_damaged_links.py")
+def repeat_alone() -> None:
+    """Rank 3 judges by its own numbers, and so do the others by theirs."""
+    from ds_pso.exchange import Exchange
+
+    Exchange._tell = lambda self, what, row: [row] * self.num_particles
+
+
 @sabotage("distributed/test_agreement.py")
 def ties_to_the_higher_index() -> None:
     from ds_pso.rules import pso
@@ -613,9 +638,9 @@ def forget_the_rate_of_the_particle() -> None:
 
 @sabotage("faults/test_bad_checkpoints.py")
 def believe_every_file() -> None:
-    from ds_pso import checkpoint
+    from ds_pso import checkpoint, checkpoint_fallback
 
-    checkpoint.check_files = do_nothing
+    checkpoint.check_files = checkpoint_fallback.check_files = do_nothing
 
 
 @sabotage("faults/test_bad_checkpoints.py")
@@ -639,13 +664,126 @@ def save_in_place() -> None:
     """``latest`` moves before the checkpoint is complete."""
     from ds_pso import checkpoint
 
-    real = checkpoint._save_rank
+    real = checkpoint.write_part
 
-    def save_rank(swarm: Any, folder: Path, particle: Path) -> None:
+    def write_part(folder: Path, *more: Any) -> None:
         (folder.parent / "latest").write_text(folder.name)
-        real(swarm, folder, particle)
+        real(folder, *more)
 
-    checkpoint._save_rank = save_rank
+    checkpoint.write_part = write_part
+
+
+@sabotage("distributed/test_background_save.py")
+def write_what_has_changed() -> None:
+    """What is written in the background is not copied before."""
+    import torch
+
+    from ds_pso.checkpoint_writer import Copies
+
+    write = Copies.write
+
+    def write_later(copies: Any) -> list[Path]:
+        for content, path, zipped in copies.__dict__.pop("later", []):
+            torch.save(content, path, _use_new_zipfile_serialization=zipped)
+            copies._scripts.append(lambda path=path: [path])
+        return write(copies)
+
+    Copies.add = lambda copies, *given: copies.__dict__.setdefault("later", []).append(given)
+    Copies.write = write_later
+
+
+@sabotage("distributed/test_background_save.py")
+def remove_old_ones_first() -> None:
+    """Before the new checkpoint is complete."""
+    from ds_pso import checkpoint
+
+    real = checkpoint.complete
+
+    def complete(temporary: Path, final: Path) -> None:
+        import shutil
+
+        for path in final.parent.glob("step_*"):
+            shutil.rmtree(path)
+        real(temporary, final)
+
+    checkpoint.complete = complete
+
+
+@sabotage("faults/test_fallback.py")
+def fall_back_alone() -> None:
+    """Each rank believes what it has found itself."""
+    from ds_pso.roster import Roster
+
+    real = Roster.gather
+    Roster.gather = lambda self, label, value: [value] if label == "checking a checkpoint" else real(self, label, value)
+
+
+@sabotage("distributed/test_preemption.py")
+def stop_at_a_step_of_ones_own() -> None:
+    """Each rank stops after the step at which it learns of the signal."""
+    from ds_pso.roster import Roster
+
+    real = Roster.gather
+    Roster.gather = lambda self, label, value: [value] if "to stop" in label else real(self, label, value)
+
+
+# -- other numbers of particles and ranks -------------------------------------------------------
+
+
+@sabotage("distributed/test_reshape.py")
+def read_a_piece_too_early() -> None:
+    """Of a parameter that several ranks have saved, the later runs are taken from an element too early."""
+    from dataclasses import replace
+
+    from ds_pso.saved_particle import SavedParticle
+
+    real = SavedParticle.__init__
+
+    def init(self: Any, *args: Any) -> None:
+        real(self, *args)
+        for pieces in self.pieces.values():
+            pieces[1:] = [replace(p, shard_start=max(0, p.shard_start - 1)) for p in pieces[1:]]
+
+    SavedParticle.__init__ = init
+
+
+@sabotage("distributed/test_reshape.py")
+def continue_particle_0() -> None:
+    from ds_pso import reshape
+
+    real = reshape.SavedParticle
+    reshape.SavedParticle = lambda source, number, records: real(source, 0, records)
+
+
+@sabotage("distributed/test_reshape.py")
+def leave_the_moments() -> None:
+    from ds_pso.repartition import Repartitioned
+
+    Repartitioned._moments = lambda *_: {}
+
+
+@sabotage("distributed/test_reshape.py")
+def share_a_count_of_steps() -> None:
+    from ds_pso import repartition
+
+    class Copy:
+        deepcopy = staticmethod(lambda value: value)
+
+    repartition.copy = Copy
+
+
+@sabotage("distributed/test_reshape.py")
+def begin_the_epoch_again() -> None:
+    from ds_pso.sampler import SwarmSampler
+
+    SwarmSampler.continued = lambda self, state, world_size: {**state, "batch": 0}
+
+
+@sabotage("distributed/test_reshape.py")
+def keep_the_old_anchor() -> None:
+    from ds_pso.synchronizer import Synchronizer
+
+    Synchronizer.begin_anew = lambda self, step: self.schedule.begin(step)
 
 
 @sabotage("distributed/test_export.py")
@@ -681,6 +819,42 @@ def load_the_best_without_its_rule() -> None:
 
     load = SwarmCallback._load_part
     SwarmCallback._load_part = lambda self, folder: load(self, folder) if self._epoch == 0 else 0
+
+
+# -- elastic swarms -------------------------------------------------------------------------------
+
+
+@sabotage("faults/test_elastic.py")
+def keep_half_an_exchange() -> None:
+    """A sync point that was broken off is not undone."""
+    from ds_pso.elastic.state import Undo
+
+    Undo.put_back = do_nothing
+
+
+@sabotage("faults/test_elastic.py")
+def heal_the_weights_alone() -> None:
+    """Who is behind keeps its own state of rule and wire."""
+    from ds_pso.elastic import synchronizer
+
+    synchronizer.common_tensors = lambda updater: []
+
+
+@sabotage("faults/test_elastic.py")
+def count_who_is_behind() -> None:
+    """Its old weights are averaged with those of the others."""
+    from ds_pso.elastic.synchronizer import ElasticSynchronizer
+    from ds_pso.synchronizer import Synchronizer
+
+    ElasticSynchronizer._own_row = Synchronizer._own_row
+
+
+@sabotage("faults/test_rescue.py")
+def fail_alone() -> None:
+    """A rank that waits in vain for a peer does not tell its mates."""
+    from ds_pso.roster import Roster
+
+    Roster.roll_call_together = lambda self, label, ranks: self.roll_call(label, sorted({*ranks, *self.layout.mates}))
 
 
 # -- running them -------------------------------------------------------------------------------

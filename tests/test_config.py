@@ -47,6 +47,9 @@ def test_defaults():
         "sync_interval": 32,
         "schedule": {"type": "fixed", "warmup_steps": 0},
         "fitness": "train",
+        "quarantine_loss": 4.0,
+        "quarantine_norm": 10.0,
+        "checksums": False,
         "delay": 0,
         "fragments": 1,
         "streaming": False,
@@ -57,10 +60,16 @@ def test_defaults():
         "total_steps": None,
         "bucket_mb": 64.0,
         "peer_backend": "auto",
+        "transport": "static",
         "timeout_s": 600.0,
         "seed": 0,
         "local_sgd": {},
     }
+
+
+def test_an_elastic_swarm_says_when_it_goes_on():
+    section = load({"transport": "elastic", "elastic": {"min_particles": 2}}).resolved()
+    assert section["elastic"] == {"min_particles": 2, "straggler": "wait", "straggler_s": 30.0, "heartbeat_s": 10.0}
 
 
 def test_deepspeeds_part_comes_back_untouched_and_so_does_the_input():
@@ -155,12 +164,19 @@ BAD_VALUES = [
     *[("sync_mode", value, "must be a valid string") for value in (3, None, True, ["pso"])],
     *[("sync_interval", value, "must be greater than or equal to 1") for value in (0, -32)],
     *[("sync_interval", value, "must be a valid integer") for value in (32.0, "32", True, None, math.nan)],
+    ("checksums", 1, "must be a valid boolean"),
+    ("quarantine_loss", 1, "must be greater than 1"),
+    ("quarantine_loss", "4", "must be a valid number"),
+    ("quarantine_norm", 0.5, "must be greater than 1"),
+    ("quarantine_norm", math.inf, "must be a finite number"),
     *[("fitness", value, "must be 'train' or 'probe'") for value in ("loss", 1, None)],
     *[
         ("optimizer_state", value, "must be 'keep', 'average' or 'reset'")
         for value in ("mean", "", None, True, ["keep"])
     ],
     *[("schedule", value, "must be an object") for value in (3, "adaptive", None, [], True)],
+    *[("transport", value, "must be 'static' or 'elastic'") for value in ("torchft", None, True, 1)],
+    *[("elastic", value, "must be an object") for value in (True, "wait", None, [])],
     ("delay", -1, "must be greater than or equal to 0"),
     *[("delay", value, "must be a valid integer") for value in (1.0, "1", True, None)],
     ("fragments", 0, "must be greater than or equal to 1"),
@@ -255,6 +271,22 @@ def test_bad_values_of_every_field_are_tried():
     assert {(rule, key) for rule, key, _, _ in BAD_OPTIONS} == {
         (name, key) for name, rule in RULES.items() for key in rule.Config.model_fields
     }
+
+
+BAD_ELASTIC = [
+    *[("min_particles", value, "must be greater than or equal to 1") for value in (0, -1)],
+    *[("min_particles", value, "must be a valid integer") for value in (2.0, "2", None)],
+    *[("straggler", value, "must be 'wait', 'skip' or 'async'") for value in ("drop", None, 3)],
+    ("straggler_s", 0, "must be greater than 0"),
+    ("straggler_s", math.inf, "must be a finite number"),
+    ("heartbeat_s", 0.1, "must be greater than or equal to 0.5"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "allowed"), BAD_ELASTIC)
+def test_a_bad_value_of_the_elastic_section_is_named(key, value, allowed):
+    message = message_of({"swarm": {"elastic": {key: value}}})
+    assert message.startswith(f"config: swarm.elastic.{key} = {value!r}: {allowed}")
 
 
 # -- keys that do not go together -----------------------------------------------------------
@@ -742,3 +774,23 @@ def test_a_json_that_nobody_names_is_an_error(monkeypatch, environment, file):
     else:
         with pytest.raises(ConfigError, match="--deepspeed_config on the command line"):
             find_config()
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"delay": 4, "fragments": 2}, "swarm.fragments = 2 are applied one after the other; set it to 1"),
+        ({"sync_mode": "delayed"}, "swarm.fragments = 4 are applied one after the other; set it to 1"),
+        (
+            {"sync_mode": "nosync", "total_steps": 64, "nosync": {"asynchronous": True}},
+            "set swarm.nosync.asynchronous to false",
+        ),
+        ({"peer_backend": "nccl"}, 'set swarm.peer_backend to "gloo" or "auto"'),
+        ({"sync_mode": "diloco", "elastic": {"straggler": "async"}}, 'use "skip" or "wait"'),
+        ({"wire": "int8", "elastic": {"straggler": "async"}}, 'use "skip" or "wait"'),
+    ],
+)
+def test_what_an_elastic_swarm_cannot_do_is_refused(section, said):
+    assert said in message_of({"swarm": {"transport": "elastic", **section}})
+    section.pop("elastic", None)
+    load(section)  # the static one can

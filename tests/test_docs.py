@@ -23,6 +23,7 @@ import pytest
 
 import ds_pso
 from ds_pso import cli
+from ds_pso.commands import launch
 from ds_pso.config import ALLREDUCE, SwarmConfig, load_config
 from ds_pso.rules import RULES
 from ds_pso.training.arguments import parse_arguments
@@ -171,6 +172,12 @@ def test_commands_are_understood(line, capsys, monkeypatch):
         assert f"```\n{capsys.readouterr().out}```" in "".join(TEXT.values()), (
             "prints something else than the page says"
         )
+        return
+    if words[:2] == ["ds-pso", "launch"]:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(launch, "_check_host", lambda host: None)  # not of this machine
+        started = launch.supervisor_of(cli._parser().parse_args(words[1:]))
+        parse_arguments(started.script[1:])
         return
     if words[:2] == ["ds-pso", "report"]:
         assert cli._parser().parse_args(words[1:]).runs

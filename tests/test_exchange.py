@@ -85,6 +85,7 @@ def make_worlds(num_particles: int, timeout_s: float = 30.0) -> list[Any]:
             group = FullDuplexGloo(store, particle, num_particles, timedelta(seconds=timeout_s))
         return SimpleNamespace(
             layout=Layout(particle, num_particles, num_particles),
+            present=range(num_particles),
             backend="none" if group is None else "gloo",
             peer_group=group,
             peer_device=torch.device("cpu"),

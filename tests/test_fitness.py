@@ -38,6 +38,15 @@ def test_a_window_holds_no_graph():
     assert not window._sum.requires_grad
 
 
+def test_the_first_loss_stays_known():
+    window = FitnessWindow()
+    assert math.isnan(window.first)
+    for loss in (1.5, 2.5):
+        window.add(torch.tensor(loss))
+        window.clear()
+    assert window.first == 1.5
+
+
 def test_restore_goes_on_where_the_window_stood():
     straight, resumed = FitnessWindow(), FitnessWindow()
     for loss in (0.1, 0.2):
@@ -49,25 +58,28 @@ def test_restore_goes_on_where_the_window_stood():
 
 
 @pytest.mark.parametrize(
-    ("rows", "loss", "alive"),
+    ("rows", "loss", "heard", "norm"),
     [
-        ([(6.0, 2, 1.0)], 3.0, True),
-        ([(6.0, 2, 1.0), (2.0, 2, 1.0)], 2.0, True),
-        ([(6.0, 3, 1.0), (2.0, 1, 1.0)], 2.0, True),  # of micro-batches, not of ranks
-        ([(6.0, 2, 1.0), (2.0, 2, 0.0)], 2.0, False),  # weights not finite on one rank
-        ([(6.0, 2, 1.0), (NAN, 2, 1.0)], NAN, False),
-        ([(INF, 2, 1.0), (1.0, 2, 1.0)], INF, False),
-        ([(0.0, 0, 1.0), (0.0, 0, 1.0)], NAN, True),  # no loss was seen: nothing says it is ill
-        ([(0.0, 0, 0.0)], NAN, False),
+        ([(6.0, 2, 9.0, 1.0)], 3.0, 2, 3),
+        ([(6.0, 2, 9.0, 1.0), (2.0, 2, 16.0, 1.0)], 2.0, 4, 5),
+        ([(6.0, 3, 9.0, 1.0), (2.0, 1, 16.0, 1.0)], 2.0, 4, 5),  # of micro-batches, not of ranks
+        ([(6.0, 2, 9.0, 1.0), (2.0, 2, NAN, 1.0)], 2.0, 4, NAN),  # weights not finite on one rank
+        ([(6.0, 2, 9.0, 1.0), (2.0, 2, INF, 1.0)], 2.0, 4, INF),
+        ([(6.0, 2, 9.0, 1.0), (NAN, 2, 16.0, 1.0)], NAN, -1, 5),
+        ([(INF, 2, 9.0, 1.0), (1.0, 2, 16.0, 1.0)], INF, -1, 5),
+        ([(0.0, 0, 9.0, 1.0), (0.0, 0, 16.0, 1.0)], NAN, 0, 5),  # no loss was seen: nothing says it is ill
+        ([(0.0, 0, NAN, 1.0)], NAN, 0, NAN),
     ],
 )
-def test_combine(rows, loss, alive):
-    assert combine(rows) == (pytest.approx(loss, nan_ok=True), alive)
+def test_combine(rows, loss, heard, norm):
+    health = combine(rows)
+    assert health.highest == 1.0
+    assert (health.loss, health.heard, health.norm) == pytest.approx((loss, heard, norm), nan_ok=True)
 
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(-1e6, 1e6), st.integers(1, 100)), min_size=1, max_size=6))
 def test_the_loss_is_the_mean_over_all_micro_batches(rows):
-    loss, alive = combine([(total, float(count), 1.0) for total, count in rows])
-    assert loss == pytest.approx(math.fsum(t for t, _ in rows) / sum(c for _, c in rows), abs=1e-6)
-    assert alive
+    health = combine([(total, float(count), 1.0, 1.0) for total, count in rows])
+    assert health.loss == pytest.approx(math.fsum(t for t, _ in rows) / sum(c for _, c in rows), abs=1e-6)
+    assert health.heard == sum(count for _, count in rows)

@@ -521,6 +521,18 @@ def test_what_the_swarm_cannot_follow_is_refused(pool: Pool, tmp_path: Path) -> 
         )
 
 
+def test_an_elastic_swarm_is_refused() -> None:
+    from types import SimpleNamespace
+
+    import ds_pso
+    from ds_pso.hf_trainer import _check_supported
+
+    swarm: Any = SimpleNamespace(num_particles=2, world=SimpleNamespace(meets_at_sync_points_only=True))
+    trainer: Any = SimpleNamespace(args=None, is_deepspeed_enabled=True)
+    with pytest.raises(ds_pso.ConfigError, match="counts its own steps"):
+        _check_supported(swarm, trainer)
+
+
 def without_deepspeed(folder: Path) -> None:
     from transformers import Trainer, TrainingArguments
 

@@ -19,7 +19,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MAY_IMPORT: dict[str, set[str]] = {
     "_version": set(),
     "errors": set(),
-    "fitness": set(),
+    "quarantine": set(),
+    "fitness": {"quarantine"},
     "metrics": {"_version"},
     "lr_schedule": {"errors"},
     "sampler": {"errors"},
@@ -27,37 +28,60 @@ MAY_IMPORT: dict[str, set[str]] = {
     "files": set(),
     "background": set(),
     "step_clock": set(),
+    "chunks": set(),
+    "checksums": {"chunks"},
+    "letters": {"checksums"},
     "layout": {"errors"},
     "roster": {"errors", "layout"},
-    "letters": set(),
     "gloo": set(),
     "world": {"background", "errors", "gloo", "layout", "letters", "roster"},
-    "simulated_world": {"errors", "layout", "letters", "world"},
-    "chunks": set(),
+    "simulated_world": {"errors", "layout", "letters", "roster", "world"},
     "keeping": set(),
     "wire": {"chunks", "keeping"},
-    "exchange": {"chunks", "errors", "wire", "world"},
-    "shards": {"errors"},
+    "collectives": {"checksums", "errors", "world"},
+    "exchange": {"checksums", "chunks", "collectives", "wire", "world"},
+    "shards": {"chunks", "errors"},
     "schedule": {"rules"},
     "monitor": set(),
+    "elasticity": {"rules"},
     "consistency": {"errors", "rules"},
-    "config": {"consistency", "errors", "rules", "schedule"},
-    "census": {"errors", "exchange", "fitness", "rules", "shards", "world"},
+    "config": {"consistency", "elasticity", "errors", "rules", "schedule"},
+    "census": {"errors", "exchange", "fitness", "quarantine", "rules", "shards", "world"},
     "fragments": {"shards"},
     "pending": set(),
     "updater": {"chunks", "errors", "exchange", "fragments", "keeping", "rules", "shards", "wire"},
     "consensus": {"census", "errors", "exchange", "shards", "updater"},
     "meetings": {
         *("census", "consensus", "errors", "exchange", "fitness", "fragments", "keeping", "pending"),
-        *("rules", "schedule", "shards", "step_clock", "updater", "wire", "world"),
+        *("quarantine", "rules", "schedule", "shards", "step_clock", "updater", "wire", "world"),
     },
     "late": {"errors", "exchange", "fitness", "fragments", "meetings", "pending", "rules", "shards"},
     "synchronizer": {"exchange", "fitness", "late", "letters", "meetings", "pending", "rules", "shards"},
-    "state": {"config", "errors", "exchange", "fitness", "meetings", "metrics", "sampler", "synchronizer", "world"},
-    "blueprint": {"errors", "shards", "state"},
+    "elastic": {
+        *("consensus", "elasticity", "errors", "exchange", "fitness", "gloo", "layout", "letters", "pending", "rules"),
+        *("preemption", "sampler", "shards", "synchronizer", "updater", "world"),
+    },
+    "preemption": {"errors", "roster"},
     "checkpoint_files": {"errors", "files"},
-    "checkpoint": {"blueprint", "checkpoint_files", "errors", "files", "state", "synchronizer"},
+    "checkpoint_writer": {"background", "checkpoint_files", "errors", "files"},
+    "checkpoint_fallback": {"checkpoint_files", "errors", "roster"},
+    "state": {
+        *("checkpoint_writer", "config", "errors", "exchange", "fitness", "meetings", "metrics", "preemption"),
+        *("sampler", "synchronizer", "world"),
+    },
+    "blueprint": {"errors", "shards", "state"},
+    "saved_particle": {"checkpoint_files", "errors", "shards"},
+    "repartition": {"errors", "saved_particle", "shards"},
+    "reshape": {"checkpoint_files", "errors", "fragments", "repartition", "saved_particle", "shards", "state"},
+    "checkpoint": {
+        *("blueprint", "checkpoint_fallback", "checkpoint_files", "checkpoint_writer", "errors", "reshape", "roster"),
+        "state",
+    },
     "export": {"errors", "files", "shards", "state"},
+}
+MAY_IMPORT["attached"] = {
+    *("census", "consistency", "elastic", "errors", "keeping", "monitor", "quarantine", "rules", "schedule", "shards"),
+    *("state", "synchronizer"),
 }
 MAY_IMPORT["swarm"] = set(MAY_IMPORT) - {"_version"}
 MAY_IMPORT["hf_trainer"] = {"checkpoint", "errors", "monitor", "swarm"}
@@ -65,15 +89,17 @@ MAY_IMPORT["simulate"] = {"config", "errors", "simulated_world", "swarm"}
 MAY_IMPORT["plan"] = {"config", "rules", "schedule"}
 MAY_IMPORT["skeleton"] = {"errors"}
 MAY_IMPORT["consolidate"] = {
-    *("blueprint", "checkpoint_files", "errors", "exchange", "export", "rules", "shards", "skeleton"),
+    *("blueprint", "checkpoint_files", "errors", "exchange", "export", "quarantine", "rules", "saved_particle"),
+    *("shards", "skeleton"),
 }
 MAY_IMPORT["report"] = {"_version", "errors", "files", "metrics"}
 MAY_IMPORT["commands"] = {
-    *("config", "consistency", "consolidate", "errors", "plan", "report", "rules", "simulate", "skeleton", "training"),
+    *("config", "consistency", "consolidate", "elastic", "errors", "plan", "report", "rules", "simulate", "skeleton"),
+    "training",
 }
 MAY_IMPORT["cli"] = {"commands", "errors"}
-MAY_IMPORT["ds_pso"] = {"_version", "errors", "simulate", "swarm"}
-MAY_IMPORT["training"] = {"ds_pso", "config", "errors", "files", "metrics", "report", "swarm"}
+MAY_IMPORT["ds_pso"] = {"_version", "errors", "preemption", "simulate", "swarm"}
+MAY_IMPORT["training"] = {"ds_pso", "config", "elastic", "errors", "files", "metrics", "report", "swarm"}
 MAY_IMPORT["train"] = {"training"}
 
 # What a layer must not know about, of the world outside.
@@ -81,8 +107,13 @@ MUST_NOT_KNOW = [
     *[("rules", name) for name in ("torch.distributed", "deepspeed", "transformers", "accelerate")],
     *[("exchange", name) for name in ("deepspeed", "transformers", "accelerate")],
     *[("world", name) for name in ("deepspeed", "transformers", "accelerate")],
+    *[("elastic", name) for name in ("deepspeed", "transformers", "accelerate")],
     *[("synchronizer", name) for name in ("torch.distributed", "deepspeed", "transformers", "accelerate")],
-    *[("swarm", name) for name in ("torch.distributed", "deepspeed", "transformers", "accelerate")],
+    *[
+        (layer, name)
+        for layer in ("swarm", "attached")
+        for name in ("torch.distributed", "deepspeed", "transformers", "accelerate")
+    ],
     *[("training", name) for name in ("torch.distributed",)],
     *[("report", name) for name in ("torch", "deepspeed", "transformers", "accelerate")],
     *[("config", name) for name in ("torch", "deepspeed", "transformers", "accelerate")],

@@ -372,3 +372,34 @@ def test_a_new_simulated_mailbox_is_empty():
     earlier, later = (SimulatedWorld(room, 0, PATIENCE_S) for _ in range(2))
     earlier.open_mailbox().send([torch.zeros(3)], 0, 0)
     assert later.open_mailbox().newest() is None
+
+
+def test_a_damaged_letter_is_as_good_as_none(office: MakeOffice) -> None:
+    """The next one arrives; and after a header that is damaged nothing can be read any more, and nobody hangs."""
+    sender, receiver = office(2).open(0, 1)
+    group = sender._group
+
+    class Damaged:
+        """Flips a bit of the first tensor of this tag."""
+
+        def __init__(self, tag: int) -> None:
+            self.tag = tag
+
+        def send(self, tensors: list[Tensor], peer: int, tag: int) -> Any:
+            if tag == self.tag:
+                tensors = [tensors[0].clone()]
+                tensors[0].view(torch.uint8)[5] ^= 8
+                self.tag = -1
+            return group.send(tensors, peer, tag)
+
+    sender._group = Damaged(tag=1)
+    deliver(sender, 1, 0, torch.ones(100))
+    wait_until(lambda: receiver.bytes_received == 400)
+    assert receiver.newest() is None
+    deliver(sender, 1, 1, torch.ones(100))
+    wait_until(lambda: receiver.newest() is not None)
+    assert receiver.newest().index == 1
+    sender._group = Damaged(tag=0)
+    sender.send([torch.ones(100)], 2, 1)
+    wait_until(lambda: sum(thread.is_alive() for thread in receiver._threads) == 1)
+    assert receiver.newest().index == 1

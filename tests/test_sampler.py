@@ -149,3 +149,44 @@ def test_a_state_of_other_data_is_named(key, arguments, options):
     assert mine.check(mine.state_dict()) is None
     reason = mine.check(other.state_dict())
     assert reason == f"the data's {key} was {other.state_dict()[key]} and is {mine.state_dict()[key]} now"
+
+
+reshaped = worlds.flatmap(
+    lambda w: st.tuples(st.just(w), st.integers(1, 6), st.integers(1, 5)).filter(lambda r: r[0][0] >= r[1] * r[2])
+)
+
+
+@relaxed
+@given(reshaped, st.integers(0, 99), st.data())
+def test_other_numbers_of_ranks_go_on_where_the_data_was_left(case, seed, data):
+    """Together they see what nobody has seen yet, and at most one batch of all of them again."""
+    (num_samples, world_size, batch_size), new_world, new_batch = case
+    before = make_samplers(num_samples, world_size, batch_size, seed=seed)
+    done = data.draw(st.integers(0, len(before[0]) // batch_size))
+    seen = {index for sampler in before for index in itertools.islice(sampler, done * batch_size)}
+    for sampler in before:
+        for _ in range(done):
+            sampler.advance()
+    after = make_samplers(num_samples, new_world, new_batch, seed=seed)
+    together = new_world * new_batch
+    for sampler in after:
+        sampler.load_state_dict(sampler.continued(before[0].state_dict(), world_size))
+    if after[0].epoch > 0:  # less than a batch of all was left
+        assert num_samples - len(seen) < together or done == len(before[0]) // batch_size
+        assert {sampler.state_dict()["batch"] for sampler in after} == {0}
+        return
+    rest = [index for sampler in after for index in sampler]
+    assert len(rest) == len(set(rest)), "a sample comes twice in the rest of the epoch"
+    assert len(seen & set(rest)) < together
+    skipped = set(range(num_samples)) - seen - set(rest)
+    assert len(skipped) == num_samples % together, "more is left out than every epoch leaves out"
+    assert {len(list(sampler)) for sampler in after} == {len(rest) // new_world}
+
+
+def test_as_many_ranks_go_on_exactly():
+    (sampler,) = make_samplers(48, 1, 4)
+    state = {"dataset_size": 48, "batch_size": 4, "seed": 0, "epoch": 2, "batch": 5}
+    assert sampler.continued(state, 1) == state
+    assert sampler.continued(state, 2)["batch"] == 10
+    (wide,) = make_samplers(48, 1, 8)
+    assert wide.continued(state, 1) == state | {"batch_size": 8, "batch": 2}

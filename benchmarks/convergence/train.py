@@ -55,6 +55,7 @@ def config_of(cell: Cell, world_size: int, zero_stage: int) -> dict[str, Any]:
             "fragments": cell.fragments,
             "streaming": cell.streaming,
             "schedule": _schedule(cell),
+            "quarantine_loss": None,  # what the rules themselves do about unequal particles is the question here
         },
     }
 

@@ -134,10 +134,16 @@ def _dead(syncs: Sequence[Sync]) -> list[str]:
         for particle, alive in enumerate(sync.alive):
             count[particle] = count.get(particle, 0) + (not alive)
     return [
-        f"Particle {particle} was not finite at {times} sync point{'s' if times > 1 else ''}."
+        f"Particle {particle} was left out of {times} sync point{'s' if times > 1 else ''}{_why(syncs, particle)}."
         for particle, times in count.items()
         if times
     ]
+
+
+def _why(syncs: Sequence[Sync], particle: int) -> str:
+    """For the last time; nothing where the record does not say."""
+    reasons = [sync.left_out[str(particle)] for sync in syncs if str(particle) in sync.left_out]
+    return f"; last because {reasons[-1]}" if reasons else ""
 
 
 def _list(numbers: Sequence[int]) -> str:

@@ -47,6 +47,7 @@ class Sync(Losses):
     """``sync``; what the rule noted is in ``model_extra``."""
 
     alive: list[bool] = []
+    left_out: dict[str, str] = {}
     seconds: Number = 0.0
     waited_s: Number = 0.0
     exchange_s: Number = 0.0

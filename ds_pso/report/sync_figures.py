@@ -69,7 +69,7 @@ def drawn(runs: Sequence[Run]) -> list[Drawn]:
         (
             "best",
             "Who was best",
-            "The particle with the lowest loss at each sync point; a cross is a particle that was not finite. "
+            "The particle with the lowest loss at each sync point; a cross is a particle that was left out. "
             "With data alike for all, who is best is mostly chance.",
             best(runs),
         ),

@@ -38,10 +38,11 @@ class SyncPoint:
     Attributes:
         index: how many sync points came before.
         fitness: loss of each particle, shape (P,); lower is better.
-        alive: shape (P,); false: loss or weights are not finite.
+        alive: shape (P,); false: loss or weights are not finite, or far above those of the others.
         total: sync points of the whole training; None: nobody said.
         steps: optimizer steps of each particle since the last sync point, shape (P,).
         done: part of the training that is over; None: what evenly spaced sync points make of it.
+        left_out: of each particle that is not alive, why.
     """
 
     index: int
@@ -50,6 +51,7 @@ class SyncPoint:
     total: int | None = None
     steps: tuple[int, ...] = ()
     done: float | None = None
+    left_out: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def num_particles(self) -> int:
@@ -154,11 +156,14 @@ class Rule(ABC):
         Config: class of the options.
         model_in: what is exported: ``"x"``, the mean of the shards, or of the state tensor of this name.
         rough_state: state that may be kept in bf16: movements, not positions.
+        memory_of_particles: what in ``Plan.memory`` is a list with an entry for each particle: it is cut or repeated
+            where a checkpoint is loaded on another number of particles.
     """
 
     Config: ClassVar[type[RuleConfig]] = RuleConfig
     model_in: ClassVar[str] = "x"
     rough_state: ClassVar[frozenset[str]] = frozenset()
+    memory_of_particles: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, options: Any, seed: int = 0) -> None:
         self.options = options

@@ -98,6 +98,7 @@ class Pso(Rule):
 
     Config = PsoConfig
     rough_state = frozenset({"velocity"})
+    memory_of_particles = frozenset({"best_fitness"})
     options: PsoConfig
 
     @property

@@ -109,6 +109,7 @@ class SwarmRule(Rule):
 
     Config = SwarmRuleConfig
     rough_state = frozenset({"momentum"})
+    memory_of_particles = frozenset({"loss_sums", "z"})
     options: SwarmRuleConfig
 
     @property

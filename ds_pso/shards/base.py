@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_pso.chunks import in_chunks
 from ds_pso.errors import SwarmError
 
 
@@ -98,11 +100,16 @@ class Shards(ABC):
         for shard, start, stop in self.padding:
             tensors[shard][start:stop].zero_()
 
-    def all_finite(self) -> bool:
-        """Whether no weight or buffer of this rank is NaN or infinite. Padding must be zero."""
-        tensors = [*self.tensors, *(buffer for _, buffer in self.buffers())]
-        norms = [torch.linalg.vector_norm(t, ord=float("inf")) for t in tensors if t.numel()]
-        return all(bool(torch.isfinite(norm)) for norm in norms)
+    def square_norm(self) -> float:
+        """Sum of the squares of this rank's weights and buffers; not finite if one is not. Padding must be zero.
+
+        One pass over the memory says two things: whether all is finite, and whether something is far too large. That
+        is what memory that flips a bit does to a weight: with the top bit of the exponent an |x| < 2 becomes
+        2^128 |x|, above all norms of real models, and of the other bits none takes it to 2 or more. So a single flip
+        is either harmless or as plain in the norm as it would be in max |x|, which takes several times as long.
+        """
+        tensors = [*self.tensors, *(buffer.reshape(-1) for _, buffer in self.buffers())]
+        return sum(square_of_norm(t) for t in tensors if t.numel())
 
     def moments(self) -> list[Tensor]:
         """The optimizer's moments for ``tensors``, flat and live, in an order that is equal on all peers.
@@ -193,6 +200,17 @@ class Shards(ABC):
         buffers = [(name, list(buffer.shape)) for name, buffer in self.buffers()]
         text = json.dumps([type(self.optimizer).__name__, segments, sizes, shapes, buffers])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def square_of_norm(flat: Tensor) -> float:
+    """Not finite if an element is not. In fp32 inside a chunk, and in fp64 over them."""
+    wide = torch.promote_types(flat.dtype, torch.float32)
+    parts = [torch.dot(part, part) for part in (part.to(wide) for (part,) in in_chunks(flat))]
+    total = float(torch.stack(parts).sum(dtype=torch.float64))
+    if math.isfinite(total):
+        return total
+    # Finite numbers above 1e19 have squares that only fp64 can hold.
+    return float(torch.linalg.vector_norm(flat, dtype=torch.float64)) ** 2
 
 
 def replace(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -46,10 +46,21 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--output_dir", type=Path, default=Path("runs/latest"), help="run folder (default: %(default)s)")
     add("--eval_every", type=positive, default=40, help="steps between held-out evaluations (default: %(default)s)")
     add("--save_every", type=positive, help="steps between checkpoints (default: only at the end)")
+    add(
+        "--keep_checkpoints",
+        type=whole,
+        default=2,
+        metavar="K",
+        help="the newest K stay, older ones are removed; 0: all stay (default: %(default)s)",
+    )
+    add("--save_in_foreground", action="store_true", help="training stands still until a checkpoint is written")
     add("--resume", action="store_true", help="continue from the latest checkpoint in --output_dir")
+    add("--reshape", action="store_true", help="let --resume take a checkpoint of other numbers of particles or ranks")
     add("--seed", type=int, default=0, help="of model, data order and dropout (default: %(default)s)")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     arguments = parser.parse_args(argv)
+    if arguments.reshape and not arguments.resume:
+        raise ConfigError("--reshape: says how a checkpoint is loaded, and none is; add --resume")
     if arguments.model.startswith("llama:"):
         parse_llama(arguments.model)
     return arguments
@@ -59,6 +70,13 @@ def positive(text: str) -> int:
     """A type for ``add_argument``."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
+
+
+def whole(text: str) -> int:
+    """A type for ``add_argument``."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 0")
     return int(text)
 
 
@@ -83,7 +101,9 @@ def read_deepspeed_config(path: str | None, world_size: int) -> str | Mapping[st
 
 def fill_auto(ds_config: dict[str, Any], steps: int) -> None:
     """Replace ``"auto"`` in the scheduler section by what the command line knows."""
-    params = ds_config.get("scheduler", {}).get("params", {})
+    scheduler = ds_config.get("scheduler")
+    params = scheduler.get("params") if isinstance(scheduler, dict) else None
+    params = params if isinstance(params, dict) else {}  # if it is something else DeepSpeed says so
     if params.get("total_num_steps") == "auto":
         params["total_num_steps"] = steps
     left = [f"scheduler.params.{key}" for key, value in params.items() if value == "auto"]

@@ -16,7 +16,9 @@ from torch.utils.data import DataLoader
 
 import ds_pso
 from ds_pso import metrics
-from ds_pso.errors import CheckpointError, ConfigError
+from ds_pso.elastic.place import ATTEMPT
+from ds_pso.elastic.synchronizer import ElasticSynchronizer
+from ds_pso.errors import CheckpointError, ConfigError, PeerError
 from ds_pso.report import write_loss_picture, write_report
 from ds_pso.swarm import Swarm
 from ds_pso.training.arguments import fill_auto, parse_arguments, read_deepspeed_config
@@ -28,20 +30,23 @@ from ds_pso.training.text import Corpus, load_corpus
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the job; the exit code is 1 after an error that ds_pso foresaw."""
+    """Run the job; the exit code is 1 after an error that ds_pso foresaw, EXIT_PREEMPTED after SIGTERM."""
 
-    def body() -> None:
+    def body() -> int:
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
         config = read_deepspeed_config(arguments.deepspeed_config, int(os.environ.get("WORLD_SIZE", "1")))
         with ds_pso.init(config, run_dir=arguments.output_dir) as swarm:
-            train(swarm, arguments)
+            done = train(swarm, arguments)
+        return 0 if done else ds_pso.EXIT_PREEMPTED
 
     return run(body)
 
 
-def train(swarm: Swarm, arguments: argparse.Namespace) -> None:
-    """Data, model, engine, loop, export."""
-    run_dir: Path = arguments.output_dir
+def train(swarm: Swarm, arguments: argparse.Namespace) -> bool:
+    """Data, model, engine, loop, export. Returns whether training is done; SIGTERM ends it earlier."""
+    assert swarm.run_dir is not None
+    arguments.output_dir = run_dir = swarm.run_dir
+    arguments.resume = arguments.resume or _was_started_before(run_dir)
     _prepare_run_dir(swarm, arguments)
     fill_auto(swarm.ds_config, arguments.steps)
     _say(swarm, f"{swarm.describe()}; run folder {run_dir}")
@@ -52,7 +57,8 @@ def train(swarm: Swarm, arguments: argparse.Namespace) -> None:
     torch.manual_seed(arguments.seed)
     with swarm.world.agree("building the model"):
         model = build_model(arguments.model, corpus.tokenizer, arguments.seq_length, swarm.ds_config)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=swarm.ds_config)
+    with swarm.world.agree("deepspeed.initialize"):  # which has its own words for what is wrong with the config
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=swarm.ds_config)
     batch_size = engine.train_micro_batch_size_per_gpu()
     held_out = HeldOut(swarm, corpus.held_out, batch_size, engine.device)
     engine = swarm.attach(engine, probe=held_out.probe(engine))
@@ -61,8 +67,11 @@ def train(swarm: Swarm, arguments: argparse.Namespace) -> None:
     # Dropout differs between ranks; the weights were made alike by attach.
     torch.manual_seed(arguments.seed + swarm.world.layout.rank)
 
-    first_step = swarm.load(run_dir / "checkpoints") if arguments.resume else 0
-    if first_step >= arguments.steps:
+    # Whoever joins an elastic swarm that is running begins where the others are.
+    first_step = engine.global_steps
+    if arguments.resume:
+        first_step = swarm.load(run_dir / "checkpoints", reshape=arguments.reshape)
+    if first_step >= arguments.steps and not _joins(swarm):
         raise ConfigError(f"--steps {arguments.steps}: the checkpoint has {first_step} steps already; ask for more")
     num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     _say(
@@ -72,8 +81,28 @@ def train(swarm: Swarm, arguments: argparse.Namespace) -> None:
     )
     if first_step == 0:
         swarm.log("held_out", losses=held_out.evaluate(engine))
-    _loop(swarm, engine, loader, held_out, arguments, first_step)
-    _finish(swarm, engine, corpus, held_out, arguments, num_parameters)
+    try:
+        done = _loop(swarm, engine, loader, held_out, arguments, first_step)
+    except PeerError:
+        rescued = swarm.rescue(swarm.world.particle_folder(run_dir) / "checkpoints")
+        if rescued is not None and swarm.world.layout.shard_rank == 0:
+            print(f"particle {swarm.particle} has saved {rescued}", flush=True)
+        raise
+    if done:
+        _finish(swarm, engine, corpus, held_out, arguments, num_parameters)
+    else:
+        _say(swarm, f"stopped by SIGTERM after step {engine.global_steps}, which is saved; --resume goes on from there")
+    return done
+
+
+def _joins(swarm: Swarm) -> bool:
+    """Whether the others are there already; perhaps they have come to the end."""
+    return isinstance(swarm.synchronizer, ElasticSynchronizer) and swarm.synchronizer.came_late
+
+
+def _was_started_before(run_dir: Path) -> bool:
+    """Whether ds-pso launch has started this particle again, and it had saved something."""
+    return int(os.environ.get(ATTEMPT, "0")) > 0 and (run_dir / "checkpoints").is_dir()
 
 
 def _loop(
@@ -83,10 +112,12 @@ def _loop(
     held_out: HeldOut,
     arguments: argparse.Namespace,
     first_step: int,
-) -> None:
+) -> bool:
+    """Train to the last step, or to where SIGTERM asks to stop; saved either way. Returns whether it is the last."""
+    stop = swarm.should_stop()  # from here on SIGTERM waits for the end of a step
     with Progress(swarm, first_step, arguments.steps) as progress:
         step, losses = first_step, []
-        while step < arguments.steps:
+        while step < arguments.steps and not stop:
             for batch in loader:  # one epoch, or what a checkpoint left of it
                 loss = causal_loss(engine, batch.to(engine.device))
                 engine.backward(loss)
@@ -95,7 +126,7 @@ def _loop(
                 if engine.global_steps == step:
                     continue  # gradients are still being accumulated
                 step = engine.global_steps
-                last = step == arguments.steps
+                last = step >= arguments.steps
                 if progress.wants_loss:
                     progress.step(float(losses[-1]))
                 if last or step % arguments.eval_every == 0:
@@ -105,10 +136,16 @@ def _loop(
                     evaluated = held_out.evaluate(engine)
                     swarm.log("held_out", losses=evaluated)
                     progress.evaluated(step, evaluated, mean)
-                if last or (arguments.save_every and step % arguments.save_every == 0):
-                    swarm.save(arguments.output_dir / "checkpoints")
-                if last:
+                stop = swarm.should_stop() and not last
+                if last or stop or (arguments.save_every and step % arguments.save_every == 0):
+                    swarm.save(
+                        arguments.output_dir / "checkpoints",
+                        keep=arguments.keep_checkpoints or None,
+                        background=not (last or stop or arguments.save_in_foreground),
+                    )
+                if last or stop:
                     break
+    return step == arguments.steps
 
 
 def _finish(
@@ -180,7 +217,8 @@ def _prepare_run_dir(swarm: Swarm, arguments: argparse.Namespace) -> None:
             return
         if arguments.resume and not (run_dir / "checkpoints").is_dir():
             raise CheckpointError(f"{run_dir}: nothing to resume (no checkpoints folder); leave out --resume")
-        if not arguments.resume and (run_dir / "metrics.jsonl").exists():
+        started_again = int(os.environ.get(ATTEMPT, "0")) > 0
+        if not arguments.resume and not started_again and (run_dir / "metrics.jsonl").exists():
             move_aside(run_dir)
         write_record(swarm, arguments)
 

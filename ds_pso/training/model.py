@@ -74,7 +74,8 @@ class _partitioned_loading:
         self._handle: Any = None
 
     def __enter__(self) -> None:
-        if self._config.get("zero_optimization", {}).get("stage") == 3:
+        zero = self._config.get("zero_optimization")
+        if isinstance(zero, dict) and zero.get("stage") == 3:
             import deepspeed
             from transformers.integrations import HfDeepSpeedConfig
 

@@ -19,19 +19,18 @@ from ds_pso.files import write_atomically
 from ds_pso.swarm import Swarm
 
 
-def run(body: Callable[[], None]) -> int:
-    """Run a script's body; errors that ds_pso foresaw become one line and exit code 1."""
+def run(body: Callable[[], int | None]) -> int:
+    """Run a script's body, and return its exit code; errors that ds_pso foresaw become one line and 1."""
     is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"  # of each node: a file may be missing on one only
     if not torch.cuda.is_available():
         _settle_on_cpu()
     _quieten()
     try:
-        body()
+        return body() or 0
     except SwarmError as error:
         if is_first_here or not error.agreed:
             print(f"ds_pso: error: {error}", file=sys.stderr, flush=True)
         return 1
-    return 0
 
 
 def _settle_on_cpu() -> None:

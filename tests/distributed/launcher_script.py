@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import random
+import time
 from pathlib import Path
 
 import deepspeed
@@ -19,6 +20,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--until_told", action="store_true", help="slowly, and save and stop at SIGTERM")
     parser.add_argument("--local_rank", type=int, help="passed by the deepspeed launcher")
     arguments = parser.parse_args()
     config = {
@@ -37,13 +39,23 @@ def main() -> None:
         loader = DataLoader(data, batch_size=4, sampler=swarm.sampler(data), generator=torch.Generator())
         if arguments.resume:
             swarm.load(arguments.folder)
-        for (x,) in loader:
-            engine.backward((engine(x) - x.sum(1, keepdim=True)).square().mean())
-            engine.step()
-            if engine.global_steps == 3 and not arguments.resume:
-                swarm.save(arguments.folder)
-            if engine.global_steps == arguments.steps:
-                break
+        if arguments.until_told:
+            swarm.should_stop()
+            (arguments.folder / f"pid_{swarm.world.layout.rank}").write_text(str(os.getpid()))
+        while engine.global_steps < arguments.steps:
+            for (x,) in loader:
+                engine.backward((engine(x) - x.sum(1, keepdim=True)).square().mean())
+                engine.step()
+                if engine.global_steps == 3 and not arguments.resume:
+                    swarm.save(arguments.folder, background=arguments.until_told)
+                if engine.global_steps == arguments.steps:
+                    break
+                if arguments.until_told:
+                    time.sleep(0.05)
+                    if swarm.should_stop():
+                        swarm.save(arguments.folder)
+                        swarm.close()
+                        raise SystemExit(ds_pso.EXIT_PREEMPTED)
         report = {
             "particle": swarm.particle,
             "world": [os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]],

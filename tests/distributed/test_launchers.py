@@ -5,11 +5,14 @@ The processes are fresh ones, so resuming is tested here across real process bor
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +40,20 @@ def command(launcher: str) -> list[str]:
     }[launcher]
 
 
-def launch(launcher: str, *arguments: str) -> str:
-    """Standard error and output together, after checking the exit code."""
+def environment() -> dict[str, str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_"))}
     clean |= {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+    return clean
+
+
+def launch(launcher: str, *arguments: str) -> str:
+    """Standard error and output together, after checking the exit code."""
     done = subprocess.run(
         [*command(launcher), str(SCRIPT), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=clean,
+        env=environment(),
         timeout=240,
         check=False,
     )
@@ -72,3 +79,54 @@ def test_the_same_script_under_every_launcher(launcher: str, tmp_path: Path) -> 
     first = check(launcher, tmp_path)
     if launcher == "torchrun":  # resuming in fresh processes: once is enough
         assert check(launcher, tmp_path, "--resume") == first
+
+
+def pids_in(folder: Path) -> list[int]:
+    """Of the four ranks, when training has begun and a checkpoint is complete."""
+    deadline = time.monotonic() + 100
+    while len(list(folder.glob("pid_*"))) < 4 or not (folder / "latest").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(1)
+    return [int(path.read_text()) for path in folder.glob("pid_*")]
+
+
+# torchrun says 1 whatever its ranks say. deepspeed passes their code on, but no signal: its group must get it, and then
+# it ends at once.
+@pytest.mark.timeout(500)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "to", "code"),
+    [("torchrun", "launcher", 1), ("torchrun", "ranks", 1), ("deepspeed", "group", -15), ("deepspeed", "ranks", 75)],
+)
+def test_sigterm_saves_and_the_next_run_goes_on(launcher: str, to: str, code: int, tmp_path: Path) -> None:
+    folder, truth = tmp_path / "told", tmp_path / "undisturbed"
+    folder.mkdir()
+    truth.mkdir()
+    arguments = ["--folder", str(folder), "--until_told", "--steps", "100000"]
+    with (tmp_path / "log").open("w") as log:
+        started = subprocess.Popen(
+            [*command(launcher), str(SCRIPT), *arguments],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment(),
+            start_new_session=True,
+        )
+        try:
+            pids = pids_in(folder)
+            for pid in {"launcher": [started.pid], "group": [-started.pid], "ranks": pids}[to]:
+                os.kill(pid, signal.SIGTERM)
+            assert started.wait(60) == code, (tmp_path / "log").read_text()[-5000:]
+            _, left = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=30)
+            assert not left
+        finally:
+            started.kill()
+            for path in folder.glob("pid_*"):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process = psutil.Process(int(path.read_text()))
+                    if str(SCRIPT) in process.cmdline():
+                        process.kill()
+    stopped = int((folder / "latest").read_text().removeprefix("step_"))
+    assert stopped > 3, "only what was saved before is there"
+    steps = ["--steps", str(stopped + 3)]
+    assert check(launcher, folder, "--resume", *steps) == check(launcher, truth, *steps)

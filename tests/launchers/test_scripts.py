@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -147,12 +148,15 @@ def test_cpu_quickstart_tells_torchrun(tmp_path: Path) -> None:
 
 SCONTROL = """
     import sys
+    if sys.argv[1:] == ["requeue", "4242"]:
+        open("requeued", "w").close()
+        sys.exit()
     assert sys.argv[1:] == ["show", "hostnames", "node[07-08]"], sys.argv
     print("127.0.0.1\\nnode08")
 """
 # One task on each node, each with its number; the worst exit code counts, as with --kill-on-bad-exit.
 SRUN = """
-    import os, subprocess, sys
+    import os, signal, subprocess, sys
     words = sys.argv[1:]
     assert "--kill-on-bad-exit=1" in words, words
     while words[0].startswith("-"):
@@ -163,6 +167,8 @@ SRUN = """
                                                   "SLURM_STEP_NUM_TASKS": str(nodes)})
         for node in range(nodes)
     ]
+    signal.signal(signal.SIGTERM, lambda *_: [task.terminate() for task in tasks])
+    open("started", "w").close()
     sys.exit(max(task.wait() for task in tasks))
 """
 
@@ -198,6 +204,48 @@ def test_slurm_fails_when_a_node_fails(tmp_path: Path) -> None:
     )
     env = environment(tmp_path / "bin", **slurm(tmp_path))
     run([LAUNCHER / "slurm.sbatch", "mine.py"], env, folder=tmp_path, code=3)
+
+
+# A torchrun that needs a second to save, or that is done at that moment, or that fails without having been told.
+TORCHRUN = """
+    import signal, sys, time
+    told = []
+    signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+    open(f"ready {sys.argv[sys.argv.index('--node_rank') + 1]}", "w").close()
+    while not told and "fails" not in sys.argv:
+        time.sleep(0.01)
+    time.sleep(1)
+    sys.exit(0 if "done" in sys.argv else 1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "signals", "code", "requeued"),
+    [("saves", 1, 1, True), ("saves", 2, 1, True), ("done", 1, 0, False), ("fails", 0, 1, False)],
+)
+def test_slurm_requeues_what_was_told_to_end(tmp_path: Path, how: str, signals: int, code: int, requeued: bool) -> None:
+    env = environment(tmp_path / "bin", **slurm(tmp_path))
+    stub(tmp_path / "bin", "torchrun", TORCHRUN)
+    job = subprocess.Popen([LAUNCHER / "slurm.sbatch", how], env=env, cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not all((tmp_path / name).exists() for name in ("started", "ready 0", "ready 1")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for _ in range(signals):
+        job.terminate()
+        time.sleep(0.3)
+    assert job.wait(60) == code
+    assert (tmp_path / "requeued").exists() == requeued
+
+
+def test_slurm_resumes_a_job_that_was_requeued(tmp_path: Path) -> None:
+    latest = tmp_path / "clone/runs/4242/checkpoints/latest"
+    latest.parent.mkdir(parents=True)
+    latest.write_text("step_00000001")
+    for words in told("slurm.sbatch", tmp_path, SLURM_GPUS_ON_NODE=8, SLURM_RESTART_COUNT=1, **slurm(tmp_path)):
+        assert_default_job(parsed(words))
+        assert parsed(words).training_script_args[-3:] == ["--output_dir", "runs/4242", "--resume"]
+        assert parsed(words).shutdown_timeout == 170
 
 
 def test_slurm_asks_for_one_task_on_each_node() -> None:

@@ -204,7 +204,7 @@ def test_what_is_said_of_a_run(tmp_path):
     assert how == "Weights travel as int4; training waits at sync points; ZeRO 2; 1.5 million trained parameters."
     assert others == [
         "The guard preferred the weighted mean at 1 of 2 sync points where it had a choice.",
-        "Particle 1 was not finite at 1 sync point.",
+        "Particle 1 was left out of 1 sync point.",
     ]
     assert sentences(tmp_path, start(particles=1), losses("train", 4, 3.0, [1.0]))[1:] == [
         "One particle: plain DeepSpeed, without sync points."

@@ -53,6 +53,27 @@ def test_a_plan_can_be_carried_out(rule, meeting, seed):
 
 
 @relaxed
+@given(any_rule, st.integers(2, 5).flatmap(lambda n: st.tuples(meetings(n), st.integers(2, 6))), seeds)
+def test_a_memory_serves_another_number_of_particles(rule, meeting_and_more, seed):
+    """A checkpoint may be loaded on other numbers of particles: lists with an entry for each change their length."""
+    meeting, more = meeting_and_more
+    swarm = scattered(rule, meeting, seed)
+    count = len(swarm.x)
+    lists = {name for name, value in swarm.memory.items() if isinstance(value, list | tuple)}
+    assert lists <= rule.memory_of_particles, "a list of something else, or one that is not named"
+    memory = {
+        name: [value[i % count] for i in range(more)] if name in rule.memory_of_particles else value
+        for name, value in swarm.memory.items()
+    }
+    fitness = tuple(0.5 + i for i in range(more))
+    point = SyncPoint(1, fitness, (True,) * more, total=20, steps=(100,) * more)
+    plan = rule.plan(point, memory)
+    while plan.score:
+        plan = rule.proceed(plan, fitness)
+    assert {len(plan.alive), len(plan.factors or plan.alive), len(plan.lr_factors or plan.alive)} == {more}
+
+
+@relaxed
 @given(any_rule, st.integers(1, 4).flatmap(meetings), st.integers(0, 1000))
 def test_a_plan_depends_on_its_arguments_alone(rule, meeting, index):
     point = SyncPoint(index, tuple(meeting[0]), tuple(meeting[1]), total=2000)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_pso.errors import SwarmError
-from ds_pso.shards.base import Segment, Shards, _gaps, intersect
+from ds_pso.shards.base import Segment, Shards, _gaps, intersect, square_of_norm
 from ds_pso.shards.replicated import equal_parts
 
 relaxed = settings(deadline=None)
@@ -162,9 +164,17 @@ def test_padding_is_zeroed_and_nothing_else():
 def test_one_bad_weight_is_found(value):
     shards = OneShard(model())
     shards.zero_padding()
-    assert shards.all_finite()
+    assert math.isfinite(shards.square_norm())
     shards.flat[4] = value
-    assert not shards.all_finite()
+    assert not math.isfinite(shards.square_norm())
+
+
+@pytest.mark.parametrize("numel", [1, 1000, 2**17 + 3])
+@pytest.mark.parametrize("large", [1.0, 1e30], ids=["fits fp32", "does not"])
+def test_the_square_of_a_norm(numel, large):
+    values = torch.randn(numel, generator=torch.Generator().manual_seed(numel))
+    values[numel // 2] = large
+    assert square_of_norm(values) == pytest.approx(np.square(values.numpy().astype(np.float64)).sum(), rel=1e-6)
 
 
 OPTIMIZERS: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [

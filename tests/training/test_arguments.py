@@ -32,6 +32,7 @@ def test_the_deepspeed_launchers_own_argument_is_accepted():
         (["--seq_length", "long"], "--seq_length"),
         (["--eval_every", "0"], "--eval_every"),
         (["--seed", "x"], "--seed"),
+        (["--reshape"], "--reshape"),
         (["--model", "llama:0x64"], "llama:0x64"),
         (["--model", "llama:2x65"], "llama:2x65"),
         (["--model", "llama:2"], "llama:2"),

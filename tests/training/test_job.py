@@ -3,7 +3,10 @@
 import contextlib
 import io
 import json
+import os
 import random
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,8 @@ from safetensors.torch import load_file
 from ds_pso.metrics import read_metrics
 
 REPO = Path(__file__).parents[2]
-EXAMPLES = sorted(path.name for path in (REPO / "ds_config_examples").glob("*.json"))
+# The elastic one needs ds-pso launch: see faults/test_launch.py.
+EXAMPLES = sorted(path.name for path in (REPO / "ds_config_examples").glob("*.json") if "elastic" not in path.name)
 
 
 def run_main(argv):
@@ -53,6 +57,31 @@ def tiny(text_file, tmp_path):
         return [str(item) for key, value in given.items() if value is not None for item in (f"--{key}", value)]
 
     return arguments
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"zero_optimization": {"stage": "x"}}, "deepspeed.initialize: ValidationError: 1 validation error"),
+        ({"zero_optimization": 3}, "deepspeed.initialize: "),
+        ({"scheduler": "WarmupLR"}, "deepspeed.initialize: "),
+        (
+            {"scheduler": {"type": "WarmupHoldDecayLR", "params": {"total_num_steps": 9, "decay_ratio": "x"}}},
+            "decay_ratio",
+        ),
+    ],
+    ids=["stage", "no section", "no scheduler", "of ours"],
+)
+def test_what_deepspeed_refuses_is_one_line(pool, tiny, tmp_path, section, said):
+    path = tmp_path / "config.json"
+    good = json.loads((REPO / "ds_config_examples" / "zero2_swarm.json").read_text())
+    path.write_text(json.dumps(good | section))
+    results = pool.run(run_main, tiny(path), timeout=120)
+    for code, _, err in results:
+        assert code == 1
+        assert "Traceback" not in err
+    (error,) = [line for line in results[0][2].splitlines() if line.startswith("ds_pso: error: ")]
+    assert said in error
 
 
 def check_run(folder, num_particles):
@@ -113,13 +142,35 @@ def test_with_nothing_but_defaults_any_number_of_ranks_trains(pool, tiny, tmp_pa
     check_run(tmp_path / "run", {1: 1, 2: 2, 3: 3}[world_size])
 
 
+def run_main_and_be_told(argv):
+    """SIGTERM to one rank after step 8."""
+    from ds_pso.swarm import Swarm
+
+    real = Swarm.should_stop
+
+    def should_stop(swarm):
+        if swarm.world.layout.rank == 3 and swarm.engine.global_steps == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        return real(swarm)
+
+    Swarm.should_stop = should_stop
+    return run_main(argv)
+
+
 def test_resumed_run_ends_where_the_uninterrupted_one_does(pool, tiny, tmp_path):
     config = json.loads((REPO / "ds_config_examples/zero2_pso_all_time.json").read_text())
     config["scheduler"]["params"]["total_num_steps"] = 30
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
     pool.run(run_main, tiny(path, 30, "whole"), timeout=120)
-    pool.run(run_main, tiny(path, 19, "parts"), timeout=120)  # stops between two sync points
+    results = pool.run(run_main_and_be_told, tiny(path, 19, "parts"), timeout=120)
+    assert [code for code, _, _ in results] == [75] * 4
+    assert "stopped by SIGTERM after step" in results[0][1]
+    assert not (tmp_path / "parts/model").exists()
+    pool.run(run_main, [*tiny(path, 19, "parts", save_every=2), "--resume"], timeout=120)  # between two sync points
+    kept = sorted(path.name for path in (tmp_path / "parts/checkpoints").iterdir())
+    assert kept == ["latest", "step_00000018", "step_00000019"]
     pool.run(run_main, [*tiny(path, 30, "parts"), "--resume"], timeout=120)
     whole, parts = (load_file(tmp_path / name / "model/model.safetensors") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()

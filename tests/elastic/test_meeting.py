@@ -1,0 +1,115 @@
+"""Who meets, who is behind and who gives: decided alike by all from what all have said."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ds_pso.elastic.meeting import Meeting, Member
+
+
+def member(particle: int, index: int = 5, **more: object) -> Member:
+    """As it is in a swarm in which all who have been through as much have been there together."""
+    values = {
+        "name": f"p{particle}",
+        "born": particle,
+        "fresh": False,
+        "in_background": False,
+        "joined": True,
+        "start": 3,
+        "waits": True,
+        "connected": "",
+        "met": 3,
+    } | more
+    values = {"last": f"meeting {index}"} | values
+    return Member(particle=particle, index=index, store="here:1", model="m", **values)  # type: ignore[arg-type]
+
+
+members = st.lists(
+    st.builds(
+        Member,
+        particle=st.integers(0, 5),
+        name=st.text("abcdef", min_size=6, max_size=6),
+        born=st.integers(0, 3),
+        index=st.integers(0, 3),
+        last=st.sampled_from("abc"),
+        met=st.integers(1, 3),
+        fresh=st.booleans(),
+        in_background=st.booleans(),
+        joined=st.booleans(),
+        start=st.just(2),
+        waits=st.booleans(),
+        connected=st.sampled_from(["", "x"]),
+        store=st.just("here:1"),
+        model=st.sampled_from("mmmmmn"),
+    ),
+    min_size=1,
+    max_size=8,
+    unique_by=lambda m: m.name,
+)
+
+
+@given(members)
+def test_all_decide_alike_and_somebody_gives(everybody: list[Member]) -> None:
+    meeting = Meeting.of("1", everybody)
+    for order in itertools.islice(itertools.permutations(everybody), 10):
+        assert Meeting.of("1", order) == meeting
+    assert meeting.members, "the most advanced always stays"
+    assert len(set(meeting.present)) == len(meeting.present)
+    assert {m.name for m in meeting.members} | set(meeting.strangers) == {m.name for m in everybody}
+    sources = meeting.sources(6)
+    assert set(meeting.behind) < set(meeting.present)
+    for particle in meeting.present:
+        gives = sources[particle]
+        assert gives == particle if particle not in meeting.behind else gives not in meeting.behind
+    known = [m for m in meeting.members if not m.fresh]
+    if known:
+        first = max(known, key=lambda m: (m.index, m.met, -m.particle))
+        assert set(meeting.behind) == {m.particle for m in meeting.members if m.fresh or m.last != first.last}
+
+
+def test_the_younger_process_keeps_the_place() -> None:
+    meeting = Meeting.of("1", [member(0), member(1, name="old", born=1), member(1, name="young", born=2)])
+    assert [m.name for m in meeting.members] == ["p0", "young"]
+    assert "younger" in meeting.strangers["old"]
+
+
+def test_the_model_of_the_most_advanced_counts() -> None:
+    meeting = Meeting.of("1", [replace(member(0), model="other"), member(1, index=6), member(2)])
+    assert meeting.present == (1, 2)
+    assert "not that of particle 1" in meeting.strangers["p0"]
+
+
+def test_givers_take_turns() -> None:
+    meeting = Meeting.of("1", [member(0, 7), member(1, 3), member(2, 7), member(3, 0, fresh=True), member(4, 6)])
+    assert meeting.behind == (1, 3, 4)
+    assert meeting.sources(5) == (0, 0, 2, 2, 0)
+
+
+def test_who_met_alone_gives_way_to_those_who_met_together() -> None:
+    """Both have counted a sync point; their states are not the same."""
+    meeting = Meeting.of("1", [member(0, last="alone", met=1), member(1, met=2), member(2, met=2)])
+    assert meeting.behind == (0,)
+    assert set(meeting.sources(3)[:1]) <= {1, 2}
+
+
+def test_late_work_may_count() -> None:
+    members = [member(0, 7), member(1, 5), member(2, 0, fresh=True)]
+    meeting = Meeting.of("1", members, late_counts=True)
+    assert (meeting.behind, meeting.overdue, meeting.givers) == ((2,), (1,), [0])
+    assert meeting.sources(3) == (0, 1, 0)
+    assert Meeting.of("1", members).behind == (1, 2)
+
+
+def test_at_a_start_all_take_the_state_of_the_first() -> None:
+    meeting = Meeting.of("1", [member(2, 0, fresh=True), member(1, 0, fresh=True), member(4, 0, fresh=True)])
+    assert meeting.is_start
+    assert meeting.sources(5) == (0, 1, 1, 3, 1)
+
+
+def test_who_trains_on_cannot_meet_who_waits() -> None:
+    assert Meeting.of("1", [member(0), member(1, in_background=True)]).is_mixed
+    assert not Meeting.of("1", [member(0, in_background=True), member(1, in_background=True)]).is_mixed

@@ -1,0 +1,33 @@
+"""An elastic swarm in which nothing happens is the static one, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from distributed.jobs import Case, assert_equal, swarm_of, train, working_weights
+from pool import Pool
+
+from elastic.swarms import elastic, lighthouse, places
+
+CASES = [Case(seed=3, sync_mode="diloco"), pytest.param(Case(seed=3, stage=3, sync_mode="pso"), marks=pytest.mark.slow)]
+
+
+def job(case: Case) -> Any:
+    with swarm_of(case) as (swarm, engine):
+        records: list[dict[str, Any]] = []
+        swarm.log = lambda event, **values: event == "sync" and records.append(values)
+        train(case, engine)
+        return working_weights(engine), records
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_like_the_static_swarm(pool: Pool, case: Case) -> None:
+    static = pool.run(job, case)
+    with lighthouse() as url:
+        ranks = pool.run(job, elastic(case), env=places(url, 2, 2))
+    for (expected, records), (found, others) in zip(static, ranks, strict=True):
+        assert_equal(found, expected)
+        assert [r["losses"] for r in others] == [r["losses"] for r in records]
+        assert np.shape(others) == (2,)

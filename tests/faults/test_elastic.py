@@ -1,0 +1,338 @@
+"""An elastic swarm loses particles, and the others go on; who comes back is given what it missed.
+
+Time limits prove that nobody hangs. What is lost is at most the work of the lost particle since its last sync point.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from distributed.jobs import Case, assert_equal, swarm_of, train, working_weights
+from elastic.swarms import elastic, lighthouse, particle, places
+from pool import Outcome, Pool, free_port
+
+from ds_pso.elastic.membership import Membership
+from ds_pso.swarm import Swarm
+
+LIMIT_S = 60.0
+SLOW = pytest.mark.slow
+CASE = elastic(Case(seed=3, particles=3, interval=2, steps=8))
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with lighthouse() as url:
+        yield url
+
+
+def listen(swarm: Swarm) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = []
+    swarm.log = lambda event, **values: event == "sync" and records.append(values)
+    return records
+
+
+def leave(how: str) -> None:
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if how == "raised":
+        raise ValueError("something else went wrong")
+
+
+def wait_for(*paths: Path) -> None:
+    while not all(path.exists() for path in paths):
+        time.sleep(0.02)
+
+
+# -- losing one -----------------------------------------------------------------------------------
+
+
+def lose_one(case: Case, lost: int, where: str, how: str, ranks: tuple[int, ...]) -> Any:
+    """The ranks ``ranks`` of particle ``lost`` leave at the second sync point, or in the step before it."""
+    with swarm_of(case) as (swarm, engine):
+        records = listen(swarm)
+        train(case, engine, range(3))
+        begin = time.monotonic()
+        if particle() == lost and swarm.world.layout.shard_rank in ranks:
+            if where == "steps":
+                leave(how)
+            if where == "exchange":
+                weighted_mean = swarm.exchange.weighted_mean
+
+                def half(*arguments: Any) -> Iterator[Any]:
+                    for piece in weighted_mean(*arguments):
+                        yield piece
+                        leave(how)
+
+                swarm.exchange.weighted_mean = half
+            if where == "vote":
+                swarm.synchronizer._vote = lambda: leave(how)
+        train(case, engine, range(3, 4))
+        took = time.monotonic() - begin
+        train(case, engine, range(4, case.steps))
+        if case.swarm.get("delay"):
+            swarm.sync()  # until then each has its own steps since the beginning of the last
+        return records, took, working_weights(engine)
+
+
+def assert_went_on(outcomes: list[Outcome], lost: int, size: int, case: Case) -> None:
+    others = [rank for rank in range(len(outcomes)) if rank // size != lost]
+    survivors = [p for p in range(int(case.particles)) if p != lost]
+    for rank in others:
+        records, took, weights = outcomes[rank].get()
+        assert len(records) == case.steps // case.interval
+        assert list(records[0]["alive"]) == [True] * int(case.particles)
+        assert [list(record["present"]) for record in records[1:]] == [survivors] * 3
+        assert all(np.isnan(record["losses"][lost]) for record in records[1:])
+        assert took < 3 * case.swarm["timeout_s"]
+        assert_equal(weights, outcomes[others[0]].get()[2])
+
+
+SMALL_BUCKETS = {"bucket_mb": 0.0001}  # so that an exchange can be lost half way
+
+
+@pytest.mark.parametrize(
+    ("lost", "where"),
+    [
+        (0, "exchange"),
+        (2, "steps"),
+        *(pytest.param(*p, marks=SLOW) for p in [(0, "steps"), (0, "vote"), (2, "exchange"), (2, "vote")]),
+    ],
+)
+def test_a_particle_is_killed(pool: Pool, url: str, lost: int, where: str) -> None:
+    case = replace(CASE, swarm=CASE.swarm | SMALL_BUCKETS)
+    outcomes = pool.outcomes(
+        lose_one, case, lost, where, "killed", (0,), world_size=3, env=places(url, 3, 1), timeout=LIMIT_S
+    )
+    assert outcomes[lost].kind == "Killed"
+    assert_went_on(outcomes, lost, 1, case)
+
+
+@pytest.mark.parametrize(
+    ("stage", "where"),
+    [
+        (3, "steps"),
+        *(pytest.param(*p, marks=SLOW) for p in [(2, "exchange"), (2, "vote"), (3, "exchange"), (3, "vote")]),
+    ],
+)
+def test_one_rank_of_a_particle_is_killed(pool: Pool, url: str, stage: int, where: str) -> None:
+    """Its mate would be ended by the launcher; the others lose both."""
+    case = replace(CASE, stage=stage, particles=2, swarm=CASE.swarm | SMALL_BUCKETS)
+    outcomes = pool.outcomes(
+        lose_one, case, 0, where, "killed", (1,), world_size=4, env=places(url, 2, 2), timeout=LIMIT_S, silent=(0,)
+    )
+    assert outcomes[1].kind == "Killed"
+    assert_went_on(outcomes, 0, 2, case)
+
+
+@pytest.mark.parametrize("delay", [pytest.param(0, marks=SLOW), 1])
+def test_the_others_mean_what_they_learned(pool: Pool, url: str, delay: int) -> None:
+    """After the loss the two who are left are what a swarm of two would be."""
+    case = replace(CASE, swarm=CASE.swarm | {"delay": delay})
+    outcomes = pool.outcomes(
+        lose_one, case, 2, "steps", "killed", (0,), world_size=3, env=places(url, 3, 1), timeout=LIMIT_S
+    )
+    first, second = outcomes[0].get(), outcomes[1].get()
+    assert [record["alive"] for record in first[0]] == [record["alive"] for record in second[0]]
+    assert_equal(first[2], second[2])
+
+
+# -- coming back ----------------------------------------------------------------------------------
+
+
+def come_late(case: Case, late: int, folder: Path) -> Any:
+    """Particle ``late`` starts when the others have been through two sync points, and they wait for it at the third."""
+    if particle() == late:
+        wait_for(*(folder / f"go {p}" for p in range(late)))
+    ask = Membership.ask
+
+    def ask_and_tell(*arguments: Any, **options: Any) -> Any:
+        threading.Timer(0.5, (folder / "asks").touch).start()
+        return ask(*arguments, **options)
+
+    if particle() == late:
+        Membership.ask = ask_and_tell  # type: ignore[method-assign]
+    with swarm_of(case) as (swarm, engine):
+        records = listen(swarm)
+        at = engine.global_steps
+        if particle() != late:
+            train(case, engine, range(4))
+            swarm.finish_pending()
+            (folder / f"go {particle()}").touch()
+            wait_for(folder / "asks")
+        train(case, engine, range(engine.global_steps, case.steps))
+        swarm.sync()
+        return at, records, working_weights(engine), swarm.totals.count
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(CASE, marks=SLOW),
+        replace(CASE, sync_mode="diloco", stage=3, particles=2),
+        pytest.param(replace(CASE, sync_mode="pso", options={"inertia": 0.5, "cognitive": 0.5}), marks=SLOW),
+        replace(CASE, sync_mode="diloco", batch_norm=True, swarm=CASE.swarm | {"wire": "int8"}),
+        replace(CASE, swarm=CASE.swarm | {"delay": 1}),
+    ],
+    ids=["averaging", "diloco at stage 3", "pso", "int8", "late"],
+)
+def test_a_particle_comes_late(pool: Pool, url: str, tmp_path: Path, case: Case) -> None:
+    particles, late = int(case.particles), int(case.particles) - 1
+    size = 2 if particles == 2 else 1
+    env = places(url, particles, size, start=particles - 1)
+    ranks = pool.run(come_late, case, late, tmp_path, world_size=particles * size, env=env, timeout=LIMIT_S)
+    for rank, (at, records, weights, count) in enumerate(ranks):
+        assert count == 5
+        # With a delay it breaks off what the others have begun in the background, and meets them a step later.
+        assert at == (6 + case.swarm.get("delay", 0) if rank // size == late else 0)
+        healed = [list(record.get("healed", [])) for record in records]
+        assert [late] in healed or rank // size == late
+        assert all(np.isfinite(value).all() for value in weights.values())
+        if case.sync_mode != "pso":  # its particles stay apart
+            weights.pop("norm.num_batches_tracked", None)
+            assert_equal(weights, {name: ranks[0][2][name] for name in weights})
+
+
+def stall(case: Case, stalled: int, for_s: float, folder: Path) -> Any:
+    """One particle is stopped in its steps; the next one lets it go on."""
+    with swarm_of(case) as (swarm, engine):
+        records = listen(swarm)
+        train(case, engine, range(3))
+        if particle() == stalled:
+            (folder / "stopped").write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif particle() == (stalled + 1) % int(case.particles):
+            wait_for(folder / "stopped")
+            pid = int((folder / "stopped").read_text())
+            threading.Timer(for_s, os.kill, (pid, signal.SIGCONT)).start()
+        while engine.global_steps < case.steps:
+            train(case, engine, range(engine.global_steps, engine.global_steps + 1))
+            time.sleep(0.25)
+        return records, working_weights(engine)
+
+
+@pytest.mark.parametrize(("for_s", "left_out"), [pytest.param(0.5, False, marks=SLOW), (5.0, True)])
+def test_a_stalled_particle(pool: Pool, url: str, tmp_path: Path, for_s: float, left_out: bool) -> None:
+    case = replace(CASE, steps=24)
+    ranks = pool.run(stall, case, 1, for_s, tmp_path, world_size=3, env=places(url, 3, 1), timeout=LIMIT_S)
+    present = [list(record["present"]) for record in ranks[0][0]]
+    assert present[0] == present[-1] == [0, 1, 2]
+    assert ([0, 2] in present) == left_out
+    assert ([1] in [list(record["healed"]) for record in ranks[0][0]]) == left_out
+    for _, weights in ranks:
+        assert_equal(weights, ranks[0][1])
+
+
+def be_slow(case: Case, folder: Path) -> Any:
+    """Particle 1 comes to its second sync point when the others have been through it; they meet it at their third."""
+    with swarm_of(case) as (swarm, engine):
+        records = listen(swarm)
+        train(case, engine, range(3))
+        if particle() == 1:
+            wait_for(folder / "met without it")
+        train(case, engine, range(3, 4))
+        if particle() != 1:
+            (folder / "met without it").touch()
+            time.sleep(3)
+            train(case, engine, range(4, 6))
+        return records, working_weights(engine), engine.global_steps
+
+
+@pytest.mark.parametrize("policy", ["skip", pytest.param("async", marks=SLOW)])
+def test_nobody_waits_long_for_a_straggler(pool: Pool, tmp_path: Path, policy: str) -> None:
+    case = elastic(CASE, straggler=policy, straggler_s=2.0, heartbeat_s=5.0)
+    with lighthouse(join_s=2.0, heartbeat_s=5.0) as url:
+        ranks = pool.run(be_slow, case, tmp_path, world_size=3, env=places(url, 3, 1), timeout=LIMIT_S)
+    present = [list(record["present"]) for record in ranks[0][0]]
+    assert present == [[0, 1, 2], [0, 2], [0, 1, 2]]
+    healed = [list(record["healed"]) for record in ranks[0][0]]
+    assert healed == [[], [], [1] if policy == "skip" else []]
+    alive = [list(record["alive"]) for record in ranks[0][0]]
+    assert alive[2] == [True, policy == "async", True]
+    for _, weights, _ in ranks:
+        assert_equal(weights, ranks[0][1])
+    # Who is healed goes on where the others are; whose work counts has made its own steps.
+    assert [steps for *_, steps in ranks] == [6, 6 if policy == "skip" else 4, 6]
+
+
+# -- too few, and strangers -----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_too_few_particles(pool: Pool, url: str) -> None:
+    case = elastic(replace(CASE, swarm=CASE.swarm | {"timeout_s": 4}), min_particles=3)
+    outcomes = pool.outcomes(
+        lose_one, case, 2, "steps", "killed", (0,), world_size=3, env=places(url, 3, 1), timeout=LIMIT_S
+    )
+    for outcome in outcomes[:2]:
+        assert outcome.kind == "PeerError", outcome
+        assert "fewer than swarm.elastic.min_particles = 3" in outcome.text
+
+
+def differ(case: Case) -> Any:
+    with swarm_of(case if particle() != 1 else replace(case, batch_norm=True)) as (_, engine):
+        train(case, engine)
+        return working_weights(engine)
+
+
+def test_another_model_is_sent_away(pool: Pool, url: str) -> None:
+    outcomes = pool.outcomes(differ, CASE, world_size=3, env=places(url, 3, 1), timeout=LIMIT_S)
+    assert outcomes[1].kind == "PeerError"
+    assert "its model or config is not that of particle 0" in outcomes[1].text
+    assert_equal(outcomes[0].get(), outcomes[2].get())
+
+
+# -- the lighthouse -------------------------------------------------------------------------------
+
+
+def train_slowly(case: Case, folder: Path) -> Any:
+    with swarm_of(case) as (swarm, engine):
+        records = listen(swarm)
+        for step in range(case.steps):
+            train(case, engine, range(step, step + 1))
+            (folder / f"step {step} of {particle()}").touch()
+            time.sleep(0.2)
+        return records, working_weights(engine)
+
+
+@pytest.mark.parametrize("comes_back", [True, pytest.param(False, marks=SLOW)])
+def test_the_lighthouse_is_lost(pool: Pool, tmp_path: Path, comes_back: bool) -> None:
+    port = free_port()
+    case = replace(CASE, steps=16)
+
+    def lose() -> None:
+        with lighthouse(port=port):
+            wait_for(*(tmp_path / f"step 4 of {p}" for p in range(3)))
+        if comes_back:
+            time.sleep(1.5)
+            with lighthouse(port=port):
+                done.wait()
+
+    done = threading.Event()
+    keeper = threading.Thread(target=lose)
+    keeper.start()
+    try:
+        outcomes = pool.outcomes(
+            train_slowly, case, tmp_path, world_size=3, env=places(f"http://127.0.0.1:{port}", 3, 1), timeout=LIMIT_S
+        )
+    finally:
+        done.set()
+        keeper.join()
+    for outcome in outcomes:
+        if comes_back:
+            records, weights = outcome.get()
+            assert [list(record["present"]) for record in records] == [[0, 1, 2]] * 8
+            assert_equal(weights, outcomes[0].get()[1])
+        else:
+            assert outcome.kind == "PeerError", outcome
+            assert "does not answer" in outcome.text

@@ -1,0 +1,122 @@
+"""Who is left out of a sync point: against examples worked out by hand, and what must hold for any table."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ds_pso.quarantine import Health, Limits, judge, warning
+
+NAN, INF = math.nan, math.inf
+LIMITS = Limits(loss=4.0, norm=10.0)
+
+
+def healths(losses, norms=None, heard=None, highest=None):
+    """Means of very many losses, unless told."""
+    ones, many = [1.0] * len(losses), [1e9] * len(losses)
+    return [Health(*values) for values in zip(losses, heard or many, norms or ones, highest or ones, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "out"),
+    [
+        ([1.0, 1.0], []),
+        ([1.0, 4.0], []),  # exactly so many times is not more
+        ([1.0, 4.1], [1]),
+        ([4.1, 1.0], [0]),
+        ([1.0, 5.0, 5.0], []),  # the median of 1 and 5 is 3: two of three are no exception
+        ([1.0, 1.0, 5.0], [2]),
+        ([1.0, 100.0, 1e6], [1, 2]),  # the worst goes first, and then 100 is judged by 1 alone
+        ([1.0, 1.0, 100.0, 1e30], [2, 3]),
+        ([7.0], []),
+        ([0.0, 1e9], []),  # no ratio
+        ([-1.0, 1e9], []),
+        ([NAN, NAN], []),  # nobody has one
+    ],
+    ids=str,
+)
+def test_losses(losses, out):
+    heard = [0.0 if math.isnan(loss) else 1e9 for loss in losses]
+    assert sorted(judge(healths(losses, heard=heard), LIMITS)) == out
+
+
+@pytest.mark.parametrize(("highest", "out"), [(0.9, [1]), (1.1, []), (-3.0, []), (NAN, [])])
+def test_small_losses_may_differ_much(highest, out):
+    """0.5 is fifty times 0.01, and says little where the particles began at 1.1 or above."""
+    assert list(judge(healths([0.01, 0.5, 0.01], highest=[highest] * 3), LIMITS)) == out
+
+
+@pytest.mark.parametrize(("heard", "out"), [(1, []), (4, []), (16, [1])])
+def test_a_mean_of_few_losses_is_mostly_chance(heard, out):
+    assert list(judge(healths([0.1, 1.0], heard=[heard] * 2), LIMITS)) == out
+    assert list(judge(healths([0.1, 5.0], heard=[heard] * 2), LIMITS)) == [1]
+
+
+def test_data_may_be_unequally_hard():
+    """Particle 1 began at a loss five times as high, and has come as far as the others."""
+    assert judge(healths([0.9, 4.5, 0.9], highest=[1.0, 5.0, 1.0]), LIMITS) == {}
+
+
+def test_an_old_loss_is_not_judged():
+    """It is that of weights that have been replaced since."""
+    assert judge(healths([1.0, 50.0], heard=[1e9, 0.0]), LIMITS) == {}
+
+
+def test_norms_are_judged_first_and_then_the_losses_of_the_rest():
+    table = healths([1.0, 1.0, 1e9, 9.0], norms=[5.0, 60.0, 5.0, 5.0])
+    found = judge(table, LIMITS)
+    assert found[1] == "its weights' norm 60 is 12 times the others' 5"
+    assert found[3] == "its loss 9 is 9 times its highest so far, the others' 1 times", (
+        "particles 1 and 2 are no measure"
+    )
+    assert sorted(found) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("health", "reason"),
+    [
+        (Health(NAN, -1.0, 1.0, 1.0), "its loss is not finite"),
+        (Health(1.0, 1.0, INF, 1.0), "its weights are not finite"),
+        (Health(INF, -1.0, NAN, 1.0), "its loss is and its weights are not finite"),
+    ],
+)
+def test_what_is_not_finite(health, reason):
+    assert judge([Health(1.0, 1.0, 1.0, 1.0), health], Limits(None, None)) == {1: reason}
+
+
+def test_limits_can_be_off():
+    table = healths([1.0, 1e9, 1.0], norms=[1.0, 1.0, 1e30])
+    assert judge(table, Limits(None, None)) == {}
+    assert list(judge(table, Limits(4.0, None))) == [1]
+    assert list(judge(table, Limits(None, 10.0))) == [2]
+
+
+numbers = st.one_of(st.floats(0, 1e30), st.sampled_from([NAN, INF, 0.0]))
+rows = st.tuples(numbers, numbers, numbers).map(lambda t: Health(t[0], 9.0 if math.isfinite(t[0]) else -1.0, *t[1:]))
+limits = st.one_of(st.none(), st.floats(1.001, 100))
+
+
+@given(st.lists(rows, min_size=1, max_size=8), limits, limits)
+def test_somebody_always_stays_and_each_who_goes_has_a_reason(table, loss, norm):
+    reasons = judge(table, Limits(loss, norm))
+    well = [i for i, health in enumerate(table) if health.heard != -1.0 and math.isfinite(health.norm)]
+    stay = [i for i in range(len(table)) if i not in reasons]
+    assert bool(stay) == bool(well)
+    assert set(stay) <= set(well)
+    grown = {i: health.loss / health.highest for i, health in enumerate(table) if i in well and health.highest > 0}
+    for i in set(stay) & set(grown):  # nobody who is better than one who stays has been left out for the loss
+        assert not [j for j in grown if "its loss" in reasons.get(j, "") and 0 < grown[j] < grown[i]]
+    assert all("\n" not in reason for reason in reasons.values())
+
+
+def test_a_particle_is_warned_of_once_until_it_is_well_again():
+    ill, well = {"sync": 3, "left_out": {"1": "its loss is not finite"}}, {"sync": 4}
+    assert warning(ill, {}) == (
+        "sync point 3: left out, and restarted from the others if any is well: particle 1: its loss is not finite"
+    )
+    assert warning(ill, ill) is None
+    assert warning(well, ill) is None
+    assert warning(ill, well) is not None
