@@ -42,14 +42,16 @@ def judge(table: Sequence[Health], limits: Limits) -> dict[int, str]:
     """Why each particle that must be left out must be.
 
     What is not finite is; then whose norm is more than ``limits.norm`` times the median of the others'. Then whose
-    loss is, with l_i the mean of n losses, h_i the highest so far of particle i, and the median over the others::
+    loss is, with l_i the mean of n losses, h_i the highest so far of particle i or the median of these if that is
+    higher, and the median over the others::
 
-        l_i / h_i > max(limits.loss * median(l_j / h_j), 1/2 + 4 / n)
+        l_i / h_i > max(limits.loss * median(l_j / h_j), 1/2 + 16 / n)
 
-    Divided by h_i, particles can be compared whose data are unequally hard. The last term is there because where the
-    losses of all are small, one hard sample makes a large ratio, and the mean of few losses is mostly chance. The
-    worst goes first, and the rest are judged anew without it. Somebody always stays: the best is above no median of
-    the others. Losses that are not above 0 have no ratio, and are not compared.
+    Divided by h_i, particles can be compared whose data are unequally hard, while one with an easy beginning is not
+    held to it. The last term is there because where the losses of all are small, one hard sample makes a large ratio,
+    and the mean of few losses is mostly chance. The worst goes first, and the rest are judged anew without it.
+    Somebody always stays: the best is above no median of the others. Losses that are not above 0 have no ratio, and
+    are not compared.
     """
     reasons: dict[int, str] = {}
     for i, health in enumerate(table):
@@ -61,11 +63,13 @@ def judge(table: Sequence[Health], limits: Limits) -> dict[int, str]:
     for i, others in _above(norms, limits.norm, dict.fromkeys(norms, 0.0)).items():
         reasons[i] = f"its weights' norm {norms[i]:.4g} is {norms[i] / others:.3g} times the others' {others:.4g}"
     new = [i for i in living if i not in reasons and table[i].heard > 0]
-    grown = {i: table[i].loss / table[i].highest for i in new if table[i].loss > 0 and table[i].highest > 0}
-    floors = {i: 1 / 2 + 4 / table[i].heard for i in grown}
+    highest = {i: table[i].highest for i in new if table[i].loss > 0 and table[i].highest > 0}
+    usual = median(highest.values()) if highest else math.nan
+    grown = {i: table[i].loss / max(high, usual) for i, high in highest.items()}
+    floors = {i: 1 / 2 + 16 / table[i].heard for i in grown}
     for i, others in _above(grown, limits.loss, floors).items():
         reasons[i] = (
-            f"its loss {table[i].loss:.4g} is {grown[i]:.3g} times its highest so far, the others' {others:.3g} times"
+            f"its loss {table[i].loss:.4g} is {grown[i]:.3g} times the highest so far, the others' {others:.3g}"
         )
     return reasons
 
