@@ -192,8 +192,9 @@ class ElasticSynchronizer(Synchronizer):
         self._stay_together()
         assert self._meeting is not None
         self._last, self._met, self.joined = self._meeting.number, len(self._meeting.members), True
-        if self._told is not None:
-            self.progress.write(self._told)
+        told, self._told = self._told, None
+        if told is not None:
+            self.progress.write(told)
             self.shards.reset_optimizer_state()
             self.came_late = self.came_late or (self._fresh and not self._meeting.is_start)
 
