@@ -11,7 +11,11 @@ from pool import Pool
 
 from elastic.swarms import elastic, lighthouse, places
 
-CASES = [Case(seed=3, sync_mode="diloco"), pytest.param(Case(seed=3, stage=3, sync_mode="pso"), marks=pytest.mark.slow)]
+CASES = [
+    Case(seed=3, sync_mode="diloco"),
+    Case(seed=3, interval=2, steps=6, swarm={"delay": 1}),
+    pytest.param(Case(seed=3, stage=3, sync_mode="pso"), marks=pytest.mark.slow),
+]
 
 
 def job(case: Case) -> Any:
@@ -19,7 +23,8 @@ def job(case: Case) -> Any:
         records: list[dict[str, Any]] = []
         swarm.log = lambda event, **values: event == "sync" and records.append(values)
         train(case, engine)
-        return working_weights(engine), records
+        swarm.finish_pending()
+        return working_weights(engine), records, engine.global_steps
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -27,7 +32,9 @@ def test_like_the_static_swarm(pool: Pool, case: Case) -> None:
     static = pool.run(job, case)
     with lighthouse() as url:
         ranks = pool.run(job, elastic(case), env=places(url, 2, 2))
-    for (expected, records), (found, others) in zip(static, ranks, strict=True):
+    for (expected, records, steps), (found, others, made) in zip(static, ranks, strict=True):
         assert_equal(found, expected)
         assert [r["losses"] for r in others] == [r["losses"] for r in records]
-        assert np.shape(others) == (2,)
+        assert [r["staleness"] for r in others] == [r["staleness"] for r in records]
+        assert np.shape(others) == (case.steps // case.interval,)
+        assert made == steps == case.steps
