@@ -22,13 +22,13 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ds_pso.blueprint import MODEL
-from ds_pso.checkpoint_files import LATEST, find, verified_record, weights_only
+from ds_pso.disk.records import LATEST, find, verified_record, weights_only
+from ds_pso.disk.saved_particle import SavedParticle, masters_of
 from ds_pso.errors import CheckpointError, ConfigError
 from ds_pso.exchange import wire_dtype
 from ds_pso.export import replacing_model
 from ds_pso.quarantine import Health, Limits, judge
 from ds_pso.rules import SyncPoint
-from ds_pso.saved_particle import SavedParticle, masters_of
 from ds_pso.shards import Segment
 from ds_pso.shards.base import square_of_norm
 from ds_pso.shards.replicated import equal_parts

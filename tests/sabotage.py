@@ -257,10 +257,10 @@ def decide_alone() -> None:
 @sabotage("distributed/test_resume.py")
 def forget_what_is_owed() -> None:
     """The state of the wire is not in the checkpoint."""
-    from ds_pso import checkpoint
+    from ds_pso.checkpoint import kept, loading
 
-    real = checkpoint._own_tensors
-    checkpoint._own_tensors = lambda swarm: {k: v for k, v in real(swarm).items() if "wire" not in k}
+    real = kept.own_tensors
+    kept.own_tensors = loading.own_tensors = lambda swarm: {k: v for k, v in real(swarm).items() if "wire" not in k}
 
 
 @sabotage("distributed/test_bytes.py")
@@ -594,24 +594,24 @@ def trust_the_store() -> None:
 
 @sabotage("distributed/test_resume.py")
 def restore_one_tensor_less() -> None:
-    from ds_pso import checkpoint
+    from ds_pso.checkpoint import loading
 
-    real = checkpoint._restore
+    real = loading.restore
 
     def restore(swarm: Any, record: Any, tensors: Any) -> None:
-        last = list(checkpoint._own_tensors(swarm))[-2]
-        tensors[last] = checkpoint._own_tensors(swarm)[last].clone()
+        last = list(loading.own_tensors(swarm))[-2]
+        tensors[last] = loading.own_tensors(swarm)[last].clone()
         real(swarm, record, tensors)
 
-    checkpoint._restore = restore
+    loading.restore = restore
 
 
 @sabotage("distributed/test_resume.py")
 def forget_the_window() -> None:
-    from ds_pso import checkpoint
+    from ds_pso.checkpoint import loading
 
-    real = checkpoint._restore
-    checkpoint._restore = lambda swarm, record, tensors: real(swarm, record | {"window": [0.0, 0, 0]}, tensors)
+    real = loading.restore
+    loading.restore = lambda swarm, record, tensors: real(swarm, record | {"window": [0.0, 0, 0]}, tensors)
 
 
 @sabotage("distributed/test_resume.py")
@@ -623,9 +623,9 @@ def forget_the_data_position() -> None:
 
 @sabotage("distributed/test_resume.py")
 def forget_the_random_state() -> None:
-    from ds_pso import checkpoint
+    from ds_pso.checkpoint import kept
 
-    checkpoint._restore_random = do_nothing
+    kept._restore_random = do_nothing
 
 
 @sabotage("distributed/test_resume.py")
@@ -638,17 +638,18 @@ def forget_the_rate_of_the_particle() -> None:
 
 @sabotage("faults/test_bad_checkpoints.py")
 def believe_every_file() -> None:
-    from ds_pso import checkpoint, checkpoint_fallback
+    from ds_pso.checkpoint import loading
+    from ds_pso.disk import fallback
 
-    checkpoint.check_files = checkpoint_fallback.check_files = do_nothing
+    loading.check_files = fallback.check_files = do_nothing
 
 
 @sabotage("faults/test_bad_checkpoints.py")
 def load_before_checking() -> None:
     """Rank 0 begins to restore while the others still check."""
-    from ds_pso import checkpoint
+    from ds_pso.checkpoint import loading
 
-    real = checkpoint.check_files
+    real = loading.check_files
 
     def check(record: Any, source: Path) -> None:
         import random
@@ -656,21 +657,21 @@ def load_before_checking() -> None:
         random.seed(0)
         real(record, source)
 
-    checkpoint.check_files = check
+    loading.check_files = check
 
 
 @sabotage("faults/test_bad_checkpoints.py")
 def save_in_place() -> None:
     """``latest`` moves before the checkpoint is complete."""
-    from ds_pso import checkpoint
+    from ds_pso.checkpoint import saving
 
-    real = checkpoint.write_part
+    real = saving.write_part
 
     def write_part(folder: Path, *more: Any) -> None:
         (folder.parent / "latest").write_text(folder.name)
         real(folder, *more)
 
-    checkpoint.write_part = write_part
+    saving.write_part = write_part
 
 
 @sabotage("distributed/test_background_save.py")
@@ -678,7 +679,7 @@ def write_what_has_changed() -> None:
     """What is written in the background is not copied before."""
     import torch
 
-    from ds_pso.checkpoint_writer import Copies
+    from ds_pso.disk.writer import Copies
 
     write = Copies.write
 
@@ -695,9 +696,9 @@ def write_what_has_changed() -> None:
 @sabotage("distributed/test_background_save.py")
 def remove_old_ones_first() -> None:
     """Before the new checkpoint is complete."""
-    from ds_pso import checkpoint
+    from ds_pso.checkpoint import saving
 
-    real = checkpoint.complete
+    real = saving.complete
 
     def complete(temporary: Path, final: Path) -> None:
         import shutil
@@ -706,7 +707,7 @@ def remove_old_ones_first() -> None:
             shutil.rmtree(path)
         real(temporary, final)
 
-    checkpoint.complete = complete
+    saving.complete = complete
 
 
 @sabotage("faults/test_fallback.py")
@@ -735,7 +736,7 @@ def read_a_piece_too_early() -> None:
     """Of a parameter that several ranks have saved, the later runs are taken from an element too early."""
     from dataclasses import replace
 
-    from ds_pso.saved_particle import SavedParticle
+    from ds_pso.disk.saved_particle import SavedParticle
 
     real = SavedParticle.__init__
 
@@ -757,14 +758,14 @@ def continue_particle_0() -> None:
 
 @sabotage("distributed/test_reshape.py")
 def leave_the_moments() -> None:
-    from ds_pso.repartition import Repartitioned
+    from ds_pso.checkpoint.repartition import Repartitioned
 
     Repartitioned._moments = lambda *_: {}
 
 
 @sabotage("distributed/test_reshape.py")
 def share_a_count_of_steps() -> None:
-    from ds_pso import repartition
+    from ds_pso.checkpoint import repartition
 
     class Copy:
         deepcopy = staticmethod(lambda value: value)

@@ -62,21 +62,13 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("preemption", "sampler", "shards", "synchronizer", "updater", "world"),
     },
     "preemption": {"errors", "roster"},
-    "checkpoint_files": {"errors", "files"},
-    "checkpoint_writer": {"background", "checkpoint_files", "errors", "files"},
-    "checkpoint_fallback": {"checkpoint_files", "errors", "roster"},
+    "disk": {"background", "errors", "files", "roster", "shards"},
     "state": {
-        *("checkpoint_writer", "config", "errors", "exchange", "fitness", "meetings", "metrics", "preemption"),
+        *("config", "disk", "errors", "exchange", "fitness", "meetings", "metrics", "preemption"),
         *("sampler", "synchronizer", "world"),
     },
     "blueprint": {"errors", "shards", "state"},
-    "saved_particle": {"checkpoint_files", "errors", "shards"},
-    "repartition": {"errors", "saved_particle", "shards"},
-    "reshape": {"checkpoint_files", "errors", "fragments", "repartition", "saved_particle", "shards", "state"},
-    "checkpoint": {
-        *("blueprint", "checkpoint_fallback", "checkpoint_files", "checkpoint_writer", "errors", "reshape", "roster"),
-        "state",
-    },
+    "checkpoint": {"blueprint", "disk", "errors", "fragments", "roster", "shards", "state"},
     "export": {"errors", "files", "shards", "state"},
 }
 MAY_IMPORT["attached"] = {
@@ -89,8 +81,7 @@ MAY_IMPORT["simulate"] = {"config", "errors", "simulated_world", "swarm"}
 MAY_IMPORT["plan"] = {"config", "rules", "schedule"}
 MAY_IMPORT["skeleton"] = {"errors"}
 MAY_IMPORT["consolidate"] = {
-    *("blueprint", "checkpoint_files", "errors", "exchange", "export", "quarantine", "rules", "saved_particle"),
-    *("shards", "skeleton"),
+    *("blueprint", "disk", "errors", "exchange", "export", "quarantine", "rules", "shards", "skeleton"),
 }
 MAY_IMPORT["report"] = {"_version", "errors", "files", "metrics"}
 MAY_IMPORT["commands"] = {

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from pool import Pool
 
-from ds_pso import CheckpointError, checkpoint, checkpoint_writer
+from ds_pso import CheckpointError
+from ds_pso.checkpoint import saving
+from ds_pso.disk import writer
 from ds_pso.swarm import Swarm
 
 from .jobs import Case, swarm_of, train
@@ -33,7 +35,7 @@ CASES = {
 def save_late(case: Case, folder: Path) -> Any:
     """As ``job``, which saves at step 3; but nothing is written before training has come to its end."""
     with swarm_of(case) as (swarm, engine):
-        real, save = checkpoint_writer.Copies.write, swarm.save
+        real, save = writer.Copies.write, swarm.save
         done = folder.parent / f"done {swarm.world.layout.rank}"
 
         def write(copies: Any) -> list[Path]:
@@ -41,7 +43,7 @@ def save_late(case: Case, folder: Path) -> Any:
                 time.sleep(0.01)
             return real(copies)
 
-        checkpoint_writer.Copies.write = write
+        writer.Copies.write = write
         swarm.save = lambda folder: save(folder, background=True)
         import random
 
@@ -114,8 +116,8 @@ def kill_at(moment: str, swarm: Swarm) -> None:
     what, number, _ = MOMENTS[moment]
     if what.endswith("leader") and not swarm.is_leader:
         return
-    owner: Any = {"Copies.write": checkpoint_writer.Copies, "shutil.rmtree": checkpoint_writer.shutil}.get(what)
-    owner = owner or (checkpoint if what == "prune" else checkpoint_writer)
+    owner: Any = {"Copies.write": writer.Copies, "shutil.rmtree": writer.shutil}.get(what)
+    owner = owner or (saving if what == "prune" else writer)
     name = what.split(",")[0].split(".")[-1]
     real, calls = getattr(owner, name), []
 
@@ -173,13 +175,13 @@ def fail_and_go_on(case: Case, folder: Path, who_waits: str) -> str:
     with swarm_of(case) as (swarm, engine):
         train(case, engine, range(1))
         swarm.save(folder)
-        real = checkpoint_writer.save_file
+        real = writer.save_file
 
         def no_space(*_: Any) -> None:
             raise OSError(28, "No space left on device", "disk")
 
         if swarm.world.layout.rank == 2:
-            checkpoint_writer.save_file = no_space
+            writer.save_file = no_space
         train(case, engine, range(1, 2))
         swarm.save(folder, background=True)
         train(case, engine, range(2, 3))
@@ -195,7 +197,7 @@ def fail_and_go_on(case: Case, folder: Path, who_waits: str) -> str:
         else:
             return "no error"
         if who_waits != "close":
-            checkpoint_writer.save_file = real
+            writer.save_file = real
             swarm.save(folder)  # said once, and forgotten
             swarm.close()
         return text

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 
 import ds_pso
 from ds_pso import cli
-from ds_pso.checkpoint_files import checksum
 from ds_pso.consolidate import consolidate, find_checkpoint, write
+from ds_pso.disk.records import checksum
 from ds_pso.files import hash_file
 
 from .jobs import Case, Net, assemble, build_engine, config, master_pieces, place, rank_batches

@@ -20,8 +20,9 @@ import torch
 from distributed.jobs import Case, optimizer_state, swarm_of, train, working_weights
 from pool import Pool
 
-from ds_pso import CheckpointError, checkpoint_writer
-from ds_pso.checkpoint_files import checksum
+from ds_pso import CheckpointError
+from ds_pso.disk import writer
+from ds_pso.disk.records import checksum
 from ds_pso.files import hash_file
 from ds_pso.swarm import Swarm
 
@@ -228,13 +229,13 @@ def fill_the_disk(where: str, swarm: Swarm) -> None:
         def no_space(tensors: Any, path: str) -> None:
             raise OSError(errno.ENOSPC, "No space left on device", path)
 
-        checkpoint_writer.save_file = no_space
+        writer.save_file = no_space
     if where == "leader, at the end" and swarm.is_leader:
 
         def denied(*_: Any) -> None:
             raise PermissionError(errno.EACCES, "Permission denied", "latest")
 
-        checkpoint_writer.replace_folder = denied
+        writer.replace_folder = denied
 
 
 def save_and_fail(case: Case, folder: Path, where: str, background: bool) -> str:

@@ -25,8 +25,8 @@ from deepspeed.checkpoint.constants import (
 )
 from torch import Tensor
 
+from ds_pso.disk.saved_particle import SavedParticle, masters_of
 from ds_pso.errors import CheckpointError
-from ds_pso.saved_particle import SavedParticle, masters_of
 from ds_pso.shards import Shards
 
 # Of a ZeRO optimizer's state: what is the particle's, and not that of a partition.

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ds_pso.checkpoint_files import check_files, parse_record, rank_stem, record_of, weights_only
+from ds_pso.checkpoint.repartition import Repartitioned, check_same_model
+from ds_pso.disk.records import check_files, parse_record, rank_stem, record_of, weights_only
+from ds_pso.disk.saved_particle import SavedParticle
 from ds_pso.errors import CheckpointError
 from ds_pso.fragments import cut_segments
-from ds_pso.repartition import Repartitioned, check_same_model
-from ds_pso.saved_particle import SavedParticle
 from ds_pso.shards import Segment, Shards, find_shards
 from ds_pso.state import SwarmState
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from ds_pso.checkpoint_files import (
+from ds_pso.disk.records import (
     FORMAT,
     LATEST,
     check_files,

@@ -15,7 +15,7 @@ from deepspeed.checkpoint.constants import FP32_FLAT_GROUPS, OPTIMIZER_STATE_DIC
 from safetensors import safe_open
 from torch import Tensor
 
-from ds_pso.checkpoint_files import DEEPSPEED_TAG, rank_stem
+from ds_pso.disk.records import DEEPSPEED_TAG, rank_stem
 from ds_pso.errors import CheckpointError
 from ds_pso.shards import Segment
 

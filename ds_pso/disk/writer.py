@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ds_pso.background import Task
-from ds_pso.checkpoint_files import LATEST, checksum, rank_stem, step_number, steps_in
+from ds_pso.disk.records import LATEST, checksum, rank_stem, step_number, steps_in
 from ds_pso.errors import CheckpointError, SwarmError
 from ds_pso.files import hash_file, replace_folder, to_disk, write_atomically
 

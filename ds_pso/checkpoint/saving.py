@@ -1,0 +1,86 @@
+"""Writing a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from pathlib import Path
+
+from ds_pso.blueprint import MODEL, save_model_config
+from ds_pso.checkpoint.kept import taken
+from ds_pso.disk.records import DEEPSPEED_TAG
+from ds_pso.disk.writer import Copies, as_checkpoint_error, complete, copying, prune, write_part
+from ds_pso.errors import ConfigError
+from ds_pso.roster import Roster
+from ds_pso.state import SwarmState
+
+
+def save(swarm: SwarmState, folder: Path, keep: int | None = None, *, background: bool = False) -> Path:
+    """Write ``folder/step_<n>`` and move ``latest`` to it. Called on all ranks, between steps.
+
+    Args:
+        keep: how many of the newest to leave; None: all.
+        background: return when the state is copied to main memory; the rest happens beside training.
+
+    Raises:
+        CheckpointError: the disk is full or the folder cannot be written, now or for the one before, that was
+            written in the background; what was there stays.
+    """
+    if keep is not None and keep < 1:
+        raise ConfigError(f"swarm.save keep = {keep}: must be at least 1, or None to keep all")
+    swarm.writer.wait()
+    name = f"step_{swarm.engine.global_steps:08d}"
+    temporary, final = folder / f".{name}.tmp", folder / name
+    particle = temporary / f"particle_{swarm.particle}"
+    world = swarm.world
+    with as_checkpoint_error(folder):
+        leads = world.leads_disk(folder)
+    with world.agree("starting a checkpoint"), as_checkpoint_error(temporary):
+        if leads:
+            shutil.rmtree(temporary, ignore_errors=True)
+            (temporary / "swarm").mkdir(parents=True, exist_ok=True)
+    with world.agree("starting a checkpoint"), as_checkpoint_error(temporary):
+        save_model_config(swarm, particle / MODEL)
+    saving = copying(swarm.engine) if background else contextlib.nullcontext(Copies())
+    # Not inside agree: its barriers would leave the others waiting while this rank waits for them.
+    with as_checkpoint_error(temporary), saving as copies:
+        swarm.engine.save_checkpoint(str(particle), tag=DEEPSPEED_TAG, save_latest=False)
+    with world.agree("copying a checkpoint"):  # nobody writes before all have seen which files are there
+        record, tensors = taken(swarm)
+        files = _my_share(particle, swarm)
+
+    def finish(roster: Roster) -> None:
+        with roster.agree("writing a checkpoint"), as_checkpoint_error(temporary):
+            write_part(temporary, world.layout.rank, record, tensors, [*files, *copies.write()])
+        with roster.agree("completing a checkpoint"), as_checkpoint_error(final):
+            if leads:
+                complete(temporary, final)
+        if leads and keep is not None:
+            prune(final, keep)
+
+    if background:
+        swarm.writer.follow(world.beside(finish))
+    else:
+        finish(world)
+    return final
+
+
+def save_part(swarm: SwarmState, folder: Path) -> None:
+    """Add the swarm's part to ``folder``, into which a trainer has just written its checkpoint of this particle.
+
+    Called on all ranks, between steps; a rank's JSON, its last file, says what the folder must hold.
+
+    Raises:
+        CheckpointError: as ``save`` does.
+    """
+    with swarm.world.agree("starting a checkpoint"), as_checkpoint_error(folder):
+        (folder / "swarm").mkdir(exist_ok=True)
+    with swarm.world.agree("completing a checkpoint"), as_checkpoint_error(folder):
+        write_part(folder, swarm.world.layout.rank, *taken(swarm), _my_share(folder, swarm))
+
+
+def _my_share(folder: Path, swarm: SwarmState) -> list[Path]:
+    """The files of this particle that this rank hashes, and checks when they are loaded."""
+    mates = swarm.world.mates_on_this_node
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.parent != folder / "swarm")
+    return files[mates.index(swarm.world.layout.rank) :: len(mates)]
