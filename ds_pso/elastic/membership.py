@@ -7,6 +7,7 @@ ends the process when told to, and send checkpoints over one that hands them to 
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 import uuid
@@ -49,10 +50,11 @@ class Membership:
         self._client_type = _import_client()
         self._client: Any = None
         self._was_lost = False  # the lighthouse
+        self._refusal = ""  # its last one
         self._rename()
         self._known: set[int] = {particle}
         self._sign = self._heard = time.monotonic()  # of this particle; the lighthouse
-        self._asked_first: float | None = None
+        self._asked_first = math.inf
         self._stop = threading.Event()
 
     def sign_of_life(self) -> None:
@@ -73,33 +75,32 @@ class Membership:
         Raises:
             PeerError: too few came within the timeout, or the lighthouse is gone, or another has taken this place.
         """
-        begin, options = time.monotonic(), self._options
-        if self._asked_first is None:  # from now on others wait for it
-            self._asked_first = begin
-            threading.Thread(target=self._beat, daemon=True, name="ds_pso heartbeat").start()
+        options, begin = self._options, time.monotonic()
+        self._let_others_wait(begin)
         patience = self._timeout_s if options.straggler == "wait" else options.straggler_s
-        deadline = begin + patience + 2 * options.heartbeat_s
         # The lighthouse waits for stragglers from the oldest question on. A particle that is waiting for the next sync
         # point of the others, because it has just been started or has missed one, asks again and again: else the first
         # of them to come would meet without those a moment behind.
         short = min(_SLICE_S, patience / 4)
         slice_s = short if fresh else patience + short
-        refusal, self._heard = "no answer", begin
+        deadline = begin + patience + 2 * options.heartbeat_s
+        self._refusal, self._heard = "no answer", begin
         while True:
+            self._check_lighthouse()
             self.sign_of_life()
-            now = time.monotonic()
-            lost = now - self._heard > max(self._timeout_s, 2 * options.heartbeat_s)
-            if lost or (now >= deadline and not fresh and self._has_been_heard()):
+            left = deadline - time.monotonic()
+            if left <= 0 and not fresh and self._has_been_heard():
                 break
+            waits = time.monotonic() - self._asked_first < self._timeout_s
             try:
-                waits = now - self._asked_first < self._timeout_s
-                left = slice_s if fresh else min(slice_s, max(0.1, deadline - now))
-                meeting = self._question(row(self.name, waits=waits), left)
+                meeting = self._question(
+                    row(self.name, waits=waits), slice_s if fresh else min(slice_s, max(0.1, left))
+                )
             except TimeoutError:
                 slice_s = short
                 continue
             except (RuntimeError, ConnectionError, OSError) as error:
-                refusal = str(error).splitlines()[0][:200]
+                self._refusal = str(error).splitlines()[0][:200]
                 self._client, self._was_lost = None, True
                 time.sleep(_PAUSE_S)
                 continue
@@ -109,26 +110,43 @@ class Membership:
             if len(meeting.members) >= options.min_particles and not meeting.waits_for_more:
                 self._known.update(meeting.present)
                 return meeting
+            # There are too few, and more may be on their way.
             deadline = begin + self._timeout_s + 2 * options.heartbeat_s
-            if not meeting.waits_for_more and now >= deadline:
+            if time.monotonic() >= deadline and not meeting.waits_for_more:
                 break
             time.sleep(_PAUSE_S)
-        self._rename()  # what is left of the question must not bring others to a meeting
-        if lost:
+        return self._without_others(row, begin)
+
+    def _let_others_wait(self, now: float) -> None:
+        """From the first question on."""
+        if self._asked_first == math.inf:
+            self._asked_first = now
+            threading.Thread(target=self._beat, daemon=True, name="ds_pso heartbeat").start()
+
+    def _without_others(self, row: Row, begin: float) -> Meeting:
+        """A meeting of one, if the config allows it.
+
+        Raises:
+            PeerError: it does not.
+        """
+        self._rename()
+        if self._options.min_particles > 1:
             raise PeerError(
-                f"particle {self._particle}: the lighthouse at {self._url} does not answer ({refusal}); look whether "
-                "it runs and can be reached from here",
+                f"particle {self._particle}: fewer than swarm.elastic.min_particles = {self._options.min_particles} "
+                f"came to the sync point within {time.monotonic() - begin:.0f} s; so far there were "
+                f"{sorted(self._known)}. Look at the logs of the others, or lower it",
                 agreed=True,
             )
-        if options.min_particles > 1:
+        return self._meeting(f"{self.name}-{time.time_ns()}", [row(self.name, waits=False)])
+
+    def _check_lighthouse(self) -> None:
+        if time.monotonic() - self._heard > max(self._timeout_s, 2 * self._options.heartbeat_s):
+            self._rename()
             raise PeerError(
-                f"particle {self._particle}: fewer than swarm.elastic.min_particles = {options.min_particles} came to "
-                f"the sync point within {time.monotonic() - begin:.0f} s; so far there were {sorted(self._known)}. "
-                "Look at the logs of the others, or lower it",
+                f"particle {self._particle}: the lighthouse at {self._url} does not answer ({self._refusal}); look "
+                "whether it runs and can be reached from here",
                 agreed=True,
             )
-        alone = row(self.name, waits=False)
-        return self._meeting(f"{self.name}-{time.time_ns()}", [alone])
 
     def _has_been_heard(self) -> bool:
         """Whether the lighthouse has answered, or taken a sign of life, just now."""
@@ -173,7 +191,7 @@ class Membership:
             client = None
 
     def _rename(self) -> None:
-        """A new life, as far as the others can tell."""
+        """A new life, as far as the others can tell; what is left of a question must not bring them to a meeting."""
         self.name, self.born = f"particle_{self._particle}:{uuid.uuid4().hex[:12]}", time.time_ns()
 
 

@@ -9,18 +9,17 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 
 from ds_pso.elastic import place
+from ds_pso.elastic.child import Child, echo, reason
 from ds_pso.errors import ConfigError
 from ds_pso.preemption import EXIT_PREEMPTED
 
@@ -59,25 +58,6 @@ class Lighthouse:
 
 
 @dataclass
-class Child:
-    """A process that is started again when it ends, and what has become of it so far."""
-
-    name: str
-    command: Any  # () -> list of words: a port may be taken the second time
-    env: Mapping[str, str]
-    process: subprocess.Popen[str] | None = None
-    attempt: int = 0
-    failures: int = 0  # since it last ran for long
-    started: float = 0.0
-    again_at: float | None = 0.0  # None: never
-    code: int | None = None  # of the last exit
-
-    @property
-    def is_over(self) -> bool:
-        return self.process is None and self.again_at is None
-
-
-@dataclass
 class Supervisor:
     """Runs until all particles have ended.
 
@@ -111,11 +91,11 @@ class Supervisor:
         keeper = None
         if self.lighthouse is not None:
             _check_free(self.lighthouse)
-            keeper = Child("lighthouse", self.lighthouse.command, dict(os.environ))
-            self._start(keeper)
+            keeper = Child("lighthouse", self.lighthouse.command, dict(os.environ), quiet=True, log_dir=self.log_dir)
+            keeper.start()
         for number in self.particles:
             env = {**os.environ, **self.env, place.PARTICLE: str(number)}
-            self._children[number] = Child(f"particle {number}", self._command_of(number), env)
+            self._children[number] = Child(f"particle {number}", self._command_of(number), env, log_dir=self.log_dir)
         before = {sign: signal.signal(sign, self._on_signal) for sign in _ENDING}
         try:
             while not all(child.is_over for child in self._children.values()):
@@ -130,10 +110,10 @@ class Supervisor:
             for sign, handler in before.items():
                 signal.signal(sign, handler)
             for child in [*self._children.values(), *([keeper] if keeper else [])]:
-                _kill(child)
+                child.kill()
         return self._exit_code()
 
-    def _command_of(self, number: int) -> Any:
+    def _command_of(self, number: int) -> Callable[[], list[str]]:
         def command() -> list[str]:
             # What `deepspeed` starts on each machine; that itself would exit with 0 when it is killed.
             devices = list(range(self.size)) if self.devices is None else [int(name) for name in self.devices[number]]
@@ -146,72 +126,50 @@ class Supervisor:
 
     # -- one child ---------------------------------------------------------------------------
 
-    def _start(self, child: Child) -> None:
-        env = {**child.env, place.ATTEMPT: str(child.attempt)}
-        # A session of its own: Ctrl-C is for this process, which then asks the particles to end.
-        child.process = subprocess.Popen(
-            child.command(),
-            env=env,
-            start_new_session=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        )
-        child.started, child.again_at = time.monotonic(), None
-        log = None
-        if self.log_dir is not None:
-            with contextlib.suppress(OSError):
-                self.log_dir.mkdir(parents=True, exist_ok=True)
-                log = (self.log_dir / f"{child.name.replace(' ', '_')}.log").open("a", encoding="utf-8")
-        quiet = child.name == "lighthouse"
-        threading.Thread(target=_copy, args=(child.process.stdout, child.name, log, quiet), daemon=True).start()
-
     def _look_after(self, child: Child) -> None:
         if child.process is None:
             if child.again_at is not None and time.monotonic() >= child.again_at:
-                self._start(child)
+                child.start()
             return
         code = child.process.poll()
         if code is None:
             return
-        _kill(child)  # what is left of its group
+        child.kill()  # what is left of its group
         child.process, child.code = None, code
         if code == 0:
             _say(f"{child.name} has finished")
         elif code == EXIT_PREEMPTED and self._stop_by is None:
             _say(f"{child.name} was told to end, and has left the swarm")
         elif self._stop_by is not None:
-            _say(f"{child.name} has ended with {_reason(code)}")
+            _say(f"{child.name} has ended with {reason(code)}")
         elif any(other.code == 0 for other in self._children.values()):
-            _say(f"{child.name} ended with {_reason(code)}; others have finished, so it is not started again")
+            _say(f"{child.name} ended with {reason(code)}; others have finished, so it is not started again")
         else:
-            self._start_again(child, _reason(code))
+            self._start_again(child, reason(code))
 
-    def _start_again(self, child: Child, reason: str) -> None:
+    def _start_again(self, child: Child, why: str) -> None:
         if time.monotonic() - child.started >= _STEADY_S:
             child.failures = 0
         child.failures += 1
         child.attempt += 1
         if child.failures > self.max_restarts:
             _say(
-                f"{child.name} ended with {reason}, the {child.failures}th time without running for "
+                f"{child.name} ended with {why}, the {child.failures}th time without running for "
                 f"{_STEADY_S / 60:.0f} minutes; it is given up (--max-restarts {self.max_restarts})"
             )
             return
         pause = min(_FIRST_PAUSE_S * 2 ** (child.failures - 1), _LONGEST_PAUSE_S)
         child.again_at = time.monotonic() + pause
-        _say(f"{child.name} ended with {reason}; started again in {pause:.0f} s")
+        _say(f"{child.name} ended with {why}; started again in {pause:.0f} s")
 
     def _look_after_lighthouse(self, keeper: Child) -> None:
         assert self.lighthouse is not None
         if keeper.process is not None and keeper.process.poll() is not None:
-            _say(f"the lighthouse ended with {_reason(keeper.process.returncode)}; started again")
-            _kill(keeper)
+            _say(f"the lighthouse ended with {reason(keeper.process.returncode)}; started again")
+            keeper.kill()
             keeper.attempt += 1
             time.sleep(min(_FIRST_PAUSE_S, 0.1 * keeper.attempt))
-            self._start(keeper)
+            keeper.start()
 
     # -- the end -----------------------------------------------------------------------------
 
@@ -224,17 +182,14 @@ class Supervisor:
         """Every rank once, also one that has just been started."""
         for child in self._children.values():
             child.again_at = None
-            for worker in _workers(child):
+            for worker in child.workers():
                 if worker.pid not in self._asked:
                     self._asked.add(worker.pid)
                     with contextlib.suppress(psutil.Error):
                         worker.send_signal(signal.SIGTERM)
         if self._stop_by is not None and time.monotonic() > self._stop_by:
-            self._kill_all()
-
-    def _kill_all(self) -> None:
-        for child in self._children.values():
-            _kill(child)
+            for child in self._children.values():
+                child.kill()
 
     def _exit_code(self) -> int:
         codes = [child.code for child in self._children.values()]
@@ -243,50 +198,8 @@ class Supervisor:
         return next((code if code > 0 else 128 - code for code in codes if code), 1)
 
 
-def _workers(child: Child) -> list[psutil.Process]:
-    """The ranks: children of DeepSpeed's launch.py, which itself would kill them half a minute after a signal."""
-    if child.process is None:
-        return []
-    try:
-        return list(psutil.Process(child.process.pid).children())
-    except psutil.Error:
-        return []
-
-
-def _kill(child: Child) -> None:
-    """All that is left of its process group, stopped processes too."""
-    if child.process is not None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(child.process.pid, signal.SIGKILL)
-        child.process.wait()
-
-
-def _copy(source: IO[str], name: str, log: IO[str] | None, quiet: bool) -> None:
-    """Lines of a child to this terminal, marked with its name, and to its log."""
-    with source:
-        for line in source:
-            with contextlib.suppress(OSError):  # a full disk or a closed terminal must not end the particle
-                if log is not None:
-                    log.write(line)
-                    log.flush()
-            if not quiet:
-                _print(f"[{name}] {line}", end="")
-    if log is not None:
-        with contextlib.suppress(OSError):
-            log.close()
-
-
 def _say(text: str) -> None:
-    _print(f"ds-pso launch: {text}")
-
-
-def _print(text: str, end: str = "\n") -> None:
-    with contextlib.suppress(OSError):
-        print(text, end=end, flush=True)
-
-
-def _reason(code: int) -> str:
-    return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+    echo(f"ds-pso launch: {text}")
 
 
 def _free_port() -> int:

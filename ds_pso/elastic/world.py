@@ -6,27 +6,20 @@ Whatever breaks between particles is a ``PeerError``; ``retreat`` then brings th
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import socket
-from collections.abc import Callable, Iterable, Iterator
-from datetime import timedelta
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-import torch.distributed as dist
-
+from ds_pso.elastic.connections import CONNECT_S, Connections, bound_store
 from ds_pso.elastic.meeting import Meeting, Member
 from ds_pso.elastic.membership import Membership
 from ds_pso.elastic.place import Place, read_place
 from ds_pso.elasticity import ElasticConfig
 from ds_pso.errors import ConfigError, PeerError
-from ds_pso.gloo import FullDuplexGloo
 from ds_pso.letters import Mailbox
 from ds_pso.world import World
-
-_CONNECT_S = 20.0  # who has just said that it is there must connect within it
 
 
 class MateFailed(PeerError):
@@ -44,12 +37,9 @@ class ElasticWorld(World):
         self.options = options
         self.backend = "gloo"
         self.present = (place.layout.particle,)
-        self._connected = ""  # the number of the meeting for which the peer group was made
+        self._connections = Connections(place, timeout_s)
         self._membership: Membership | None = None  # in the first rank
-        self._own_store: dist.TCPStore | None = None  # for a meeting, in the first rank
-        self._stores: dict[str, dist.TCPStore] = {}  # by address, of this meeting's host
-        self._meeting: Meeting | None = None
-        self._meeting_store: dist.Store | None = None
+        self._answers: list[str] = []  # keys of what the first rank has said
 
     @classmethod
     def join(cls, particles: int | Literal["node"], options: ElasticConfig, timeout_s: float) -> ElasticWorld:
@@ -73,7 +63,7 @@ class ElasticWorld(World):
             world._join()
             if world.is_leader:
                 world._membership = Membership(place.lighthouse, place.layout.particle, options, timeout_s)
-                world._own_store = _bound_store(place.host)
+                world._connections = Connections(place, timeout_s, bound_store(place.host))
         except BaseException:
             world.abandon()
             raise
@@ -106,17 +96,14 @@ class ElasticWorld(World):
 
         def row(name: str, *, waits: bool) -> Member:
             assert self._membership is not None
-            assert self._own_store is not None
-            born = self._membership.born
-            store = f"{self.place.host}:{self._own_store.port}"
             return Member(
                 self.layout.particle,
                 name,
-                born,
+                self._membership.born,
                 start=self.place.start,
                 waits=waits,
-                connected=self._connected,
-                store=store,
+                connected=self._connections.made_for,
+                store=self._connections.address,
                 **said,
             )
 
@@ -128,73 +115,29 @@ class ElasticWorld(World):
         told = self._from_leader("meeting", ask)
         members = tuple(Member(**member) for member in told["members"])
         meeting = Meeting(told["number"], members, {}, late_counts=self.options.straggler == "async")
-        self._connect(meeting)
+        same = meeting.connected != "" and meeting.present == self.present
+        self.present = meeting.present
+        if not same:
+            self.peer_group = None
+            self._connections.make(meeting)
+            self.peer_group = self._connections.group
         return meeting
 
-    def _connect(self, meeting: Meeting) -> None:
-        same = meeting.connected != "" and meeting.present == self.present
-        self._meeting, self.present = meeting, meeting.present
-        if same:
-            return
-        self.peer_group = self._meeting_store = None
-        self._connected = ""
-        try:
-            store = self._store_of(meeting.members[0].store)
-            self._meeting_store = dist.PrefixStore(f"meeting/{meeting.number}", store)
-            here, shard = self.layout.particle, self.layout.shard_rank
-            self._meeting_store.set(f"here/{shard}/{here}", "1")
-            others = [f"here/{shard}/{particle}" for particle in meeting.present]
-            self._meeting_store.wait(others, timedelta(seconds=min(_CONNECT_S, self.timeout_s)))
-            options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-            options._devices = [dist.ProcessGroupGloo.create_device(hostname=self.place.host)]
-            options._timeout = timedelta(seconds=self.timeout_s)
-            peers = dist.PrefixStore(f"peers/{shard}", self._meeting_store)
-            self.peer_group = FullDuplexGloo(peers, meeting.present.index(here), len(meeting.present), options)
-            self._connected = meeting.number
-        except (dist.DistError, RuntimeError) as error:
-            raise PeerError(
-                f"particle {self.layout.particle}: the particles {list(meeting.present)} do not connect "
-                f"({str(error).splitlines()[0]})"
-            ) from error
-
-    def _store_of(self, address: str) -> dist.TCPStore:
-        if address not in self._stores:
-            host, port = address.rsplit(":", 1)
-            self._stores = {  # that of the meeting before is not needed any more
-                address: dist.TCPStore(
-                    host,
-                    int(port),
-                    is_master=False,
-                    wait_for_workers=False,
-                    timeout=timedelta(seconds=min(_CONNECT_S, self.timeout_s)),
-                )
-            }
-        return self._stores[address]
-
     def tell(self, meeting: Meeting, what: str, value: Any) -> None:
-        """Put a JSON value where all who meet can read it."""
-        with _as_peer_error(f"particle {self.layout.particle}: telling the others"):
-            self._require_store().set(f"{meeting.number}/{what}", json.dumps(value))
+        """See ``Connections``."""
+        self._connections.tell(meeting, what, value)
 
     def hear(self, meeting: Meeting, what: str) -> Any:
-        """What somebody has told."""
-        with _as_peer_error(f"particle {self.layout.particle}: waiting for what another tells"):
-            store = self._require_store()
-            store.wait([f"{meeting.number}/{what}"], timedelta(seconds=self.timeout_s))
-            return json.loads(store.get(f"{meeting.number}/{what}"))
+        """See ``Connections``."""
+        return self._connections.hear(meeting, what)
 
     def retreat(self, error: PeerError) -> None:
         """After an error between particles: let the mates know, and drop the connections, so that the peers notice."""
         if not isinstance(error, MateFailed):
             self._post({"failed": str(error)})
-        self.peer_group = self._meeting_store = self._meeting = None
-        self._stores, self._connected = {}, ""
+        self.peer_group = None
+        self._connections.drop()
         self.present = (self.layout.particle,)
-
-    def _require_store(self) -> dist.Store:
-        if self._meeting_store is None:
-            raise PeerError(f"particle {self.layout.particle}: the meeting has broken up")
-        return self._meeting_store
 
     # -- inside the particle ----------------------------------------------------------------
 
@@ -225,8 +168,10 @@ class ElasticWorld(World):
         self._wait_patiently(keys, mates, "its particle at a sync point")
         rows = [json.loads(row) for row in self.store.multi_get(keys)]
         last = self._turns["row"] - 1
-        if last >= 0:  # who has come here has read the one before
+        if last >= 0:  # who has come here has read the one before, and all answers
             self.store.delete_key(f"row/{last}/{self.layout.shard_rank}")
+        while self._answers:
+            self.store.delete_key(self._answers.pop())
         return rows
 
     def _from_leader(self, label: str, question: Callable[[], Any]) -> Any:
@@ -240,6 +185,7 @@ class ElasticWorld(World):
                 self.store.set(key, json.dumps({"failed": str(error)}))
                 raise
             self.store.set(key, json.dumps(answer))
+            self._answers.append(key)
         self._wait_patiently([key], self.layout.mates[:1], "word from its first rank")
         told = json.loads(self.store.get(key))
         if "failed" in told:
@@ -248,7 +194,7 @@ class ElasticWorld(World):
 
     def _wait_patiently(self, keys: list[str], ranks: list[int], label: str) -> None:
         """Mates may be waiting for peers, each for its own, which takes up to the timeout."""
-        timeout_s, self.timeout_s = self.timeout_s, 3 * self.timeout_s + 2 * _CONNECT_S
+        timeout_s, self.timeout_s = self.timeout_s, 3 * self.timeout_s + 2 * CONNECT_S
         self.timeout_s += self.options.straggler_s + 2 * self.options.heartbeat_s
         try:
             self._wait(keys, ranks, label)
@@ -278,29 +224,4 @@ class ElasticWorld(World):
         if self._membership is not None:
             self._membership.close()
         super().abandon()
-        self._own_store = self._meeting_store = None
-        self._stores = {}
-
-
-def _bound_store(host: str) -> dist.TCPStore:
-    """A store that listens on this address alone; torch's own choice would be every network."""
-    try:
-        family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server((host, 0), family=family)
-    except OSError as error:
-        raise ConfigError(
-            f"--host {host}: this machine cannot listen there ({error.strerror or error}); give ds-pso launch one of "
-            "its own addresses"
-        ) from error
-    port = listener.getsockname()[1]
-    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
-
-
-@contextlib.contextmanager
-def _as_peer_error(what: str) -> Iterator[None]:
-    try:
-        yield
-    except (dist.DistError, RuntimeError) as error:
-        if isinstance(error, PeerError):
-            raise
-        raise PeerError(f"{what}: {str(error).splitlines()[0]}") from error
+        self._connections.close()

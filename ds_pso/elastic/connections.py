@@ -1,0 +1,142 @@
+"""How a rank reaches its peers at a meeting: a process group, and a store through which those who meet tell each other.
+
+The store is that of one of those present; what is in it are addresses and JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from ds_pso.elastic.meeting import Meeting
+from ds_pso.elastic.place import Place
+from ds_pso.errors import ConfigError, PeerError
+from ds_pso.gloo import FullDuplexGloo
+
+CONNECT_S = 20.0  # who has just said that it is there must connect within it
+
+
+class Connections:
+    """Of one rank.
+
+    Args:
+        own: the store that this rank hosts, in the first rank of a particle.
+
+    Attributes:
+        made_for: the number of the meeting for which they were made; empty: there are none.
+        group: of the rank and its peers.
+    """
+
+    def __init__(self, place: Place, timeout_s: float, own: dist.TCPStore | None = None) -> None:
+        self._place = place
+        self._who = f"particle {place.layout.particle}"
+        self._timeout_s = timeout_s
+        self._longest = timedelta(seconds=min(CONNECT_S, timeout_s))
+        self._own = own
+        self._hosts: dict[str, dist.TCPStore] = {}  # by address, of this meeting's host
+        self._store: dist.Store | None = None
+        self.made_for = ""
+        self.group: FullDuplexGloo | None = None
+
+    @property
+    def address(self) -> str:
+        """``host:port`` of the own store."""
+        assert self._own is not None
+        return f"{self._place.host}:{self._own.port}"
+
+    def make(self, meeting: Meeting) -> None:
+        """Anew, with those who meet.
+
+        Raises:
+            PeerError: one of them cannot be reached.
+        """
+        self.group = self._store = None
+        self.made_for = ""
+        try:
+            host, name = meeting.members[0].store, f"meeting/{meeting.number}"
+            store = self._store = dist.PrefixStore(name, self._store_of(host))
+            if self._own is not None and host == self.address:
+                self._forget_all_but(name)
+            here, shard = self._place.layout.particle, self._place.layout.shard_rank
+            store.set(f"here/{shard}/{here}", "1")
+            store.wait([f"here/{shard}/{particle}" for particle in meeting.present], self._longest)
+            options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+            options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._place.host)]
+            options._timeout = timedelta(seconds=self._timeout_s)
+            peers = dist.PrefixStore(f"peers/{shard}", store)
+            self.group = FullDuplexGloo(peers, meeting.present.index(here), len(meeting.present), options)
+            self.made_for = meeting.number
+        except (dist.DistError, RuntimeError) as error:
+            raise PeerError(
+                f"{self._who}: the particles {list(meeting.present)} do not connect ({str(error).splitlines()[0]})"
+            ) from error
+
+    def drop(self) -> None:
+        """So that the peers notice."""
+        self.group = self._store = None
+        self._hosts, self.made_for = {}, ""
+
+    def close(self) -> None:
+        self.drop()
+        self._own = None
+
+    def tell(self, meeting: Meeting, what: str, value: Any) -> None:
+        """Put a JSON value where all who meet can read it."""
+        with _as_peer_error(f"{self._who}: telling the others"):
+            self._require_store().set(f"{meeting.number}/{what}", json.dumps(value))
+
+    def hear(self, meeting: Meeting, what: str) -> Any:
+        """What somebody has told."""
+        with _as_peer_error(f"{self._who}: waiting for what another tells"):
+            store = self._require_store()
+            store.wait([f"{meeting.number}/{what}"], timedelta(seconds=self._timeout_s))
+            return json.loads(store.get(f"{meeting.number}/{what}"))
+
+    def _require_store(self) -> dist.Store:
+        if self._store is None:
+            raise PeerError(f"{self._who}: the meeting has broken up")
+        return self._store
+
+    def _store_of(self, address: str) -> dist.TCPStore:
+        if address not in self._hosts:
+            host, port = address.rsplit(":", 1)
+            store = dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=self._longest)
+            self._hosts = {address: store}  # that of the meeting before is not needed any more
+        return self._hosts[address]
+
+    def _forget_all_but(self, name: str) -> None:
+        """Who has come to this meeting has left those before; the store would grow with each."""
+        assert self._own is not None
+        for key in self._own.list_keys():
+            if not key.startswith(f"{name}/"):
+                self._own.delete_key(key)
+
+
+def bound_store(host: str) -> dist.TCPStore:
+    """A store that listens on this address alone; torch's own choice would be every network."""
+    try:
+        family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server((host, 0), family=family)
+    except OSError as error:
+        raise ConfigError(
+            f"--host {host}: this machine cannot listen there ({error.strerror or error}); give ds-pso launch one of "
+            "its own addresses"
+        ) from error
+    port = listener.getsockname()[1]
+    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
+@contextlib.contextmanager
+def _as_peer_error(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (dist.DistError, RuntimeError) as error:
+        if isinstance(error, PeerError):
+            raise
+        raise PeerError(f"{what}: {str(error).splitlines()[0]}") from error
