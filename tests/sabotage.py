@@ -564,9 +564,9 @@ def forget_the_center() -> None:
 @sabotage("distributed/test_simulate.py")
 def share_a_random_state() -> None:
     """Simulated particles draw from one another's random numbers."""
-    from ds_pso import simulated_world
+    from ds_pso import room
 
-    simulated_world._set_state = do_nothing
+    room.set_process_state = do_nothing
 
 
 # -- peers --------------------------------------------------------------------------------------

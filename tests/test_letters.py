@@ -16,7 +16,8 @@ from pool import Pool
 from torch import Tensor
 
 from ds_pso.letters import GlooMailbox, Letter, Mailbox
-from ds_pso.simulated_world import Room, SimulatedWorld
+from ds_pso.room import Room
+from ds_pso.simulated_world import SimulatedWorld
 
 PATIENCE_S = 30.0  # longest wait for what should happen at once, on a machine that may be busy
 

@@ -35,7 +35,7 @@ class Connections:
 
     def __init__(self, place: Place, timeout_s: float, own: dist.TCPStore | None = None) -> None:
         self._place = place
-        self._who = f"particle {place.layout.particle}"
+        self._me = place.layout.particle
         self._timeout_s = timeout_s
         self._longest = timedelta(seconds=min(CONNECT_S, timeout_s))
         self._own = own
@@ -74,7 +74,7 @@ class Connections:
             self.made_for = meeting.number
         except (dist.DistError, RuntimeError) as error:
             raise PeerError(
-                f"{self._who}: the particles {list(meeting.present)} do not connect ({str(error).splitlines()[0]})"
+                f"particle {self._me}: the particles {list(meeting.present)} do not connect ({str(error).splitlines()[0]})"
             ) from error
 
     def drop(self) -> None:
@@ -88,19 +88,19 @@ class Connections:
 
     def tell(self, meeting: Meeting, what: str, value: Any) -> None:
         """Put a JSON value where all who meet can read it."""
-        with _as_peer_error(f"{self._who}: telling the others"):
+        with _as_peer_error(f"particle {self._me}: telling the others"):
             self._require_store().set(f"{meeting.number}/{what}", json.dumps(value))
 
     def hear(self, meeting: Meeting, what: str) -> Any:
         """What somebody has told."""
-        with _as_peer_error(f"{self._who}: waiting for what another tells"):
+        with _as_peer_error(f"particle {self._me}: waiting for what another tells"):
             store = self._require_store()
             store.wait([f"{meeting.number}/{what}"], timedelta(seconds=self._timeout_s))
             return json.loads(store.get(f"{meeting.number}/{what}"))
 
     def _require_store(self) -> dist.Store:
         if self._store is None:
-            raise PeerError(f"{self._who}: the meeting has broken up")
+            raise PeerError(f"particle {self._me}: the meeting has broken up")
         return self._store
 
     def _store_of(self, address: str) -> dist.TCPStore:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ds_pso.report.runs import read_runs
+from ds_pso.report.reading import read_runs
 
 
 def write_report(runs: Sequence[str | Path], output: str | Path | None = None, *, images: bool = True) -> Path:

@@ -9,7 +9,7 @@ import pytest
 from made_runs import losses, small, start, sync, write
 
 from ds_pso.report import figures, sync_figures
-from ds_pso.report.runs import read_runs
+from ds_pso.report.reading import read_runs
 
 
 @pytest.fixture

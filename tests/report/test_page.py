@@ -16,7 +16,7 @@ from ds_pso.report import write_loss_picture, write_report
 from ds_pso.report.drawing import LIGHT
 from ds_pso.report.figures import pictures
 from ds_pso.report.page import duration, facts, render, state, table
-from ds_pso.report.runs import read_runs
+from ds_pso.report.reading import read_runs
 
 
 def parsed(page: str) -> ElementTree.Element:

@@ -10,7 +10,8 @@ import pytest
 from made_runs import losses, small, start, sync, write
 
 from ds_pso.errors import ConfigError
-from ds_pso.report.runs import Run, read_runs
+from ds_pso.report.reading import read_runs
+from ds_pso.report.runs import Run
 
 
 def read(folder: Path, records, rest: str = "") -> Run:
