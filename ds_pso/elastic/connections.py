@@ -74,7 +74,8 @@ class Connections:
             self.made_for = meeting.number
         except (dist.DistError, RuntimeError) as error:
             raise PeerError(
-                f"particle {self._me}: the particles {list(meeting.present)} do not connect ({str(error).splitlines()[0]})"
+                f"particle {self._me}: the particles {list(meeting.present)} do not connect "
+                f"({str(error).splitlines()[0]})"
             ) from error
 
     def drop(self) -> None:
