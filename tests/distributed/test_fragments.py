@@ -48,7 +48,7 @@ def numbers_of(particle: list[Pieces], count: int) -> np.ndarray:
         pytest.param(0, 2, 3, 2, marks=pytest.mark.slow),
         pytest.param(1, 2, 3, 3, marks=pytest.mark.slow),
         pytest.param(2, 4, 2, 2, marks=pytest.mark.slow),
-        (3, 2, 3, 2),
+        pytest.param(3, 2, 3, 2, marks=pytest.mark.slow),
         (2, 2, 3, 3),
     ],
 )
@@ -120,7 +120,7 @@ def with_a_dead_particle(case: Case) -> list[Any]:
         return [found, swarm.totals.count, weights]
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_dead_particle_takes_all_of_it_at_once(pool: Pool, stage: int) -> None:
     """It would carry its NaN into what has come already."""
     case = Case(stage=stage, steps=9, interval=3, swarm={"delay": 3, "fragments": 3, "total_steps": 9})
@@ -145,7 +145,7 @@ def interrupted(case: Case, folder: Path, stop: int | None) -> Weights:
         return working_weights(engine)
 
 
-@pytest.mark.parametrize("stop", [4, pytest.param(5, marks=pytest.mark.slow), 6])
+@pytest.mark.parametrize("stop", [*(pytest.param(stop, marks=pytest.mark.slow) for stop in (4, 5)), 6])
 def test_resuming_between_fragments_is_exact(pool: Pool, tmp_path: Path, stop: int) -> None:
     """Begun at step 4; due at 6 and 7. Also with another number of fragments in the config from then on."""
     case = Case(sync_mode="easgd", steps=10, interval=4, seed=1, swarm={"delay": 3, "fragments": 2, "wire": "int8"})

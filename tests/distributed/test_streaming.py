@@ -24,7 +24,7 @@ TWO = {"streaming": True, "fragments": 2}
     [
         pytest.param(0, 2, 4, 2, 2, marks=pytest.mark.slow),
         pytest.param(1, 2, 6, 1, 3, marks=pytest.mark.slow),
-        (2, 4, 4, 1, 2),
+        pytest.param(2, 4, 4, 1, 2, marks=pytest.mark.slow),
         (3, 2, 4, 2, 2),
         pytest.param(2, 2, 6, 2, 3, marks=pytest.mark.slow),
     ],
@@ -80,7 +80,7 @@ def test_with_few_digits_all_know_the_same(pool: Pool, sync_mode: str) -> None:
             assert_equal(rank[-1][1], ranks[0][-1][1])
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_dead_particle_takes_the_whole_model(pool: Pool, stage: int) -> None:
     """After the meeting of step 2 has begun: that of step 4 is abandoned, and at step 5 all meet for all of it."""
     case = Case(stage=stage, steps=8, interval=4, swarm={**TWO, "delay": 1, "total_steps": 8})

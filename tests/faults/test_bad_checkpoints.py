@@ -298,6 +298,7 @@ def disk_of_one_rank_full(case: Case, folder: Path) -> None:
         swarm.save(folder)
 
 
+@pytest.mark.slow
 def test_one_rank_fails_inside_deepspeed(pool: Pool, tmp_path: Path) -> None:
     """DeepSpeed's save has collectives of its own: the others learn of it when the rank leaves."""
     case = replace(CASE, swarm={"timeout_s": 5})

@@ -96,8 +96,13 @@ def test_a_rank_that_never_starts(pool: Pool, lost: int) -> None:
         assert expected in outcomes[rank].text
 
 
-@pytest.mark.parametrize("how", ["stopped", "killed", "raised"])
-@pytest.mark.parametrize("lost", [0, 3])
+@pytest.mark.parametrize(
+    ("lost", "how"),
+    [
+        *[(0, "stopped"), (3, "killed"), (0, "raised")],
+        *(pytest.param(*p, marks=pytest.mark.slow) for p in [(3, "stopped"), (0, "killed"), (3, "raised")]),
+    ],
+)
 def test_a_peer_lost_before_a_sync_point(pool: Pool, lost: int, how: str) -> None:
     silent = (lost,) if how == "stopped" else ()
     outcomes = pool.outcomes(lose_while_training, CASE, lost, how, timeout=LIMIT_S, silent=silent)
@@ -105,16 +110,26 @@ def test_a_peer_lost_before_a_sync_point(pool: Pool, lost: int, how: str) -> Non
     assert outcomes[3 - lost].kind is not None  # who has no business with it ends too, when the others leave
 
 
-@pytest.mark.parametrize("how", ["stopped", "killed"])
-@pytest.mark.parametrize("lost", [0, 2])
+@pytest.mark.parametrize(
+    ("lost", "how"),
+    [
+        *[(0, "stopped"), (2, "killed")],
+        *(pytest.param(*p, marks=pytest.mark.slow) for p in [(0, "killed"), (2, "stopped")]),
+    ],
+)
 def test_a_rank_lost_before_a_gathering_of_all(pool: Pool, lost: int, how: str) -> None:
     silent = (lost,) if how == "stopped" else ()
     outcomes = pool.outcomes(lose_while_gathering, CASE, lost, how, timeout=LIMIT_S, silent=silent)
     assert_named(outcomes, lost, [rank for rank in range(4) if rank != lost])
 
 
-@pytest.mark.parametrize("how", ["stopped", "killed"])
-@pytest.mark.parametrize("lost", [0, 3])
+@pytest.mark.parametrize(
+    ("lost", "how"),
+    [
+        *[(3, "stopped"), (0, "killed")],
+        *(pytest.param(*p, marks=pytest.mark.slow) for p in [(0, "stopped"), (3, "killed")]),
+    ],
+)
 def test_a_peer_lost_in_the_middle_of_an_exchange(pool: Pool, lost: int, how: str) -> None:
     # The mate of a frozen rank waits inside DeepSpeed's own collective, for as long as DeepSpeed likes.
     silent = (lost, lost ^ 1) if how == "stopped" else ()

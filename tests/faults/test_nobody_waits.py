@@ -86,7 +86,10 @@ def lose_one(case: Case, lost: int, how: int, folder: Path) -> Any:
 
 @pytest.mark.parametrize(
     ("particles", "size", "lost", "how"),
-    [(3, 1, 1, signal.SIGKILL), (3, 1, 0, signal.SIGSTOP), (2, 2, 1, signal.SIGSTOP), (2, 2, 0, signal.SIGKILL)],
+    [
+        *[(3, 1, 1, signal.SIGKILL), (3, 1, 0, signal.SIGSTOP), (2, 2, 0, signal.SIGKILL)],
+        pytest.param(2, 2, 1, signal.SIGSTOP, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_a_lost_particle_delays_nobody(
@@ -231,7 +234,7 @@ def heal_by_letter(case: Case, folder: Path) -> Any:
         return [list(record["alive"]) for record in records], working_weights(engine)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 2, 3])
 def test_a_particle_of_nan_starts_again_from_a_letter(pool: Pool, tmp_path: Path, stage: int) -> None:
     case = replace(CASE, stage=stage, steps=4, batch_norm=True)
     ranks = pool.run(heal_by_letter, case, tmp_path, timeout=LIMIT_S)

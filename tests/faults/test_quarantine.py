@@ -53,7 +53,7 @@ class Report(Spoil):
         return loss + (loss.detach() * (self.by - 1) if hit else 0.0)
 
 
-@pytest.mark.parametrize("stage", [2, 3, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", [2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 3))])
 def test_every_rule_treats_it_as_a_dead_one(pool: Pool, stage: int) -> None:
     """A loss far above the others', and a NaN in its place: the weights of all are the same bits."""
     cases = [replace(case, stage=stage, seed=0) for case in RULES.values()]

@@ -192,6 +192,7 @@ def test_a_second_run_moves_the_first_aside(pool, tiny, tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_own_model_under_zero_3(pool, tiny, tmp_path):
     pool.run(run_main, tiny(steps=2, output_dir="first"), world_size=2, timeout=120)
     config = REPO / "ds_config_examples/zero3_local_sgd.json"
