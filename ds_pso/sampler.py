@@ -16,7 +16,8 @@ class SwarmSampler(Sampler[int]):
 
     Give it to a ``DataLoader`` with the same ``batch_size``. The swarm advances it by one batch
     at each ``engine.backward``, so that its place is what was trained on, not what the loader's
-    workers have fetched ahead. Iterating goes on from that place to the end of the epoch.
+    workers have fetched ahead. Iterating goes on from that place to the end of the epoch, or until
+    ``load_state_dict`` moves the place elsewhere: the next iteration begins there.
 
     Each rank takes the same whole number of batches per epoch; the fewer than
     ``world_size * batch_size`` samples left over are others in every epoch.
@@ -39,6 +40,7 @@ class SwarmSampler(Sampler[int]):
         # number that the uninterrupted run did not draw.
         self.on_resume: Callable[[], None] | None = None
         self._batch = 0  # batches trained on in this epoch
+        self._moves = 0  # how often the place was moved elsewhere
 
     def __len__(self) -> int:
         """Samples of this rank in a whole epoch."""
@@ -54,7 +56,11 @@ class SwarmSampler(Sampler[int]):
             generator = torch.Generator().manual_seed(seed)
             order = torch.randperm(self._dataset_size, generator=generator).tolist()
         mine = order[self._rank :: self._world_size][: len(self)]
-        yield from mine[self._batch * self._batch_size :]
+        moves = self._moves
+        for start in range(self._batch * self._batch_size, len(mine), self._batch_size):
+            if self._moves != moves:
+                return
+            yield from mine[start : start + self._batch_size]
 
     def advance(self) -> None:
         """One more batch was trained on."""
@@ -98,3 +104,4 @@ class SwarmSampler(Sampler[int]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.epoch, self._batch = state["epoch"], state["batch"]
+        self._moves += 1

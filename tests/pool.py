@@ -127,7 +127,8 @@ class Pool:
             late = [rank for rank in range(world_size) if rank not in outcomes and rank not in silent]
             if late:
                 stacks = _dump_stacks({rank: processes[rank].pid for rank in late}, folder)
-                raise JobError(f"{body.__name__}: ranks {late} were not done after {timeout:g} s\n{stacks}")
+                failed = "".join(f"-- rank {r} failed\n{o.trace or o.text}\n" for r, o in outcomes.items() if o.kind)
+                raise JobError(f"{body.__name__}: ranks {late} were not done after {timeout:g} s\n{stacks}{failed}")
             return [outcomes.get(rank, Outcome(kind="Silent")) for rank in range(world_size)]
         finally:
             for rank, process in enumerate(processes):

@@ -115,6 +115,23 @@ def test_a_loop_left_early_goes_on_where_it_was_left():
     assert (sampler.epoch, sampler.state_dict()["batch"]) == (1, 0)
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loop_ends_when_its_place_is_elsewhere(num_workers):
+    """A particle that takes over the state of another sees no more of its own epoch than was fetched ahead."""
+    ahead, behind = make_samplers(96, 2, 4)
+    whole = train(make_samplers(96, 2, 4)[1], 24)
+    train(ahead, 15)
+    seen = []
+    for indices in DataLoader(torch.arange(96), 4, sampler=behind, num_workers=num_workers, prefetch_factor=None):
+        seen.append(indices.tolist())
+        behind.advance()
+        if len(seen) == 3:
+            behind.load_state_dict(ahead.state_dict())
+    assert seen == whole[: len(seen)]
+    assert 3 <= len(seen) <= 3 + 2 * num_workers
+    assert train(behind, 24 - 15 - (len(seen) - 3)) == whole[15 + len(seen) - 3 :]
+
+
 @pytest.mark.parametrize(("epoch", "place"), [(0, (0, 2)), (1, (1, 0)), (7, (7, 0))])
 def test_set_epoch_restarts_only_another_epoch(epoch, place):
     (sampler,) = make_samplers(20, 1, 4)

@@ -21,6 +21,7 @@ from elastic.swarms import elastic, lighthouse, particle, places
 from pool import Outcome, Pool, free_port
 
 from ds_pso.elastic.membership import Membership
+from ds_pso.files import write_atomically
 from ds_pso.swarm import Swarm
 
 LIMIT_S = 60.0
@@ -163,7 +164,7 @@ def come_late(case: Case, late: int, folder: Path) -> Any:
     if particle() == late:
         Membership.ask = ask_and_tell  # type: ignore[method-assign]
     with swarm_of(case) as (swarm, engine):
-        records = listen(swarm)
+        records, data = listen(swarm), swarm.sampler(range(1000))
         at = engine.global_steps
         if particle() != late:
             train(case, engine, range(4))
@@ -172,7 +173,7 @@ def come_late(case: Case, late: int, folder: Path) -> Any:
             wait_for(folder / "asks")
         train(case, engine, range(engine.global_steps, case.steps))
         swarm.sync()
-        return at, records, working_weights(engine), swarm.totals.count
+        return at, records, working_weights(engine), swarm.totals.count, data.state_dict()
 
 
 @pytest.mark.parametrize(
@@ -191,8 +192,9 @@ def test_a_particle_comes_late(pool: Pool, url: str, tmp_path: Path, case: Case)
     size = 2 if particles == 2 else 1
     env = places(url, particles, size, start=particles - 1)
     ranks = pool.run(come_late, case, late, tmp_path, world_size=particles * size, env=env, timeout=LIMIT_S)
-    for rank, (at, records, weights, count) in enumerate(ranks):
+    for rank, (at, records, weights, count, data) in enumerate(ranks):
         assert count == 5
+        assert (data["epoch"], data["batch"]) == (0, case.steps)
         # With a delay it breaks off what the others have begun in the background, and meets them a step later.
         assert at == (6 + case.swarm.get("delay", 0) if rank // size == late else 0)
         healed = [list(record.get("healed", [])) for record in records]
@@ -206,10 +208,10 @@ def test_a_particle_comes_late(pool: Pool, url: str, tmp_path: Path, case: Case)
 def stall(case: Case, stalled: int, for_s: float, folder: Path) -> Any:
     """One particle is stopped in its steps; the next one lets it go on."""
     with swarm_of(case) as (swarm, engine):
-        records = listen(swarm)
+        records, data = listen(swarm), swarm.sampler(range(1000))
         train(case, engine, range(3))
         if particle() == stalled:
-            (folder / "stopped").write_text(str(os.getpid()))
+            write_atomically(folder / "stopped", str(os.getpid()))
             os.kill(os.getpid(), signal.SIGSTOP)
         elif particle() == (stalled + 1) % int(case.particles):
             wait_for(folder / "stopped")
@@ -218,7 +220,7 @@ def stall(case: Case, stalled: int, for_s: float, folder: Path) -> Any:
         while engine.global_steps < case.steps:
             train(case, engine, range(engine.global_steps, engine.global_steps + 1))
             time.sleep(0.25)
-        return records, working_weights(engine)
+        return records, working_weights(engine), data.state_dict()
 
 
 @pytest.mark.parametrize(("for_s", "left_out"), [pytest.param(0.5, False, marks=SLOW), (5.0, True)])
@@ -229,8 +231,9 @@ def test_a_stalled_particle(pool: Pool, url: str, tmp_path: Path, for_s: float, 
     assert present[0] == present[-1] == [0, 1, 2]
     assert ([0, 2] in present) == left_out
     assert ([1] in [list(record["healed"]) for record in ranks[0][0]]) == left_out
-    for _, weights in ranks:
+    for _, weights, data in ranks:
         assert_equal(weights, ranks[0][1])
+        assert (data["epoch"], data["batch"]) == (0, case.steps)
 
 
 def be_slow(case: Case, folder: Path) -> Any:
