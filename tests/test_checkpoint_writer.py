@@ -70,9 +70,11 @@ def test_bytes_do_not_follow_the_tensors(tmp_path: Path, zipped: bool) -> None:
     torch.save(content, expected, _use_new_zipfile_serialization=zipped)
     copies = Copies()
     copies.add(content, tmp_path / "file", zipped)
+    copies.add({}, tmp_path / "other", zipped)
     flat.zero_()
     assert torch.serialization.get_crc32_options()
-    assert copies.write() == [tmp_path / "file"]
+    assert copies.write() == [tmp_path / "file", tmp_path / "other"]
+    assert torch.load(tmp_path / "other") == {}
     found, truth = torch.load(tmp_path / "file"), torch.load(io.BytesIO(expected.getvalue()))
     assert torch.equal(found["weight"], truth["weight"])
     assert torch.equal(found["state"][0], truth["state"][0])

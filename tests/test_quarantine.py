@@ -90,7 +90,7 @@ def test_an_old_loss_is_not_judged():
 
 
 def test_norms_are_judged_first_and_then_the_losses_of_the_rest():
-    table = healths([1.0, 1.0, 1e9, 9.0], norms=[5.0, 60.0, 5.0, 5.0])
+    table = healths([1.0, 100.0, 1e9, 9.0], norms=[5.0, 60.0, 5.0, 5.0])
     found = judge(table, LIMITS)
     assert found[1] == "its weights' norm 60 is 12 times the others' 5"
     assert found[3] == "its loss 9 is 9 times the highest so far, the others' 1", "particles 1 and 2 are no measure"

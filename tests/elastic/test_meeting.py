@@ -83,6 +83,33 @@ def test_the_model_of_the_most_advanced_counts() -> None:
     assert "not that of particle 1" in meeting.strangers["p0"]
 
 
+def test_the_model_of_most_counts() -> None:
+    """However far one that runs with another has come."""
+    meeting = Meeting.of("1", [member(0), member(1), replace(member(2, index=9), model="other")])
+    assert meeting.present == (0, 1)
+    assert list(meeting.strangers) == ["p2"]
+
+
+def test_a_new_swarm_waits_for_enough() -> None:
+    def waits(*them: tuple[int, bool]) -> bool:
+        new = [member(i, 0, fresh=True, start=start, waits=waits) for i, (start, waits) in enumerate(them)]
+        return Meeting.of("1", new).waits_for_more
+
+    assert waits((3, True), (3, True))
+    assert not waits((3, True), (3, True), (3, True))
+    assert not waits((3, True), (3, False)), "one has lost its patience"
+    assert not waits((2, True), (3, True)), "one of them was told that two are enough"
+    assert not Meeting.of("1", [member(0, start=3), member(1, 0, fresh=True, start=3)]).waits_for_more
+
+
+def test_connections_are_kept_if_all_have_the_same() -> None:
+    def connected(*numbers: str) -> str:
+        return Meeting.of("1", [member(i, connected=number) for i, number in enumerate(numbers)]).connected
+
+    assert connected("7", "7") == "7"
+    assert connected("7", "8") == connected("7", "") == ""
+
+
 def test_givers_take_turns() -> None:
     meeting = Meeting.of("1", [member(0, 7), member(1, 3), member(2, 7), member(3, 0, fresh=True), member(4, 6)])
     assert meeting.behind == (1, 3, 4)
@@ -102,6 +129,9 @@ def test_late_work_may_count() -> None:
     assert (meeting.behind, meeting.overdue, meeting.givers) == ((2,), (1,), [0])
     assert meeting.sources(3) == (0, 1, 0)
     assert Meeting.of("1", members).behind == (1, 2)
+    # What comes from the particle's own disk alone is no work of this swarm.
+    from_disk = [member(0, 7), member(1, 5, joined=False)]
+    assert Meeting.of("1", from_disk, late_counts=True).behind == (1,)
 
 
 def test_at_a_start_all_take_the_state_of_the_first() -> None:

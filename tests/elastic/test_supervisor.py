@@ -15,6 +15,7 @@ import psutil
 import pytest
 from pool import free_port
 
+from ds_pso.elastic import supervisor
 from ds_pso.elastic.supervisor import Lighthouse, Supervisor
 from ds_pso.errors import ConfigError
 
@@ -69,10 +70,18 @@ def test_nobody_is_started_again_when_others_have_finished(tmp_path: Path, capfd
     assert "others have finished, so it is not started again" in capfd.readouterr().out
 
 
-def test_who_dies_too_often_is_given_up(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    code, _ = supervise(tmp_path, "sys.exit(3)", particles=1, max_restarts=1)
+@pytest.mark.parametrize("steady", [False, True])
+def test_who_dies_too_often_is_given_up(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, steady: bool
+) -> None:
+    """What it has done before it last ran for long does not count."""
+    if steady:
+        monkeypatch.setattr(supervisor, "_STEADY_S", 1.5)
+    text = "(here / f'{n}_{attempt}').touch()\nif attempt == 1: time.sleep(2)\nsys.exit(3)"
+    code, _ = supervise(tmp_path, text, particles=1, max_restarts=1)
     assert code == 3
     assert "it is given up" in capfd.readouterr().out
+    assert len(list(tmp_path.glob("0_*"))) == (3 if steady else 2)
 
 
 def test_who_is_told_to_end_leaves(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -86,6 +95,8 @@ def test_a_signal_ends_all(tmp_path: Path, obeys: bool) -> None:
     text = """
 import signal
 def save(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(0.6)  # told once more meanwhile it would end
     (here / 'saved').touch()
     sys.exit(75)
 if n == '1' and OBEYS: signal.signal(signal.SIGTERM, save)
@@ -100,11 +111,24 @@ time.sleep(100)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop, daemon=True).start()
-    code, took = supervise(tmp_path, text.replace("OBEYS", str(obeys)), grace_s=1.0)
+    code, took = supervise(tmp_path, text.replace("OBEYS", str(obeys)), grace_s=5.0 if obeys else 1.0)
     assert took < 30
     assert code != 0
     assert (tmp_path / "saved").exists() == obeys
     assert nobody_left(tmp_path)
+
+
+def test_who_is_to_be_started_again_is_not_when_all_are_told_to_end(tmp_path: Path) -> None:
+    def stop() -> None:
+        while not (tmp_path / "0_0").exists():
+            time.sleep(0.05)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    code, _ = supervise(tmp_path, "(here / f'{n}_{attempt}').touch()\nsys.exit(3)", particles=1, grace_s=5.0)
+    assert code == 3
+    assert not (tmp_path / "0_1").exists()
 
 
 def test_the_lighthouse_is_kept_running(tmp_path: Path) -> None:
