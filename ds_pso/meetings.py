@@ -136,6 +136,9 @@ class Meetings:
         """Show the particle's new weights to its ranks; ``tentative``: to be scored, and perhaps changed again."""
         self.shards.publish()
 
+    def _reset_optimizer_state(self) -> None:
+        self.shards.reset_optimizer_state()
+
     def _stay_together(self) -> None:
         """Before the ranks of a particle do something together after each has exchanged with its peers."""
 

@@ -125,7 +125,7 @@ class Synchronizer(LateMeetings):
         if self.optimizer_state == "average":
             self._average_moments(point)
         elif self.optimizer_state == "reset" or not point.alive[self.exchange.particle]:
-            self.shards.reset_optimizer_state()
+            self._reset_optimizer_state()
 
     def _average_moments(self, point: SyncPoint) -> None:
         """The moments of every particle, the dead included, become the mean of those of the living."""
@@ -135,7 +135,7 @@ class Synchronizer(LateMeetings):
         if not all(row[0] for row in self.world.particle_gather([float(alike)])):
             # A particle whose every step was skipped has none yet.
             if not point.alive[self.exchange.particle]:
-                self.shards.reset_optimizer_state()
+                self._reset_optimizer_state()
             return
         fill(moments, self.exchange.weighted_mean(moments, point.mean_weights()))
         self._stay_together()

@@ -65,6 +65,8 @@ class Progress:
         return {
             "engine": {name: getattr(self.engine, name) for name in _COUNTERS},
             "lr_scheduler": None if scheduler is None else _plain(scheduler.state_dict()),
+            # A schedule may go on from the rate itself, and sets the next one only at its next step.
+            "lrs": [float(group["lr"]) for group in self.engine.basic_optimizer.param_groups],
             "samplers": [sampler.state_dict() for sampler in self.samplers],
         }
 
@@ -73,7 +75,10 @@ class Progress:
         for name, value in values["engine"].items():
             setattr(self.engine, name, value)
         if self.engine.lr_scheduler is not None and values["lr_scheduler"] is not None:
-            self.engine.lr_scheduler.load_state_dict(values["lr_scheduler"])
+            mine = self.engine.lr_scheduler.state_dict()
+            self.engine.lr_scheduler.load_state_dict(_filled_in(mine, values["lr_scheduler"]))
+        for group, lr in zip(self.engine.basic_optimizer.param_groups, values["lrs"], strict=True):
+            group["lr"] = lr
         self._waiting = list(values["samplers"])
         for sampler in self.samplers:
             self.place(sampler)
@@ -84,11 +89,19 @@ class Progress:
             sampler.load_state_dict(self._waiting.pop(0))
 
 
-def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of a learning-rate schedule; what else it holds, each particle has from its own config."""
-    kinds = (int, float, str, bool, type(None))
-    return {
-        key: value
-        for key, value in state.items()
-        if isinstance(value, kinds) or (isinstance(value, list) and all(isinstance(item, kinds) for item in value))
-    }
+def _plain(value: Any) -> Any:
+    """What JSON can hold of a learning-rate schedule's state; the rest is empty."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items() if isinstance(key, str)}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (int, float, str, bool)) else None
+
+
+def _filled_in(mine: Any, told: Any) -> Any:
+    """What was told, and where that says nothing, what each particle has from its own script: functions and such."""
+    if isinstance(mine, Mapping):
+        return {key: _filled_in(item, told.get(key)) for key, item in mine.items()} if told is not None else mine
+    if isinstance(mine, (list, tuple)) and isinstance(told, list) and len(mine) == len(told):
+        return type(mine)(map(_filled_in, mine, told))
+    return mine if told is None else told

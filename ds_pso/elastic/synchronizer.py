@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -56,7 +57,9 @@ class ElasticSynchronizer(Synchronizer):
         self.came_late = False
         self.joined = False  # see ``Member``
         self._fresh = True
-        self._told: Mapping[str, Any] | None = None  # how far the giver is, to be believed when all have got through
+        # How far the giver is, and whether the moments are to begin anew: to be done when all have got through.
+        self._told: Mapping[str, Any] | None = None
+        self._resets = False
         self._last, self._met = "", 0  # meeting that it has been through, and how many were there
         self._meeting: Meeting | None = None
         self._waited_s = 0.0
@@ -104,7 +107,7 @@ class ElasticSynchronizer(Synchronizer):
         while meeting.is_mixed:  # the others have been told by it that somebody waits
             time.sleep(_PAUSE_S)
             meeting = self._assemble(in_background=False)
-        self._told = None
+        self._told, self._resets = None, False
         self._heal(meeting, window)
         if meeting.is_start:
             self._publish()
@@ -147,11 +150,17 @@ class ElasticSynchronizer(Synchronizer):
                 tensors = [*self.shards.tensors, *self.shards.frozen(), *buffers, *common_tensors(self.updater)]
                 fill(tensors, self.exchange.from_each(tensors, sources))
         if me in meeting.overdue:
-            self._take_numbers(self.world.hear(meeting, f"state/{first}")["sync"], lr_factor=self.shards.lr_factor)
+            told = self.world.hear(meeting, f"state/{first}")
+            # Its steps are its own; as many since the last sync point, as the schedule sees it.
+            behind = told["progress"]["engine"]["global_steps"] - self.progress.engine.global_steps
+            schedule = told["sync"]["schedule"]
+            schedule["begun"] -= behind
+            self._take_numbers(told["sync"], lr_factor=self.shards.lr_factor)
         if me in meeting.behind:
             told = self.world.hear(meeting, f"state/{sources[me]}")
             self._take_numbers(told["sync"], lr_factor=1.0)
-            self._told = told["progress"]
+            # At a start all are as far, each as its own script has it.
+            self._told = None if meeting.is_start else told["progress"]
             for tensor in owed(self.updater):
                 tensor.zero_()
             window.clear()
@@ -191,12 +200,19 @@ class ElasticSynchronizer(Synchronizer):
         self.exchange.all_gather([1.0])  # of each shard's peers; that they come is their vote
         self._stay_together()
         assert self._meeting is not None
-        self._last, self._met, self.joined = self._meeting.number, len(self._meeting.members), True
+        self._last, self._met = self._meeting.number, len(self._meeting.members)
+        # Whoever was there at the start alone knows no more than it may have on its disk.
+        self.joined = self.joined or not self._meeting.is_start
         told, self._told = self._told, None
+        if told is not None or self._resets:
+            super()._reset_optimizer_state()
+            self._resets = False
         if told is not None:
             self.progress.write(told)
-            self.shards.reset_optimizer_state()
             self.came_late = self.came_late or (self._fresh and not self._meeting.is_start)
+
+    def _reset_optimizer_state(self) -> None:
+        self._resets = True
 
     def _all_tensors(self) -> list[Tensor]:
         moments = self.shards.moments() if self.optimizer_state == "average" else []
@@ -206,6 +222,7 @@ class ElasticSynchronizer(Synchronizer):
     def _retreat(self, error: PeerError, undo: Undo) -> None:
         self.world.retreat(error)
         undo.put_back()
+        self.updater.take_distance()
         self.load_state_dict(undo.numbers)
         self.is_torn = False
         if self.world.is_leader:
@@ -229,7 +246,7 @@ class ElasticSynchronizer(Synchronizer):
     def _meet(self, pending: Pending, row: list[float]) -> None:
         """As ``LateMeetings._meet``; where somebody is lost, or needs the whole model, nothing comes of it."""
         traffic = self._traffic()
-        memories = list(self.memories)
+        memories, step_s, highest = list(self.memories), self.census.step_s, self.census.highest_loss
         undo = Undo([*common_tensors(self.updater), *owed(self.updater)], FitnessWindow(), {})
         try:
             meeting = self._assemble(in_background=True)
@@ -245,6 +262,7 @@ class ElasticSynchronizer(Synchronizer):
             self.world.retreat(error)
             undo.put_back()
             self.memories, self.is_torn = memories, False
+            self.census.step_s, self.census.highest_loss = step_s, highest
             self._break_off(pending, traffic)
 
     def _break_off(self, pending: Pending, traffic: tuple[int, float, int]) -> None:
@@ -252,6 +270,8 @@ class ElasticSynchronizer(Synchronizer):
         alive = [particle in self.exchange.present for particle in range(self.exchange.num_particles)]
         pending.record = {"sync": self.census.index, "losses": self.census.losses, "alive": alive, "abandoned": True}
         pending.record |= {"waited_s": self._waited_s, **self._traffic_since(traffic)}
+        # Some ranks may have seen more of it than others: the schedule learns nothing from it.
+        pending.apart, pending.pace, pending.lr_factors = (0.0, 0.0), (math.nan, 0.0), ()
 
     def _conclude(
         self, record: dict[str, Any], *arguments: Any, staleness: int, seconds: float, **more: Any
@@ -269,6 +289,7 @@ class _OwnModel(Consensus):
     """Between sync points a particle has only its own to show."""
 
     def collect(self, which: Choice) -> tuple[list[Tensor], list[Tensor]]:
+        self.census.world.settle()  # a meeting in the background works on the rule's state
         self.shards.zero_padding()
         models, model_in = self.shards.tensors, self.updater.rule.model_in
         if which == "consensus" and model_in != "x":

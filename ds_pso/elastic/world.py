@@ -21,6 +21,8 @@ from ds_pso.errors import ConfigError, PeerError
 from ds_pso.letters import Mailbox
 from ds_pso.world import World
 
+_SIGNS = "leader/signs"  # a number that grows while the first rank asks who is there
+
 
 class MateFailed(PeerError):
     """All ranks of the particle know already."""
@@ -96,6 +98,8 @@ class ElasticWorld(World):
 
         def row(name: str, *, waits: bool) -> Member:
             assert self._membership is not None
+            assert self.store is not None
+            self.store.add(_SIGNS, 1)
             return Member(
                 self.layout.particle,
                 name,
@@ -186,11 +190,22 @@ class ElasticWorld(World):
                 raise
             self.store.set(key, json.dumps(answer))
             self._answers.append(key)
-        self._wait_patiently([key], self.layout.mates[:1], "word from its first rank")
+        self._wait_while_it_asks([key])
         told = json.loads(self.store.get(key))
         if "failed" in told:
             raise PeerError(told["failed"], agreed=True)
         return told["answer"]
+
+    def _wait_while_it_asks(self, keys: list[str]) -> None:
+        """For the first rank, which waits without bound where the others have to come by first; as long as it lives."""
+        assert self.store is not None
+        while True:
+            signs = self.store.add(_SIGNS, 0)
+            try:
+                return self._wait_patiently(keys, self.layout.mates[:1], "word from its first rank")
+            except PeerError:
+                if self.store.add(_SIGNS, 0) == signs:
+                    raise
 
     def _wait_patiently(self, keys: list[str], ranks: list[int], label: str) -> None:
         """Mates may be waiting for peers, each for its own, which takes up to the timeout."""

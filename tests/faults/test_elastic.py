@@ -236,36 +236,42 @@ def test_a_stalled_particle(pool: Pool, url: str, tmp_path: Path, for_s: float, 
         assert (data["epoch"], data["batch"]) == (0, case.steps)
 
 
-def be_slow(case: Case, folder: Path) -> Any:
-    """Particle 1 comes to its second sync point when the others have been through it; they meet it at their third."""
+def be_slow(case: Case, missed: int, folder: Path) -> Any:
+    """Particle 1 comes to sync point ``missed`` when the others have been through it; they meet it at the next."""
+    step = case.interval * (missed + 1)
     with swarm_of(case) as (swarm, engine):
         records = listen(swarm)
-        train(case, engine, range(3))
+        train(case, engine, range(step - 1))
         if particle() == 1:
             wait_for(folder / "met without it")
-        train(case, engine, range(3, 4))
+        train(case, engine, range(step - 1, step))
         if particle() != 1:
             (folder / "met without it").touch()
             time.sleep(3)
-            train(case, engine, range(4, 6))
+            train(case, engine, range(step, step + 2))
         return records, working_weights(engine), engine.global_steps
 
 
-@pytest.mark.parametrize("policy", ["skip", pytest.param("async", marks=SLOW)])
-def test_nobody_waits_long_for_a_straggler(pool: Pool, tmp_path: Path, policy: str) -> None:
+@pytest.mark.parametrize(
+    ("policy", "missed", "counts"),
+    [("skip", 1, False), *(pytest.param("async", *p, marks=SLOW) for p in [(1, True), (0, False)])],
+)
+def test_nobody_waits_long_for_a_straggler(pool: Pool, tmp_path: Path, policy: str, missed: int, counts: bool) -> None:
+    """Its work may count if it is of this swarm: whoever has met nobody since the start may be as it was made."""
     case = elastic(CASE, straggler=policy, straggler_s=2.0, heartbeat_s=5.0)
     with lighthouse(join_s=2.0, heartbeat_s=5.0) as url:
-        ranks = pool.run(be_slow, case, tmp_path, world_size=3, env=places(url, 3, 1), timeout=LIMIT_S)
+        ranks = pool.run(be_slow, case, missed, tmp_path, world_size=3, env=places(url, 3, 1), timeout=LIMIT_S)
     present = [list(record["present"]) for record in ranks[0][0]]
-    assert present == [[0, 1, 2], [0, 2], [0, 1, 2]]
+    assert present == [*[[0, 1, 2]] * missed, [0, 2], [0, 1, 2]]
     healed = [list(record["healed"]) for record in ranks[0][0]]
-    assert healed == [[], [], [1] if policy == "skip" else []]
+    assert healed == [*[[]] * missed, [], [] if counts else [1]]
     alive = [list(record["alive"]) for record in ranks[0][0]]
-    assert alive[2] == [True, policy == "async", True]
+    assert alive[-1] == [True, counts, True]
     for _, weights, _ in ranks:
         assert_equal(weights, ranks[0][1])
     # Who is healed goes on where the others are; whose work counts has made its own steps.
-    assert [steps for *_, steps in ranks] == [6, 6 if policy == "skip" else 4, 6]
+    last = case.interval * (missed + 2)
+    assert [steps for *_, steps in ranks] == [last, last - 2 if counts else last, last]
 
 
 # -- too few, and strangers -----------------------------------------------------------------------

@@ -1,0 +1,80 @@
+"""What a particle that is healed goes on with: the place in training of the one that gives."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.runtime.lr_schedules import WarmupDecayLR
+from torch.optim import lr_scheduler as of_torch
+
+from ds_pso.elastic.state import Progress
+from ds_pso.sampler import SwarmSampler
+
+
+def decay(step: int, over: int) -> float:
+    return max(0.0, 1 - step / over)
+
+
+def sequence(optimizer: Any) -> Any:
+    parts = [of_torch.LinearLR(optimizer, 0.1, total_iters=5), of_torch.CosineAnnealingLR(optimizer, 30)]
+    return of_torch.SequentialLR(optimizer, parts, milestones=[5])
+
+
+SCHEDULES = {
+    "none": lambda optimizer: None,
+    "deepspeed": lambda optimizer: WarmupDecayLR(optimizer, 40, warmup_max_lr=0.1, warmup_num_steps=4),
+    "cosine": lambda optimizer: of_torch.CosineAnnealingLR(optimizer, 40),
+    "partial": lambda optimizer: of_torch.LambdaLR(optimizer, partial(decay, over=40)),
+    "milestones": lambda optimizer: of_torch.MultiStepLR(optimizer, [3, 8, 15]),
+    "sequence": sequence,
+}
+
+
+def made(schedule: str) -> Any:
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": lr} for lr in (0.1, 0.2)])
+    counters = {"global_steps": 0, "global_samples": 0, "micro_steps": 0, "skipped_steps": 0}
+    return SimpleNamespace(basic_optimizer=optimizer, lr_scheduler=SCHEDULES[schedule](optimizer), **counters)
+
+
+def step(engine: Any) -> list[float]:
+    used = [group["lr"] for group in engine.basic_optimizer.param_groups]
+    engine.basic_optimizer.step()
+    if engine.lr_scheduler is not None:
+        engine.lr_scheduler.step()
+    engine.global_steps += 1
+    return used
+
+
+@pytest.mark.parametrize("behind", [0, 2])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_its_rates_are_those_of_the_giver_from_the_first_step(schedule: str, behind: int) -> None:
+    giver, healed = made(schedule), made(schedule)
+    for _ in range(12):
+        step(giver)
+    for _ in range(behind):
+        step(healed)
+    if schedule == "none":
+        giver.basic_optimizer.param_groups[0]["lr"] = 0.05  # by hand
+    told = json.loads(json.dumps(Progress(giver, []).read()))
+    Progress(healed, []).write(told)
+    assert healed.global_steps == 12
+    assert [step(healed) for _ in range(10)] == [step(giver) for _ in range(10)]
+
+
+def test_samplers_that_are_made_later_begin_at_the_givers_place() -> None:
+    data = [SwarmSampler(range(100), rank=rank, world_size=2, batch_size=5) for rank in range(2)]
+    for _ in range(13):
+        data[0].advance()
+    told = Progress(made("none"), data[:1]).read()
+    progress = Progress(made("none"), [])
+    progress.write(told)
+    progress.place(data[1])
+    assert data[1].state_dict() == data[0].state_dict()
+    again = SwarmSampler(range(100), rank=1, world_size=2, batch_size=5)
+    progress.place(again)
+    assert again.state_dict()["batch"] == 0
