@@ -274,6 +274,46 @@ def test_nobody_waits_long_for_a_straggler(pool: Pool, tmp_path: Path, policy: s
     assert [steps for *_, steps in ranks] == [last, last - 2 if counts else last, last]
 
 
+def lose_the_giver(case: Case, folder: Path) -> Any:
+    """Particle 1 misses a sync point; at the next, particle 0 is killed when it has given its state."""
+    with swarm_of(case) as (swarm, engine):
+        train(case, engine, range(3))
+        synchronizer = swarm.synchronizer
+        assert synchronizer is not None
+        if particle() == 0:
+            train(case, engine, range(3, 4))
+            (folder / "met without it").touch()
+            time.sleep(3)
+            synchronizer._vote = lambda: leave("killed")  # type: ignore[attr-defined]
+            return train(case, engine, range(4, 6))
+        wait_for(folder / "met without it")
+        sync, seen = synchronizer.sync, []
+
+        def watched(*arguments: Any) -> Any:
+            seen.append([moment.clone().numpy() for moment in synchronizer.shards.moments()])
+            return sync(*arguments)
+
+        synchronizer.sync = watched  # type: ignore[method-assign]
+        train(case, engine, range(3, 4))
+        seen.append([moment.clone().numpy() for moment in synchronizer.shards.moments()])
+        return seen, swarm.last_sync
+
+
+@pytest.mark.slow
+def test_if_who_gives_is_lost_all_is_put_back(pool: Pool, tmp_path: Path) -> None:
+    """The moments, too, which begin anew where a particle is healed."""
+    case = elastic(replace(CASE, particles=2), straggler="skip", straggler_s=2.0)
+    with lighthouse(join_s=2.0) as url:
+        outcomes = pool.outcomes(lose_the_giver, case, tmp_path, world_size=2, env=places(url, 2, 1), timeout=LIMIT_S)
+    assert outcomes[0].kind == "Killed"
+    (before, after), record = outcomes[1].get()
+    assert list(record["present"]) == [1]
+    assert before
+    for a, b in zip(before, after, strict=True):
+        assert np.any(a)
+        np.testing.assert_array_equal(a, b)
+
+
 # -- too few, and strangers -----------------------------------------------------------------------
 
 
