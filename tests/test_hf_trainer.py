@@ -440,6 +440,7 @@ def resume_what_is_spoiled(folder: Path, named: Any) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 def test_checkpoints_that_do_not_fit_are_refused(pool: Pool, tmp_path: Path) -> None:
     def message(named: Any = True) -> str:
         messages = pool.run(resume_what_is_spoiled, tmp_path, named, timeout=120)

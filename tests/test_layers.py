@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.metadata
 import sys
 from collections.abc import Iterator
@@ -131,6 +132,7 @@ def names_used(tree: ast.AST) -> Iterator[str]:
         yield from names_used(node)
 
 
+@functools.cache
 def names_in(file: Path) -> list[str]:
     return list(names_used(ast.parse(file.read_text(encoding="utf-8"))))
 

@@ -136,7 +136,12 @@ def train_llama(case: Case, tied: bool, folder: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize(
-    "case", [Case(stage=0), Case(stage=2, precision="bf16"), Case(stage=3), Case(stage=3, precision="bf16")], ids=str
+    "case",
+    [
+        *[Case(stage=0), Case(stage=3, precision="bf16")],
+        *(pytest.param(case, marks=pytest.mark.slow) for case in [Case(stage=2, precision="bf16"), Case(stage=3)]),
+    ],
+    ids=str,
 )
 def test_transformers_opens_it(pool: Pool, tmp_path: Path, case: Case, tied: bool) -> None:
     logits = pool.run(train_llama, case, tied, tmp_path / "llama")

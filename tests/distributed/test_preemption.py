@@ -114,6 +114,7 @@ def one_has_left(case: Case) -> str:
         return "nothing"
 
 
+@pytest.mark.slow
 def test_it_is_an_ordinary_signal_when_a_rank_is_lost(pool: Pool) -> None:
     """Launchers send it to the others when one has failed: they must not stay until SIGKILL."""
     outcomes = pool.outcomes(one_has_left, replace(CASE, swarm={"timeout_s": 3}), timeout=30)

@@ -86,7 +86,7 @@ def assert_named(outcomes: list[Outcome], lost: int, waiting: list[int]) -> None
         assert named or store_gone, outcomes[rank].text
 
 
-@pytest.mark.parametrize("lost", [0, 3])
+@pytest.mark.parametrize("lost", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_rank_that_never_starts(pool: Pool, lost: int) -> None:
     outcomes = pool.outcomes(lose_before_start, CASE, lost, "asleep", timeout=LIMIT_S, silent=(lost,))
     others = [rank for rank in range(4) if rank != lost]
@@ -137,7 +137,7 @@ def test_a_peer_lost_in_the_middle_of_an_exchange(pool: Pool, lost: int, how: st
     assert_named(outcomes, lost, [(lost + 2) % 4])
 
 
-@pytest.mark.parametrize("how", ["stopped", "killed"])
+@pytest.mark.parametrize("how", ["stopped", pytest.param("killed", marks=pytest.mark.slow)])
 def test_a_peer_lost_before_a_meeting_in_the_background(pool: Pool, how: str) -> None:
     lost, silent = 3, (3,) if how == "stopped" else ()
     outcomes = pool.outcomes(lose_in_the_background, CASE, lost, how, timeout=LIMIT_S, silent=silent)

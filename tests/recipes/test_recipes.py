@@ -154,7 +154,8 @@ def test_causal_lm_pretrain_in_bf16(pool, tmp_path):
     assert model.generate(prompt, max_new_tokens=5, do_sample=False).shape == (1, prompt.shape[1] + 5)
 
 
-@pytest.mark.parametrize("lora", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
 def test_causal_lm_finetune(pool, tmp_path, lora):
     from transformers import AutoModelForCausalLM
 
