@@ -156,7 +156,7 @@ SCONTROL = """
 """
 # One task on each node, each with its number; the worst exit code counts, as with --kill-on-bad-exit.
 SRUN = """
-    import os, signal, subprocess, sys
+    import os, pathlib, signal, subprocess, sys
     words = sys.argv[1:]
     assert "--kill-on-bad-exit=1" in words, words
     while words[0].startswith("-"):
@@ -168,7 +168,7 @@ SRUN = """
         for node in range(nodes)
     ]
     signal.signal(signal.SIGTERM, lambda *_: [task.terminate() for task in tasks])
-    open("started", "w").close()
+    pathlib.Path(sys.argv[0]).resolve().parents[1].joinpath("started").touch()  # whichever folder it runs in
     sys.exit(max(task.wait() for task in tasks))
 """
 
