@@ -66,7 +66,7 @@ class SwarmConfig(StrictModel):
         default=4.0,
         gt=1,
         description="Leave a particle out of a sync point, and restart it from the others, when its loss, divided by "
-        "its highest so far, is more than so many times the median of the others', and no chance; `null`: never.",
+        "the highest so far, is more than so many times the median of the others', and no chance; `null`: never.",
     )
     quarantine_norm: float | None = Field(
         default=10.0,
