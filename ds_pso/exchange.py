@@ -194,15 +194,8 @@ class Exchange(Collectives):
         if self.num_particles == 1:
             return [list(values)]
         mine = torch.tensor(values, dtype=torch.float64, device=self.device)
-        rows = [torch.empty_like(mine) for _ in self.present]
-        self._run(
-            "all-gather",
-            lambda group: group.allgather([rows], [mine]),
-            (len(rows) - 1) * nbytes(mine),
-            lambda: Copied([mine] * len(rows), rows),
-        )
         table = [[math.nan] * len(values)] * self.num_particles
-        for particle, row in zip(self.present, rows, strict=True):
+        for particle, row in zip(self.present, self._gather(mine), strict=True):
             table[particle] = row.tolist()
         return table
 
@@ -246,15 +239,18 @@ class Exchange(Collectives):
 
     def _gather_parts(self, encoded: Tensor) -> list[Tensor]:
         """The bytes (n,) of every particle, in the order of particles."""
-        sent = encoded.to(self.device)
-        rows = [torch.empty_like(sent) for _ in self.present]
+        return [row.to(encoded.device) for row in self._gather(encoded.to(self.device))]
+
+    def _gather(self, mine: Tensor) -> list[Tensor]:
+        """As many bytes of every peer, in the order of particles."""
+        rows = [torch.empty_like(mine) for _ in self.present]
         self._run(
             "all-gather",
-            lambda group: group.allgather([rows], [sent]),
-            (len(rows) - 1) * nbytes(sent),
-            lambda: Copied([sent] * len(rows), rows),
+            lambda group: group.allgather([rows], [mine]),
+            (len(rows) - 1) * nbytes(mine),
+            lambda: Copied([mine] * len(rows), rows),
         )
-        return [row.to(encoded.device) for row in rows]
+        return rows
 
     def _blocks(self, tensors: Sequence[Tensor]) -> Iterator[tuple[list[Piece], Tensor]]:
         """Buckets of fp32 zeros, as large as a whole number of blocks for each particle."""
