@@ -89,6 +89,11 @@ class Progress:
             sampler.load_state_dict(self._waiting.pop(0))
 
 
+def at_another_step(schedule: Mapping[str, Any], theirs: int, mine: int) -> dict[str, Any]:
+    """State of a sync schedule at step ``theirs``, for who has made other steps: as many since the last sync point."""
+    return {**schedule, "begun": schedule["begun"] + mine - theirs}
+
+
 def _plain(value: Any) -> Any:
     """What JSON can hold of a learning-rate schedule's state; the rest is empty."""
     if isinstance(value, Mapping):

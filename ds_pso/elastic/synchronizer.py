@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ds_pso.consensus import Choice, Consensus
 from ds_pso.elastic.meeting import Meeting
-from ds_pso.elastic.state import Progress, Undo, common_tensors, owed
+from ds_pso.elastic.state import Progress, Undo, at_another_step, common_tensors, owed
 from ds_pso.elastic.world import ElasticWorld
 from ds_pso.errors import PeerError
 from ds_pso.exchange import Exchange, fill
@@ -151,11 +151,9 @@ class ElasticSynchronizer(Synchronizer):
                 fill(tensors, self.exchange.from_each(tensors, sources))
         if me in meeting.overdue:
             told = self.world.hear(meeting, f"state/{first}")
-            # Its steps are its own; as many since the last sync point, as the schedule sees it.
-            behind = told["progress"]["engine"]["global_steps"] - self.progress.engine.global_steps
-            schedule = told["sync"]["schedule"]
-            schedule["begun"] -= behind
-            self._take_numbers(told["sync"], lr_factor=self.shards.lr_factor)
+            steps = told["progress"]["engine"]["global_steps"], self.progress.engine.global_steps
+            schedule = at_another_step(told["sync"]["schedule"], *steps)
+            self._take_numbers({**told["sync"], "schedule": schedule}, lr_factor=self.shards.lr_factor)
         if me in meeting.behind:
             told = self.world.hear(meeting, f"state/{sources[me]}")
             self._take_numbers(told["sync"], lr_factor=1.0)

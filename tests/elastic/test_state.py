@@ -12,8 +12,10 @@ import torch
 from deepspeed.runtime.lr_schedules import WarmupDecayLR
 from torch.optim import lr_scheduler as of_torch
 
-from ds_pso.elastic.state import Progress
+from ds_pso.elastic.state import Progress, at_another_step
+from ds_pso.elastic.synchronizer import _OwnModel
 from ds_pso.sampler import SwarmSampler
+from ds_pso.schedule import Observed, ScheduleConfig, make_schedule
 
 
 def decay(step: int, over: int) -> float:
@@ -78,3 +80,23 @@ def test_samplers_that_are_made_later_begin_at_the_givers_place() -> None:
     again = SwarmSampler(range(100), rank=1, world_size=2, batch_size=5)
     progress.place(again)
     assert again.state_dict()["batch"] == 0
+
+
+def test_who_is_late_and_counts_keeps_to_the_interval_of_the_others() -> None:
+    options = ScheduleConfig(type="adaptive", drift=0.1)
+    giver, late = (make_schedule(options, 8, None) for _ in range(2))
+    giver.begin(32)
+    late.load_state_dict(at_another_step(giver.state_dict(), theirs=40, mine=36))
+    for schedule, step in ((giver, 40), (late, 36)):
+        schedule.begin(step)
+        schedule.observe(Observed(0.05, 1.0, 0.0))
+    assert giver.next_after(40) - 40 == late.next_after(36) - 36 == 16
+
+
+def test_the_own_model_is_looked_at_when_nobody_works_on_it() -> None:
+    center = torch.zeros(3)  # half way through a meeting in the background
+    world = SimpleNamespace(settle=lambda: center.fill_(1))
+    shards = SimpleNamespace(tensors=[torch.zeros(3)], zero_padding=lambda: None, buffers=lambda: [])
+    updater = SimpleNamespace(rule=SimpleNamespace(model_in="center"), state=[{"center": center}])
+    (found,), _ = _OwnModel(SimpleNamespace(world=world), updater, shards).collect("consensus")
+    assert found.tolist() == [1, 1, 1]

@@ -119,6 +119,31 @@ def test_a_particle_is_killed(pool: Pool, url: str, lost: int, where: str) -> No
     assert_went_on(outcomes, lost, 1, case)
 
 
+@pytest.mark.slow
+def test_what_a_broken_meeting_has_measured_is_forgotten(pool: Pool, url: str) -> None:
+    """A sync point that was broken off and made again is logged as one that was made at once."""
+    case = replace(CASE, swarm=CASE.swarm | SMALL_BUCKETS)
+    found = []
+    for where in ("steps", "exchange"):
+        outcomes = pool.outcomes(
+            lose_one, case, 2, where, "killed", (0,), world_size=3, env=places(url, 3, 1), timeout=LIMIT_S
+        )
+        found.append([record["drift"] for record in outcomes[0].get()[0]])
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_the_schedule_learns_nothing_from_a_meeting_that_came_to_nothing(pool: Pool, url: str) -> None:
+    case = replace(CASE, swarm=CASE.swarm | SMALL_BUCKETS | {"delay": 1})
+    outcomes = pool.outcomes(
+        lose_one, case, 2, "exchange", "killed", (0,), world_size=3, env=places(url, 3, 1), timeout=LIMIT_S
+    )
+    for outcome in outcomes[:2]:
+        abandoned = [record for record in outcome.get()[0] if record.get("abandoned")]
+        assert abandoned
+        assert all(np.isnan([record["step_s"], record["drift"]]).all() for record in abandoned)
+
+
 @pytest.mark.parametrize(
     ("stage", "where"),
     [
