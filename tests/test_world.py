@@ -168,7 +168,9 @@ def test_any_environment_gives_a_layout_or_a_config_error(particles, env):
 def lonely(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    return World.carve(1)
+    world = World.carve(1)
+    yield world
+    world.close()  # it has changed the environment
 
 
 def test_a_world_of_one_rank_needs_no_store_and_talks_to_itself(lonely):
