@@ -1,6 +1,6 @@
 """What the particles of the soak train: a small classifier, slowly, with a record of every sync point.
 
-Started by ``ds-pso launch``. A file ``fault_<particle>`` in the folder asks it to go mad.
+Started by ``ds-pso launch``. A file ``fault_<particle>`` in the folder asks it to do something to itself.
 """
 
 from __future__ import annotations
@@ -9,22 +9,33 @@ import argparse
 import json
 import math
 import os
+import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ds_pso
+from ds_pso.disk import writer
 from ds_pso.errors import CheckpointError
 from ds_pso.shards import find_shards
 
-FEATURES, CLASSES, TRAIN, HELD_OUT, BATCH = 32, 10, 8192, 4096, 16
-MADNESS = ("NaN loss", "NaN weights", "flipped bit", "exploding learning rate")
+FEATURES, CLASSES, TRAIN, HELD_OUT, BATCH = 32, 10, 65536, 8192, 16
+# What a particle does to itself, as nobody else could do it at the right moment.
+AT_ITSELF = (
+    "killed in an exchange",
+    "killed while saving",
+    "NaN loss",
+    "NaN weights",
+    "flipped bit",
+    "exploding learning rate",
+)
 
 
 def main() -> None:
@@ -52,7 +63,7 @@ def train(swarm: Any, arguments: argparse.Namespace) -> None:
     model = nn.Sequential(nn.Linear(FEATURES, 128), nn.GELU(), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, CLASSES))
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=swarm.ds_config)
     swarm.attach(engine)
-    train_data, held_out = data(arguments.seed)
+    train_data, held_out = data()
     sampler = swarm.sampler(train_data, batch_size=BATCH, seed=arguments.seed)
     loader = DataLoader(train_data, batch_size=BATCH, sampler=sampler)
     checkpoints, own = arguments.folder / "checkpoints", swarm.run_dir
@@ -66,9 +77,14 @@ def train(swarm: Any, arguments: argparse.Namespace) -> None:
     seen = swarm.totals.count
     while engine.global_steps < arguments.steps:
         for x, y in loader:
-            loss = go_mad(
-                arguments.folder / f"fault_{swarm.particle}", engine, nn.functional.cross_entropy(engine(x), y)
-            )
+            loss = nn.functional.cross_entropy(engine(x), y)
+            what = asked(arguments.folder / f"fault_{swarm.particle}")
+            if what == "NaN loss":
+                loss = loss * math.nan
+            elif what and what.startswith("killed"):
+                be_killed(what, swarm)
+            elif what:
+                go_mad(what, engine)
             engine.backward(loss)
             engine.step()
             if swarm.totals.count != seen:
@@ -105,9 +121,9 @@ class Log:
             file.write(json.dumps(values) + "\n")
 
 
-def data(seed: int) -> tuple[TensorDataset, TensorDataset]:
+def data() -> tuple[TensorDataset, TensorDataset]:
     """Classes that a random network of two layers tells apart, a tenth of the training labels wrong."""
-    generator = torch.Generator().manual_seed(1000 + seed)
+    generator = torch.Generator().manual_seed(1000)
     first = torch.randn(FEATURES, 64, generator=generator) / math.sqrt(FEATURES)
     second = torch.randn(64, CLASSES, generator=generator)
     x = torch.randn(TRAIN + HELD_OUT, FEATURES, generator=generator)
@@ -117,15 +133,17 @@ def data(seed: int) -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(x[:TRAIN], y[:TRAIN]), TensorDataset(x[TRAIN:], y[TRAIN:])
 
 
-def go_mad(flag: Path, engine: Any, loss: Tensor) -> Tensor:
+def asked(flag: Path) -> str | None:
     """What the flag asks for, once."""
     try:
         what = flag.read_text()
         flag.unlink()
     except OSError:
-        return loss
-    if what == "NaN loss":
-        return loss * math.nan
+        return None
+    return what
+
+
+def go_mad(what: str, engine: Any) -> None:
     target = find_shards(engine).tensors[0]
     with torch.no_grad():
         if what == "NaN weights":
@@ -135,7 +153,26 @@ def go_mad(flag: Path, engine: Any, loss: Tensor) -> Tensor:
         if what == "exploding learning rate":  # for this step: then the schedule sets it again
             for group in engine.optimizer.param_groups:
                 group["lr"] = 10.0
-    return loss
+
+
+def be_killed(what: str, swarm: Any) -> None:
+    """When the next exchange, or the next save, is half done."""
+
+    def kill(*_: Any) -> str:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return ""
+
+    if what == "killed while saving":
+        writer.hash_file = kill
+    if what == "killed in an exchange":
+        weighted_mean = swarm.exchange.weighted_mean
+
+        def half(*arguments: Any) -> Iterator[Any]:
+            for piece in weighted_mean(*arguments):
+                yield piece
+                kill()
+
+        swarm.exchange.weighted_mean = half
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import random
 import signal
 import subprocess
@@ -14,7 +13,8 @@ from pathlib import Path
 import pytest
 from pool import free_port
 
-from benchmarks.soak import __main__ as soak
+from benchmarks.soak import run as soak
+from benchmarks.soak.faults import Injector
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -28,7 +28,7 @@ def wait_until(what: Callable[[], bool], within_s: float = 150.0) -> None:
 
 def starts(folder: Path, particle: int) -> list[int]:
     """Steps at which a process of this particle began."""
-    return [r["step"] for r in soak._records(folder) if r["event"] == "start" and r["particle"] == particle]
+    return [r["step"] for r in soak.records(folder) if r["event"] == "start" and r["particle"] == particle]
 
 
 def launch(folder: Path, config: Path, *more: str) -> subprocess.Popen[bytes]:
@@ -40,10 +40,10 @@ def launch(folder: Path, config: Path, *more: str) -> subprocess.Popen[bytes]:
 
 def test_ranks_die_everybody_dies_and_the_job_is_told_to_end(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    config = soak._config(folder, argparse.Namespace(steps=1200))
+    config = soak.write_config(folder, 1200)
     process = launch(folder, config, "--pace", "0.1")
     try:
-        inject, chance = soak.Injector(folder, process.pid, 2), random.Random(0)
+        inject, chance = Injector(folder, process.pid, 2), random.Random(0)
         wait_until(inject.everybody_trains)
         wait_until(lambda: inject.step() >= 24)
         killed = inject.do("rank killed", chance)
@@ -53,7 +53,7 @@ def test_ranks_die_everybody_dies_and_the_job_is_told_to_end(tmp_path: Path) -> 
 
         wait_until(lambda: inject.everybody_trains() and len(list(folder.glob("checkpoints/particle_*/latest"))) == 2)
         before = inject.step()
-        inject.do("all particles killed", chance)
+        inject.do("all killed", chance)
         wait_until(lambda: [len(starts(folder, p)) for p in (killed, 1 - killed)] == [3, 2])
         # Every 20 steps; that of the one that had just come back may be older.
         assert max(starts(folder, p)[-1] for p in range(2)) >= before - 40
@@ -71,7 +71,7 @@ def test_ranks_die_everybody_dies_and_the_job_is_told_to_end(tmp_path: Path) -> 
     finally:
         process.kill()
     assert starts(folder, 0)[-1] > before
-    ends = soak._ends(folder)
+    ends = soak.ends(folder)
     assert len(ends) == 2
     assert ends[0]["loss"] == ends[1]["loss"]
     assert inject.left_behind() == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.slow_link.network import INTERFACE, Link, slow_link, why_not
-from benchmarks.soak import __main__ as soak
+from benchmarks.soak import run as soak
 from faults.test_launch import wait_until
 
 pytestmark = [
@@ -35,13 +34,13 @@ def launch(folder: Path, config: Path, link: Link, end: int) -> subprocess.Popen
 
 
 def syncs(folder: Path, particle: int) -> list[dict[str, Any]]:
-    return [r for r in soak._records(folder) if r["event"] == "sync" and r["particle"] == particle]
+    return [r for r in soak.records(folder) if r["event"] == "sync" and r["particle"] == particle]
 
 
 def run(tmp_path: Path, disturb: Any) -> Path:
     """Both machines to the end, and what happens to the link after some sync points."""
     folder = tmp_path / "run"
-    config = soak._config(folder, argparse.Namespace(steps=STEPS))
+    config = soak.write_config(folder, STEPS)
     with slow_link(1e9) as link:
         processes = [launch(folder, config, link, end) for end in range(2)]
         try:
@@ -70,8 +69,8 @@ def test_a_link_is_cut_and_restored(tmp_path: Path) -> None:
     assert [0] in present
     assert present[-1] == [0, 1]
     assert [1] in [record["healed"] for record in syncs(folder, 0)]
-    assert len(soak._ends(folder)) == 2
-    assert len({end["loss"] for end in soak._ends(folder)}) == 1
+    assert len(soak.ends(folder)) == 2
+    assert len({end["loss"] for end in soak.ends(folder)}) == 1
 
 
 def test_a_fifth_of_the_packets_is_lost(tmp_path: Path) -> None:
@@ -85,4 +84,4 @@ def test_a_fifth_of_the_packets_is_lost(tmp_path: Path) -> None:
                 pytest.skip(f"this kernel cannot drop packets: {done.stderr.strip()}")
 
     folder = run(tmp_path, lose)
-    assert len({end["loss"] for end in soak._ends(folder)}) == 1
+    assert len({end["loss"] for end in soak.ends(folder)}) == 1
