@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.distributed as dist
 
+from ds_pso import stores
 from ds_pso.background import Task
 from ds_pso.errors import ConfigError, PeerError
 from ds_pso.gloo import FullDuplexGloo
@@ -114,14 +114,7 @@ class World(Roster):
 
     def _open_launcher_store(self, address: str, port: int, hosts_store: bool) -> dist.TCPStore:
         try:
-            return dist.TCPStore(
-                address,
-                port,
-                is_master=hosts_store,
-                timeout=timedelta(seconds=self.timeout_s),
-                wait_for_workers=False,
-                multi_tenant=True,
-            )
+            return (stores.host if hosts_store else stores.reach)(address, port, timeout_s=self.timeout_s)
         except (dist.DistError, RuntimeError) as error:
             what = (
                 f"rank 0 cannot listen on port {port}; another job may use it: choose another with --master_port"
@@ -165,7 +158,7 @@ class World(Roster):
         assert self.store is not None
         key = f"particle/{layout.particle}"
         if layout.shard_rank == 0:
-            address = _address_towards(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+            address = stores.address_towards(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
             if address.startswith(("127.", "::1")) and len(self.mates_on_this_node) < layout.particle_size:
                 address = os.environ["MASTER_ADDR"]  # this host's own name leads to loopback; others know better
             self.store.set(key, f"{address} {self._host_particle_store(address)}")
@@ -179,7 +172,7 @@ class World(Roster):
         It is handed to torch as an agent's store: so the system may pick the port, and no port is
         free for a moment and taken by another the next.
         """
-        self._particle_store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
+        self._particle_store = stores.host(address)
         return self._particle_store.port
 
     def _describe_particle(self, address: str, port: int) -> None:
@@ -271,13 +264,8 @@ class World(Roster):
         layout, patience = self.layout, min(_GOODBYE_S, self.timeout_s)
         self._task = None  # what it raised is known
         try:
-            store = dist.TCPStore(
-                os.environ["MASTER_ADDR"],
-                read_int(os.environ, "MASTER_PORT"),
-                is_master=False,
-                wait_for_workers=False,
-                timeout=timedelta(seconds=patience),
-            )
+            address, port = os.environ["MASTER_ADDR"], read_int(os.environ, "MASTER_PORT")
+            store = stores.reach(address, port, timeout_s=patience)
         except (dist.DistError, RuntimeError) as error:
             raise PeerError(f"{self.describe(layout.rank)}: the first rank of its particle was lost") from error
         self.ranks, self.store, self._turns, self._frozen = (
@@ -354,11 +342,3 @@ def _resolve_backend(name: str) -> str:
     if name == "nccl" and not torch.cuda.is_available():
         raise ConfigError('swarm.peer_backend = "nccl": no GPU is visible; use "auto" or "gloo"')
     return name
-
-
-def _address_towards(address: str, port: int) -> str:
-    """This machine's address on the way to ``address``: the one its mates can reach, too."""
-    family, kind, _, _, target = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:  # connecting a UDP socket sends nothing
-        probe.connect(target)
-        return str(probe.getsockname()[0])

@@ -35,7 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layout": {"errors"},
     "roster": {"errors", "layout"},
     "gloo": set(),
-    "world": {"background", "errors", "gloo", "layout", "letters", "roster"},
+    "stores": {"errors"},
+    "world": {"background", "errors", "gloo", "layout", "letters", "roster", "stores"},
     "room": {"errors", "letters"},
     "simulated_world": {"errors", "layout", "letters", "room", "roster", "world"},
     "keeping": set(),
@@ -61,7 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "synchronizer": {"exchange", "fitness", "late", "letters", "meetings", "pending", "rules", "shards"},
     "elastic": {
         *("consensus", "elasticity", "errors", "exchange", "fitness", "gloo", "layout", "letters", "pending", "rules"),
-        *("preemption", "sampler", "shards", "synchronizer", "updater", "world"),
+        *("preemption", "sampler", "shards", "stores", "synchronizer", "updater", "world"),
     },
     "preemption": {"errors", "roster"},
     "disk": {"background", "errors", "files", "roster", "shards"},

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
+from ds_pso import stores
 from ds_pso.elastic.meeting import Meeting
 from ds_pso.elastic.place import Place
-from ds_pso.errors import ConfigError, PeerError
+from ds_pso.errors import PeerError
 from ds_pso.gloo import FullDuplexGloo
 
 CONNECT_S = 20.0  # who has just said that it is there must connect within it
@@ -107,7 +107,7 @@ class Connections:
     def _store_of(self, address: str) -> dist.TCPStore:
         if address not in self._hosts:
             host, port = address.rsplit(":", 1)
-            store = dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=self._longest)
+            store = stores.reach(host, int(port), timeout_s=self._longest.total_seconds())
             self._hosts = {address: store}  # that of the meeting before is not needed any more
         return self._hosts[address]
 
@@ -117,20 +117,6 @@ class Connections:
         for key in self._own.list_keys():
             if not key.startswith(f"{name}/"):
                 self._own.delete_key(key)
-
-
-def bound_store(host: str) -> dist.TCPStore:
-    """A store that listens on this address alone; torch's own choice would be every network."""
-    try:
-        family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server((host, 0), family=family)
-    except OSError as error:
-        raise ConfigError(
-            f"--host {host}: this machine cannot listen there ({error.strerror or error}); give ds-pso launch one of "
-            "its own addresses"
-        ) from error
-    port = listener.getsockname()[1]
-    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 @contextlib.contextmanager

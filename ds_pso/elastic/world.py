@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from ds_pso.elastic.connections import CONNECT_S, Connections, bound_store
+from ds_pso import stores
+from ds_pso.elastic.connections import CONNECT_S, Connections
 from ds_pso.elastic.meeting import Meeting, Member
 from ds_pso.elastic.membership import Membership
 from ds_pso.elastic.place import Place, read_place
@@ -65,7 +66,7 @@ class ElasticWorld(World):
             world._join()
             if world.is_leader:
                 world._membership = Membership(place.lighthouse, place.layout.particle, options, timeout_s)
-                world._connections = Connections(place, timeout_s, bound_store(place.host))
+                world._connections = Connections(place, timeout_s, stores.host_at(place.host))
         except BaseException:
             world.abandon()
             raise

@@ -1,0 +1,75 @@
+"""On which networks a store listens."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+
+import psutil
+import pytest
+from torch.distributed import DistError, TCPStore
+
+from ds_pso import stores
+from ds_pso.errors import ConfigError
+
+EVERYWHERE = {"0.0.0.0", "::"}
+
+
+def listens_at(store: TCPStore) -> str:
+    """The address on which this process listens on the store's port."""
+    (found,) = {
+        connection.laddr.ip
+        for connection in psutil.Process().net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == store.port
+    }
+    return found
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "localhost"])
+@pytest.mark.parametrize("given", [True, False])
+def test_loopback_alone(address: str, given: bool) -> None:
+    port = 0
+    if given:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+    store = stores.host(address, port)
+    assert port in (0, store.port)
+    assert listens_at(store) in ("127.0.0.1", "::1")
+    store.set("key", "value")
+    assert stores.reach(address, store.port, timeout_s=5).get("key") == b"value"
+
+
+def test_an_address_of_this_machine_alone() -> None:
+    address = stores.address_towards("192.0.2.1", 9)
+    assert listens_at(stores.host(address)) == address
+
+
+def test_a_name_may_stand_for_another_address_elsewhere() -> None:
+    assert listens_at(stores.host(socket.gethostname())) in EVERYWHERE
+
+
+def test_a_second_one_on_a_port_of_this_process_is_the_first() -> None:
+    """What torch opens by itself must find what is there."""
+    first = stores.host("127.0.0.1")
+    first.set("key", "value")
+    for second in (
+        stores.host("127.0.0.1", first.port),
+        TCPStore("127.0.0.1", first.port, is_master=True, wait_for_workers=False, multi_tenant=True),
+    ):
+        assert second.get("key") == b"value"
+
+
+def test_a_port_of_another_process() -> None:
+    script = "import socket; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        with pytest.raises((DistError, RuntimeError), match="EADDRINUSE"):
+            stores.host("127.0.0.1", int(other.stdout.readline()))
+        other.communicate(b"\n")
+
+
+def test_listening_at_an_address_or_not_at_all() -> None:
+    assert listens_at(stores.host_at("127.0.0.1")) == "127.0.0.1"
+    with pytest.raises(ConfigError, match=r"--host 192\.0\.2\.1: this machine cannot listen there"):
+        stores.host_at("192.0.2.1")
