@@ -22,7 +22,7 @@ import torch.distributed as dist
 from ds_pso.errors import PeerError, SwarmError
 from ds_pso.layout import Layout
 
-_LINGER_S = 5.0  # how much later than the timeout another rank may still give up
+LINGER_S = 5.0  # how much later than the timeout another rank may still give up
 
 Answer = TypeVar("Answer")
 
@@ -165,7 +165,7 @@ class Roster:
         except (dist.DistError, RuntimeError, TimeoutError) as error:
             text = f"{self._who_is_missing(keys, ranks, label)} ({type(error).__name__})"
             if self.is_leader:
-                time.sleep(min(_LINGER_S, self.timeout_s))  # those who give up a little later ask this rank's store
+                time.sleep(min(LINGER_S, self.timeout_s))  # those who give up a little later ask this rank's store
             raise PeerError(text) from error
 
     def _ask(self, question: Callable[[], Answer]) -> Answer:
@@ -186,7 +186,7 @@ class Roster:
             raise TimeoutError
         threading.Thread(target=ask, daemon=True).start()
         try:
-            answer, error = answers.get(timeout=self.timeout_s + _LINGER_S)
+            answer, error = answers.get(timeout=self.timeout_s + LINGER_S)
         except queue.Empty:
             self._frozen = True
             raise TimeoutError from None

@@ -26,7 +26,7 @@ from ds_pso.errors import ConfigError, PeerError
 from ds_pso.gloo import FullDuplexGloo
 from ds_pso.layout import Layout, read_int, read_layout
 from ds_pso.letters import GlooMailbox, Mailbox
-from ds_pso.roster import Roster
+from ds_pso.roster import LINGER_S, Roster
 
 _CARVED = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
 _GOODBYE_S = 30.0  # how long the host of a store waits for its clients to leave
@@ -261,7 +261,8 @@ class World(Roster):
         Raises:
             PeerError: not all of them are here.
         """
-        layout, patience = self.layout, min(_GOODBYE_S, self.timeout_s)
+        layout = self.layout
+        patience = min(_GOODBYE_S, self.timeout_s) + LINGER_S  # the leader may raise so much later than its mates
         self._task = None  # what it raised is known
         try:
             address, port = os.environ["MASTER_ADDR"], read_int(os.environ, "MASTER_PORT")
