@@ -14,6 +14,7 @@ import pytest
 import torch
 from pool import Pool
 from safetensors.torch import load_file
+from variants import slow_but
 
 from ds_pso.metrics import read_metrics
 
@@ -250,7 +251,7 @@ def train_with_sgd(folder: Path, mode: str, stream: bool) -> tuple[dict[str, np.
         return weights(trainer.model), data.epochs
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stream", slow_but([True], [False, True]))
 def test_averaging_after_every_step_of_sgd_is_plain_data_parallel_training(
     pool: Pool, tmp_path: Path, stream: bool
 ) -> None:
@@ -396,7 +397,7 @@ def train_and_take_the_best(
     ("config", "every", "evaluate_consensus"),
     [
         pytest.param(APART, "steps", True, id="consensus"),
-        pytest.param(APART, "steps", False, id="own"),
+        pytest.param(APART, "steps", False, id="own", marks=pytest.mark.slow),
         # When it is stopped a sync point is pending, and the rule keeps the model in its state.
         pytest.param(changed(APART, sync_mode="easgd", sync_interval=2), "epoch", True, id="easgd"),
     ],

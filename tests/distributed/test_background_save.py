@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from pool import Pool
+from variants import slow_but
 
 from ds_pso import CheckpointError
 from ds_pso.checkpoint import saving
@@ -59,7 +60,7 @@ def save_late(case: Case, folder: Path) -> Any:
     return result
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(("zero3", "another one pending"), CASES))
 def test_training_meanwhile_does_not_show(pool: Pool, tmp_path: Path, name: str) -> None:
     case = CASES[name]
     truth = pool.run(job, case, STEPS, None, None)  # undisturbed

@@ -36,7 +36,7 @@ RULES["swarm"] = replace(BASE, sync_mode="swarm", options=SWARM | {"guard": Fals
         pytest.param(1, 2, 2, marks=pytest.mark.slow),
         pytest.param(2, 2, 3, marks=pytest.mark.slow),
         (3, 2, 1),
-        (2, 4, 2),
+        pytest.param(2, 4, 2, marks=pytest.mark.slow),
         pytest.param(3, 4, 3, marks=pytest.mark.slow),
     ],
 )

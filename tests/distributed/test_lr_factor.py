@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from pool import Pool
+from variants import slow_but
 
 from .jobs import Case, assert_equal, build_engine, config, optimizer_state, swarm_of, train, working_weights
 from .oracle import follow
@@ -74,7 +75,7 @@ def assert_same(ranks: list[Any], truth: list[Any]) -> None:
         assert_equal(mine[1], expected[1])
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", slow_but(("zero1-groups", "zero3-sub-groups"), STAGES))
 def test_without_a_schedule(pool: Pool, name: str) -> None:
     case = replace(BASE, **STAGES[name])
     ranks = pool.run(swarm, case, FACTORS)

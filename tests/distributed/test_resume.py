@@ -13,6 +13,7 @@ import torch
 from pool import Pool
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from variants import slow_but
 
 from ds_pso.swarm import Swarm
 
@@ -156,14 +157,14 @@ def assert_resumes(pool: Pool, case: Case, folder: Path, stop: int) -> list[Any]
     ],
     ids=lambda number: f"{number}",
 )
-@pytest.mark.parametrize("sync_mode", RULES)
+@pytest.mark.parametrize("sync_mode", slow_but(("pso",), RULES))
 def test_resume_is_bit_exact(pool: Pool, tmp_path: Path, sync_mode: str, stage: int, stop: int) -> None:
     case = replace(BASE, stage=stage, sync_mode=sync_mode, options=RULES[sync_mode])
     assert_resumes(pool, case, tmp_path, stop)
 
 
 @pytest.mark.parametrize(("stage", "stop"), [pytest.param(0, 5, marks=pytest.mark.slow), (3, 3)])
-@pytest.mark.parametrize("rule", LATER_RULES)
+@pytest.mark.parametrize("rule", slow_but(("easgd", "swarm-windows", "streaming", "adaptive-delay"), LATER_RULES))
 def test_resume_of_the_later_rules(pool: Pool, tmp_path: Path, rule: str, stage: int, stop: int) -> None:
     case = replace(LATER_RULES[rule], stage=stage, dropout=BASE.dropout, batch_norm=True)
     truth = assert_resumes(pool, case, tmp_path, stop)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from pool import Pool
 from torch import Tensor
+from variants import slow_but
 
 from .jobs import (
     Case,
@@ -50,7 +51,7 @@ def decisions(cases: list[Case], lies: list[tuple[float, ...]]) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize(("stage", "particles"), [(0, 2), (1, 4), (2, 2), (3, 2)])
+@pytest.mark.parametrize(("stage", "particles"), slow_but([(1, 4), (3, 2)], [(0, 2), (1, 4), (2, 2), (3, 2)]))
 def test_the_better_one_wins(pool: Pool, stage: int, particles: int) -> None:
     # Nearly the best particle alone, which the mean of all can beat.
     sharp = replace(SWARM_CASE, lr=0.1, options=SWARM | {"temperature": 0.001})
@@ -128,7 +129,7 @@ def lose_the_weights(case: Case, mad: int) -> Any:
 
 
 @pytest.mark.parametrize("mad", [0, 1])
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", slow_but([3], [0, 3]))
 @pytest.mark.parametrize("sync_mode", ["swarm", "line_search"])
 def test_a_particle_of_nan_starts_again_from_the_consensus(pool: Pool, sync_mode: str, stage: int, mad: int) -> None:
     guarded = replace(SWARM_CASE, options=SWARM | {"fitness_steps": 1})

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pool import Pool
+from variants import slow_but
 
 import ds_pso
 from ds_pso.swarm import Swarm
@@ -41,7 +42,7 @@ def compare(pool: Pool, cases: dict[str, Case], particles: int, exactly: bool) -
                 raise AssertionError(f"{name}, particle {particle}: {error}") from error
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", slow_but([1], [0, 1]))
 def test_two_particles_to_the_last_bit(pool: Pool, stage: int) -> None:
     """A sum of two numbers does not depend on their order."""
     compare(pool, {name: replace(case, stage=stage) for name, case in RULES.items()}, 2, exactly=True)

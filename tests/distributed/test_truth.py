@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pool import Outcome, Pool
+from variants import slow_but
 
 from .jobs import (
     Case,
@@ -211,7 +212,7 @@ def masters_around_each_sync(cases: list[Case]) -> list[tuple[Any, list[Any]]]:
     return found
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2, 3])
+@pytest.mark.parametrize("stage", slow_but([2], [0, 1, 2, 3]))
 def test_in_half_precision_the_masters_follow_the_equations(pool: Pool, stage: int) -> None:
     """An oracle in fp32 cannot foresee training in bf16, but what a sync point does to the masters."""
     rules = ["diloco", "easgd", "nosync", "pso-per-tensor", "swarm", "line_search"]

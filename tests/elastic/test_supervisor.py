@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 from pool import free_port
+from variants import slow_but
 
 from ds_pso.elastic import supervisor
 from ds_pso.elastic.supervisor import Lighthouse, Supervisor
@@ -70,7 +71,7 @@ def test_nobody_is_started_again_when_others_have_finished(tmp_path: Path, capfd
     assert "others have finished, so it is not started again" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("steady", [False, True])
+@pytest.mark.parametrize("steady", slow_but([False], [False, True]))
 def test_who_dies_too_often_is_given_up(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, steady: bool
 ) -> None:

@@ -106,8 +106,10 @@ SMALL_BUCKETS = {"bucket_mb": 0.0001}  # so that an exchange can be lost half wa
     ("lost", "where"),
     [
         (0, "exchange"),
-        (2, "steps"),
-        *(pytest.param(*p, marks=SLOW) for p in [(0, "steps"), (0, "vote"), (2, "exchange"), (2, "vote")]),
+        *(
+            pytest.param(*p, marks=SLOW)
+            for p in [(2, "steps"), (0, "steps"), (0, "vote"), (2, "exchange"), (2, "vote")]
+        ),
     ],
 )
 def test_a_particle_is_killed(pool: Pool, url: str, lost: int, where: str) -> None:

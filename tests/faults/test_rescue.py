@@ -12,13 +12,14 @@ import pytest
 from distributed.jobs import Case, assert_equal, swarm_of, train, working_weights
 from elastic.swarms import elastic, lighthouse, places
 from pool import Pool
+from variants import slow_but
 
 from ds_pso.errors import PeerError
 
 CASE = Case(steps=4, interval=2, swarm={"timeout_s": 4}, seed=1)
 
 
-SAVED = [(2, (3,)), (3, (0, 1)), *(pytest.param(2, lost, marks=pytest.mark.slow) for lost in [(2, 3), (0,)])]
+SAVED = slow_but([(3, (0, 1))], [(2, (3,)), (3, (0, 1)), (2, (2, 3)), (2, (0,))])
 
 
 def lose_and_rescue(case: Case, lost: tuple[int, ...], folder: Path, in_the_exchange: bool) -> Any:

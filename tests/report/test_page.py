@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from made_runs import losses, small, start, sync, write
 from matplotlib import image as mpl_image
+from variants import slow_but
 
 from ds_pso import cli
 from ds_pso.report import write_loss_picture, write_report
@@ -179,7 +180,7 @@ CASES = {
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(("has just begun", "nothing finite", "delayed", "diverged"), CASES))
 def test_any_run_gives_a_page(tmp_path, name):
     folder = write(tmp_path / "run", CASES[name], rest='{"event": "sync", "step": 1')
     page = write_report([folder], images=False).read_text(encoding="utf-8")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from variants import slow_but
 
 from ds_pso.metrics import read_metrics
 
@@ -136,7 +137,7 @@ def test_every_example_config_trains(pool, tiny, tmp_path, name):
     assert all(out == "" for _, out, _ in results[1:]), "only the leader prints"
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", slow_but([3], [1, 2, 3]))
 def test_with_nothing_but_defaults_any_number_of_ranks_trains(pool, tiny, tmp_path, world_size):
     results = pool.run(run_main, tiny(), world_size=world_size, timeout=120)
     assert [code for code, _, _ in results] == [0] * world_size, results
