@@ -14,25 +14,28 @@ import torch.distributed as dist
 
 from ds_pso.errors import ConfigError
 
+_hosted: set[int] = set()  # ports on which this process has stores
+
 
 def host(address: str, port: int = 0, *, timeout_s: float = 300.0) -> dist.TCPStore:
     """A store on this machine, which others reach at ``address``; port 0: the system picks one.
 
     It listens on that network alone. On all of them where ``address`` is a name, as others may know another of the
-    machine's addresses by it; or is not the machine's own (behind NAT); or where this process has one on that port.
+    machine's addresses by it; or is not the machine's own (behind NAT). A port of this process's own is shared.
 
     Raises:
         RuntimeError: another process listens there.
     """
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"multi_tenant": port != 0}
     with contextlib.suppress(OSError):
-        listener = _listen(address, port, flags=0 if address == "localhost" else socket.AI_NUMERICHOST)
-        port = listener.getsockname()[1]
-        options["master_listen_fd"] = listener.detach()
+        if port not in _hosted:  # torch knows its stores by their ports alone
+            listener = _listen(address, port, flags=socket.AI_NUMERICHOST)
+            port = listener.getsockname()[1]
+            options["master_listen_fd"] = listener.detach()
     timeout = timedelta(seconds=timeout_s)
-    return dist.TCPStore(
-        address, port, is_master=True, timeout=timeout, wait_for_workers=False, multi_tenant=True, **options
-    )
+    store = dist.TCPStore(address, port, is_master=True, timeout=timeout, wait_for_workers=False, **options)
+    _hosted.add(store.port)
+    return store
 
 
 def reach(address: str, port: int, *, timeout_s: float) -> dist.TCPStore:

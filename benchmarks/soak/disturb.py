@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable
@@ -10,8 +11,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.soak.faults import Injector
+from benchmarks.soak.faults import NOBODY, Injector
 from benchmarks.soak.run import INTERVAL, Run, ends, records
+from benchmarks.soak.worker import AT_ITSELF
 
 _BACK_WITHIN_S = 240.0
 _LAST = 0.95  # of the steps: what happens later cannot be mended any more, as nobody meets then
@@ -32,8 +34,8 @@ class Outcome:
     """What came of it.
 
     Attributes:
-        missed: sync points that the others had without it.
-        back_s: until a sync point with all particles, alive; NaN: not before the next fault or the end.
+        missed: sync points that the others had without it; if several were lost, that some had without the others.
+        back_s: until a sync point with all particles, alive; NaN: it did not come within four minutes.
         again: steps that a particle went back in the training, the most of all.
     """
 
@@ -78,34 +80,48 @@ def undisturbed(folder: Path, run: Run) -> dict[str, float]:
     return {key: end[key] for key in ("loss", "accuracy")}
 
 
-def disturb(folder: Path, run: Run, choose: Callable[[], str], every: float, seed: int, times: int) -> Report:
-    """A run with at most ``times`` faults, one every ``every`` seconds; ``choose`` says which."""
+def disturb(
+    folder: Path, run: Run, choose: Callable[[], str], every: float, seed: int, times: int, *, apart: bool
+) -> Report:
+    """A run with at most ``times`` faults; ``choose`` says which.
+
+    Args:
+        every: seconds between them.
+        apart: whether the next has to wait until the one before is mended, and begins ``every`` seconds after that.
+    """
     begin, chance = time.time(), random.Random(seed)
     process = run.launch(folder)
     inject = Injector(folder, process.pid, run.particles)
-    faults: list[tuple[Fault, float]] = []
+    asked: list[tuple[float, str, int]] = []
     try:
         while not inject.everybody_trains() and process.poll() is None:
             time.sleep(1)
         while process.poll() is None:
+            while apart and asked and process.poll() is None and not _is_mended(*asked[-1], folder, run.particles):
+                time.sleep(1)
             time.sleep(every)
-            if process.poll() is not None or inject.step() > _LAST * run.steps or len(faults) == times:
+            if process.poll() is not None or inject.step() > _LAST * run.steps or len(asked) == times:
                 continue
             what = choose()
             now, particle = time.time(), inject.do(what, chance)
             if particle is not None:
-                faults.append((Fault(len(faults), round(now - begin, 1), what, particle), now))
+                asked.append((now, what, particle))
                 print(f"{now - begin:7.1f} s, step {inject.step()}: {what}, particle {particle}", flush=True)
     finally:
         if process.poll() is None:
             process.terminate()
             process.wait(90)
     took, found = time.time() - begin, list(records(folder))
+    done = [(_done_at(*fault, found), *fault[1:]) for fault in asked]
+    faults = [(at, what, particle) for at, what, particle in done if at is not None]
     return Report(
         code=process.returncode,
         log=(folder / "launch.log").read_text()[-3000:],
         seconds=took,
-        faults=[(fault, _outcome(fault, at, found, run.particles)) for fault, at in faults],
+        faults=[
+            (Fault(number, round(at - begin, 1), what, particle), _outcome(at, particle, found, run.particles))
+            for number, (at, what, particle) in enumerate(faults)
+        ],
         starts=sum(record["event"] == "start" for record in found),
         ends=ends(folder),
         processes=inject.left_behind(),
@@ -115,24 +131,46 @@ def disturb(folder: Path, run: Run, choose: Callable[[], str], every: float, see
     )
 
 
-def _outcome(fault: Fault, at: float, found: list[dict[str, Any]], particles: int) -> Outcome:
-    syncs = sorted((r for r in found if r["event"] == "sync"), key=lambda r: r["time"])
+def _done_at(asked: float, what: str, particle: int, found: list[dict[str, Any]]) -> float | None:
+    """What a particle is asked to do to itself, it does a little later; or never, if something else kills it before."""
+    if what not in AT_ITSELF:
+        return asked
+    done = (r for r in found if r["event"] == "fault" and (r["what"], r["particle"]) == (what, particle))
+    return next((r["time"] for r in done if r["time"] >= asked), None)
+
+
+def _back(at: float, syncs: list[dict[str, Any]], particles: int) -> float | None:
+    """When all met again, alive, after a fault."""
+    after = (s for s in syncs if s["time"] > at + 0.5)
+    return next(
+        (s["time"] for s in after if len(s["present"]) == particles and all(s["alive"]) and not s["healed"]), None
+    )
+
+
+def _is_mended(asked: float, what: str, particle: int, folder: Path, particles: int) -> bool:
+    found = list(records(folder))
+    at = _done_at(asked, what, particle, found)
+    return at is not None and _back(at, _syncs(found), particles) is not None
+
+
+def _syncs(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted((r for r in found if r["event"] == "sync"), key=lambda r: r["time"])
+
+
+def _outcome(at: float, particle: int, found: list[dict[str, Any]], particles: int) -> Outcome:
+    syncs = _syncs(found)
     after = [sync for sync in syncs if sync["time"] > at + 0.5]
-    back = next((s for s in after if len(s["present"]) == particles and all(s["alive"]) and not s["healed"]), None)
-    until = back["time"] if back else float("inf")
-    missed = {s["step"] for s in after if s["time"] < until and fault.particle not in s["present"]}
+    until = _back(at, syncs, particles) or math.inf
+    needed = {particle} if particle != NOBODY else set(range(particles))
+    missed = {s["step"] for s in after if s["time"] < until and not needed <= set(s["present"])}
     again = [0]
-    for particle in range(particles):
-        before = [s["step"] for s in syncs if s["particle"] == particle and s["time"] <= at + 0.5]
-        later = [s["step"] for s in after if s["particle"] == particle]
+    for each in range(particles):
+        before = [s["step"] for s in syncs if s["particle"] == each and s["time"] <= at + 0.5]
+        later = [s["step"] for s in after if s["particle"] == each]
         if before and later:
             again.append(before[-1] + INTERVAL - later[0])
-    late = back is None or until - at > _BACK_WITHIN_S
-    return Outcome(
-        missed=len(missed) if fault.particle >= 0 else 0,
-        back_s=float("nan") if late else round(until - at, 1),
-        again=max(again),
-    )
+    back_s = round(until - at, 1)
+    return Outcome(len(missed), back_s if back_s < _BACK_WITHIN_S else math.nan, max(again))
 
 
 def _memory(found: list[dict[str, Any]], begin: float, took: float) -> tuple[float, float]:

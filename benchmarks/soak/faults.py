@@ -58,7 +58,7 @@ class Injector:
         if what == "lighthouse killed":
             return self._kill_lighthouse()
         workers = self._workers()
-        if what.startswith("all killed"):
+        if what.startswith("all killed") and workers:
             for worker in workers.values():
                 worker.kill()
             if what.endswith("damaged"):

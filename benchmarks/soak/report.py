@@ -38,7 +38,7 @@ def random_faults(arguments: argparse.Namespace, report: Report, calm: Calm) -> 
         f"| memory of a particle, first and last third | {_megabytes(report.memory)} |",
         f"| memory of the launcher, first and last | {_megabytes(report.supervisor)} |",
         "",
-        "| fault | times | sync points without it, median | steps trained again, most "
+        "| fault | times | sync points without it or them, median | steps trained again, most "
         "| seconds until all met again, alive: median (worst) |",
         "| --- | --- | --- | --- | --- |",
     ]
@@ -46,36 +46,40 @@ def random_faults(arguments: argparse.Namespace, report: Report, calm: Calm) -> 
         found = [outcome for fault, outcome in faults if fault.what == what]
         if found:
             lines.append(f"| {what} | {len(found)} | {_outcomes(found)} |")
-    return [*lines, "", "The next fault often comes before the last one is mended, so these times overlap.", ""]
+    lines += [
+        "",
+        "The next fault often comes before the last one is mended, so these times overlap; and the launcher waits",
+    ]
+    return [*lines, "longer with each restart of a particle, up to a minute.", ""]
 
 
 def each_fault(arguments: argparse.Namespace, reports: dict[str, Report], calm: Calm) -> list[str]:
-    losses = [run["loss"] for run in calm]
-    middle = median(losses)
+    same, losses = calm[0]["loss"], [run["loss"] for run in calm]  # the particles of all runs begin as those of calm[0]
     lines = [
         "# One kind of fault at a time",
         "",
         *_made_with("each ", arguments),
         "",
-        f"{_swarm(arguments)}. Undisturbed, {len(calm)} seeds: held-out loss {_list(calm, 'loss')}; "
-        f"{min(losses) - middle:+.4f} to {max(losses) - middle:+.4f} around their median.",
+        f"{_swarm(arguments)}. Undisturbed, {len(calm)} seeds: held-out loss {_list(calm, 'loss')}; so chance alone is "
+        f"worth {max(losses) - min(losses):.4f}. The others have the first of these seeds.",
         "",
-        "| fault | times | sync points without it, median | steps trained again, most "
-        "| seconds until all met again, alive: median (worst) | at the end | held-out loss | to undisturbed |",
+        "| fault | times | sync points without it or them, median | steps trained again, most "
+        "| seconds until all met again, alive: median (worst) | at the end | held-out loss | to its undisturbed |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for what, report in reports.items():
         loss = median(end["loss"] for end in report.ends)
         lines.append(
             f"| {what} | {len(report.faults)} | {_outcomes([outcome for _, outcome in report.faults])} "
-            f"| {len(report.ends)} of {arguments.particles} | {loss:.4f} | {loss - middle:+.4f} |"
+            f"| {len(report.ends)} of {arguments.particles} | {loss:.4f} | {loss - same:+.4f} |"
         )
     left = sum(len(report.processes) + len(report.files) for report in reports.values())
     return [*lines, "", f"Processes and unfinished checkpoints left behind, in all runs: {left}.", ""]
 
 
 def _made_with(mode: str, arguments: argparse.Namespace) -> list[str]:
-    options = ("steps", "pace", "every", "particles", "undisturbed", "seed")
+    options = ["steps", "pace", "every", "particles", "undisturbed", "seed"]
+    options += ["times"] if mode else []
     said = " ".join(f"--{name} {getattr(arguments, name):g}" for name in options)
     if arguments.kinds != list(FAULTS):
         said += " --kinds " + " ".join(f"'{kind}'" for kind in arguments.kinds)
@@ -91,8 +95,10 @@ def _swarm(arguments: argparse.Namespace) -> str:
 
 def _outcomes(found: list[Outcome]) -> str:
     back = [o.back_s for o in found if o.back_s == o.back_s]
-    times = f"{median(back):.0f} ({max(back):.0f})" if back else "not before the end"
-    return f"{median(o.missed for o in found):g} | {max(o.again for o in found)} | {times}"
+    times = f"{median(back):.0f} ({max(back):.0f})" if back else ""
+    lost = f"{len(found) - len(back)} not" * (len(back) < len(found))
+    missed = f"{median(o.missed for o in found):g} | {max(o.again for o in found)}" if found else " | "
+    return f"{missed} | {', '.join(filter(None, (times, lost)))}"
 
 
 def _list(runs: Iterable[dict[str, float]], key: str) -> str:

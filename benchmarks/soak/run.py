@@ -62,6 +62,7 @@ def write_config(folder: Path, steps: int) -> Path:
             "sync_interval": INTERVAL,
             "transport": "elastic",
             "timeout_s": TIMEOUT_S,
+            "bucket_mb": 0.01,  # several in an exchange
             "elastic": {"heartbeat_s": HEARTBEAT_S},
         },
     }

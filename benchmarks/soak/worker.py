@@ -82,9 +82,11 @@ def train(swarm: Any, arguments: argparse.Namespace) -> None:
             if what == "NaN loss":
                 loss = loss * math.nan
             elif what and what.startswith("killed"):
-                be_killed(what, swarm)
+                be_killed(what, swarm, log)
             elif what:
                 go_mad(what, engine)
+            if what and not what.startswith("killed"):
+                log.write(event="fault", step=engine.global_steps, what=what)
             engine.backward(loss)
             engine.step()
             if swarm.totals.count != seen:
@@ -155,10 +157,11 @@ def go_mad(what: str, engine: Any) -> None:
                 group["lr"] = 10.0
 
 
-def be_killed(what: str, swarm: Any) -> None:
+def be_killed(what: str, swarm: Any, log: Log) -> None:
     """When the next exchange, or the next save, is half done."""
 
     def kill(*_: Any) -> str:
+        log.write(event="fault", step=swarm.engine.global_steps, what=what)
         os.kill(os.getpid(), signal.SIGKILL)
         return ""
 

@@ -92,15 +92,9 @@ def lose_one(case: Case, lost: int, how: int, folder: Path) -> Any:
 @pytest.mark.parametrize(
     ("particles", "size", "lost", "how"),
     [
-        *slow_but(
-            [(2, 2, 0, signal.SIGKILL)],
-            [
-                (3, 1, 1, signal.SIGKILL),
-                (3, 1, 0, signal.SIGSTOP),
-                (2, 2, 0, signal.SIGKILL),
-                (2, 2, 1, signal.SIGSTOP),
-            ],
-        ),
+        (3, 1, 0, signal.SIGSTOP),
+        (2, 2, 0, signal.SIGKILL),
+        *(pytest.param(*p, marks=pytest.mark.slow) for p in [(3, 1, 1, signal.SIGKILL), (2, 2, 1, signal.SIGSTOP)]),
     ],
     ids=str,
 )
