@@ -46,8 +46,8 @@ def random_faults(arguments: argparse.Namespace, report: Report, calm: Calm) -> 
         found = [outcome for fault, outcome in faults if fault.what == what]
         if found:
             lines.append(f"| {what} | {len(found)} | {_outcomes(found)} |")
-    note = "The next fault often comes before the last one is mended, so these times overlap; and the launcher waits "
-    note += "longer with each restart of a particle, up to a minute."
+    note = "The next fault often comes before the last one is mended, so a row includes what the next faults did; "
+    note += "and the launcher waits longer with each restart of a particle, up to a minute."
     return [*lines, "", note, ""]
 
 
