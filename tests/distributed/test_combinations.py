@@ -138,7 +138,7 @@ def bytes_of(numels: list[int], rule: str, particles: int, wire: str, bucket_mb:
     stage=st.sampled_from([0, 1, 2]),
     swarm=keys,
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_combination(
     pool: Pool, rule: str, particles: int, interval: int, stage: int, swarm: dict[str, Any]
 ) -> None:

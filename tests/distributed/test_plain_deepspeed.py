@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pool import Pool
+from variants import slow_but
 
 from .jobs import Case, assert_equal, build_engine, config, optimizer_state, place, swarm_of, train, working_weights
 
@@ -40,7 +41,7 @@ def assert_same(pool: Pool, case: Case, world_size: int) -> None:
         assert_equal(moments, truth[2])
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", slow_but(CASES[1:5] + CASES[7:], CASES), ids=str)
 def test_allreduce_is_one_world(pool: Pool, case: Case) -> None:
     assert_same(pool, replace(case, sync_mode="allreduce", particles=2), world_size=4)
 

@@ -207,7 +207,7 @@ def come_late(case: Case, late: int, folder: Path) -> Any:
     "case",
     [
         pytest.param(CASE, marks=SLOW),
-        replace(CASE, sync_mode="diloco", stage=3, particles=2),
+        pytest.param(replace(CASE, sync_mode="diloco", stage=3, particles=2), marks=SLOW),
         pytest.param(replace(CASE, sync_mode="pso", options={"inertia": 0.5, "cognitive": 0.5}), marks=SLOW),
         pytest.param(
             replace(CASE, sync_mode="diloco", batch_norm=True, swarm=CASE.swarm | {"wire": "int8"}), marks=SLOW

@@ -93,8 +93,8 @@ def lose_one(case: Case, lost: int, how: int, folder: Path) -> Any:
     ("particles", "size", "lost", "how"),
     [
         (3, 1, 0, signal.SIGSTOP),
-        (2, 2, 0, signal.SIGKILL),
         *(pytest.param(*p, marks=pytest.mark.slow) for p in [(3, 1, 1, signal.SIGKILL), (2, 2, 1, signal.SIGSTOP)]),
+        pytest.param(2, 2, 0, signal.SIGKILL, marks=pytest.mark.slow),
     ],
     ids=str,
 )
