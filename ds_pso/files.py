@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -54,10 +55,18 @@ def replace_folder(temporary: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def move_files(source: Path, target: Path) -> None:
-    """Move complete files into ``target``, over those of the same names, and remove ``source``."""
-    for path in [path for path in source.rglob("*") if path.is_file()]:
+def move_files(source: Path, target: Path, rank: Callable[[Path], int]) -> None:
+    """Move files into ``target``, over those of the same names, and remove ``source``.
+
+    All are on disk before the first one moves. They move one at a time, those of the lowest rank first; that order also
+    holds after a power cut.
+    """
+    paths = sorted((path for path in source.rglob("*") if path.is_file()), key=rank)
+    for path in paths:
+        to_disk(path)
+    for path in paths:
         place = target / path.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, place)
+        to_disk(place.parent)
     shutil.rmtree(source)
