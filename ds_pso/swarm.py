@@ -251,19 +251,20 @@ class Swarm(AttachedSwarm):
         """Write one model in Hugging Face format; call it on all ranks, after ``engine.step``.
 
         Args:
-            folder: files of the same names are replaced, others stay.
+            folder: files of the same names are replaced, others stay. In an elastic swarm each particle writes its
+                own model, into ``particle_<i>`` in it.
             which: the ``consensus`` of the particles that are alive, or the one with the ``best`` loss at the
                 last sync point.
             tokenizer: saved beside the model, if given.
 
         Returns:
-            The folder; for a ``transformers`` model ``from_pretrained`` opens it.
+            The folder of the model; for a ``transformers`` model ``from_pretrained`` opens it.
 
         Raises:
             ConfigError: ``which`` is neither of the two, or no particle has finite weights.
         """
         self.writer.wait()
-        return export.export(self, Path(folder), which, tokenizer)
+        return export.export(self, self.world.own_folder(Path(folder)), which, tokenizer)
 
     def should_stop(self) -> bool:
         """Whether this job was asked to end, by SIGTERM to any rank; call it on all ranks, after each ``engine.step``.
