@@ -45,6 +45,22 @@ class Task:
             raise self._error
 
 
+class Writer:
+    """The checkpoint that is being written beside training: at most one."""
+
+    def __init__(self) -> None:
+        self._task: Task | None = None
+
+    def follow(self, task: Task | None) -> None:
+        self._task = task
+
+    def wait(self) -> None:
+        """Until it is complete; raises what it raised, once."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.wait()
+
+
 def _same_device() -> Callable[[], contextlib.AbstractContextManager[None]]:
     """For another thread: this thread's GPU, and a stream that begins where the present one is."""
     if not (torch.cuda.is_available() and torch.cuda.is_initialized()):

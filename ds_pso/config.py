@@ -18,7 +18,8 @@ from ds_pso.consistency import check_consistent, total_num_steps
 from ds_pso.elasticity import ElasticConfig
 from ds_pso.errors import ConfigError
 from ds_pso.rules import RULES, Rule, find_rule
-from ds_pso.rules.base import RuleConfig, StrictModel
+from ds_pso.rules.base import RuleConfig
+from ds_pso.strict_model import StrictModel
 from ds_pso.schedule import Schedule, ScheduleConfig, make_schedule
 
 ALLREDUCE = "allreduce"

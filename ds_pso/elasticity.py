@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ds_pso.rules.base import StrictModel
+from ds_pso.strict_model import StrictModel
 
 
 class ElasticConfig(StrictModel):

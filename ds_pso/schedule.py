@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ds_pso.rules.base import StrictModel
+from ds_pso.strict_model import StrictModel
 
 _OF_TYPE = {
     "fixed": {"warmup_steps"},

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_pso.config import SwarmConfig
-from ds_pso.disk.writer import Writer
+from ds_pso.background import Writer
 from ds_pso.errors import SwarmError
 from ds_pso.exchange import Exchange
 from ds_pso.fitness import FitnessWindow

@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ds_pso.background import Task
 from ds_pso.disk.records import LATEST, checksum, rank_stem, step_number, steps_in
 from ds_pso.errors import CheckpointError, SwarmError
 from ds_pso.files import hash_file, replace_folder, to_disk, write_atomically
@@ -145,22 +144,6 @@ def copying(engine: Any) -> Iterator[Copies]:
     finally:
         engine.checkpoint_engine = real
         del engine._copy_recovery_script
-
-
-class Writer:
-    """The checkpoint that is being written beside training: at most one."""
-
-    def __init__(self) -> None:
-        self._task: Task | None = None
-
-    def follow(self, task: Task | None) -> None:
-        self._task = task
-
-    def wait(self) -> None:
-        """Until it is complete; raises what it raised, once."""
-        task, self._task = self._task, None
-        if task is not None:
-            task.wait()
 
 
 @contextlib.contextmanager

@@ -15,16 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from ds_pso.strict_model import StrictModel
+
 State = MutableMapping[str, Tensor]  # name -> tensor of the shape, dtype and device of the shard
-
-
-class StrictModel(BaseModel):
-    """A config section in which a misspelt key is an error."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class RuleConfig(StrictModel):
