@@ -15,7 +15,7 @@ import deepspeed
 import torch
 
 import ds_pso
-from ds_pso.files import write_atomically
+from ds_pso.utils.atomic_io import write_atomically
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")

@@ -15,10 +15,10 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ds_pso.config import ALLREDUCE, SwarmConfig
-from ds_pso.elasticity import ElasticConfig
+from ds_pso.config.schema import ALLREDUCE, SwarmConfig
+from ds_pso.elastic.config import ElasticConfig
 from ds_pso.rules import RULES
-from ds_pso.schedule import ScheduleConfig
+from ds_pso.sync.schedule import ScheduleConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
 BEGIN, END = "<!-- begin generated -->\n", "<!-- end generated -->\n"

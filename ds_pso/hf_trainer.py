@@ -16,8 +16,9 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, get_last_checkpoint
 from transformers.utils import is_peft_available
 
-from ds_pso import checkpoint, monitor
+from ds_pso import checkpoint
 from ds_pso.errors import CheckpointError, ConfigError, UnsupportedError
+from ds_pso.metrics import deepspeed_monitor
 from ds_pso.swarm import Swarm
 
 
@@ -169,7 +170,7 @@ class SwarmCallback(TrainerCallback):
             record = self.swarm.last_sync
             if "loss" in logs and record and record["sync"] != self._logged_sync:
                 self._logged_sync = record["sync"]
-                logs |= {name: value for name, value, _ in monitor.events(record, 0)}
+                logs |= {name: value for name, value, _ in deepspeed_monitor.events(record, 0)}
             log(logs, *args, **kwargs)
 
         return logged

@@ -10,17 +10,20 @@ from collections.abc import Iterator, Sized
 from pathlib import Path
 from typing import Any, Literal
 
-from ds_pso import checkpoint, export, lr_schedule, monitor
-from ds_pso.attached import AttachedSwarm
-from ds_pso.config import ALLREDUCE, ConfigSource, SwarmConfig, find_config, load_config
-from ds_pso.elastic.place import is_launched
-from ds_pso.elastic.synchronizer import ElasticSynchronizer
+from ds_pso import checkpoint
+from ds_pso.config.schema import ALLREDUCE, ConfigSource, SwarmConfig, find_config, load_config
+from ds_pso.distributed.preemption import Preemption
+from ds_pso.distributed.simulated_world import Crew
+from ds_pso.distributed.world import World
+from ds_pso.elastic.launch_env import is_launched
 from ds_pso.elastic.world import ElasticWorld
 from ds_pso.errors import CheckpointError, ConfigError, PeerError, SwarmError
-from ds_pso.preemption import Preemption
+from ds_pso.export import live
+from ds_pso.metrics import deepspeed_monitor
 from ds_pso.sampler import SwarmSampler
-from ds_pso.simulated_world import Crew
-from ds_pso.world import World
+from ds_pso.session import lr_schedule
+from ds_pso.session.engine_hooks import AttachedSwarm
+from ds_pso.sync.elastic import ElasticSynchronizer
 
 
 def init(config: ConfigSource | None = None, *, run_dir: str | Path | None = None, world: World | None = None) -> Swarm:
@@ -57,7 +60,7 @@ def init(config: ConfigSource | None = None, *, run_dir: str | Path | None = Non
             "use that number, or start another launch"
         )
     if world.layout.num_particles > 1:
-        monitor.give_each_a_folder(ds_config, world.layout.particle)
+        deepspeed_monitor.give_each_a_folder(ds_config, world.layout.particle)
     if particles == "node" and world.layout.num_particles == 1 and world.is_leader:
         warnings.warn(
             'swarm.particles = "node" on one node is one particle: plain DeepSpeed, without sync points; '
@@ -247,7 +250,7 @@ class Swarm(AttachedSwarm):
             self.synchronizer.joined = False
         return step
 
-    def export(self, folder: str | Path, which: export.Choice = "consensus", tokenizer: Any = None) -> Path:
+    def export(self, folder: str | Path, which: live.Choice = "consensus", tokenizer: Any = None) -> Path:
         """Write one model in Hugging Face format; call it on all ranks, after ``engine.step``.
 
         Args:
@@ -264,7 +267,7 @@ class Swarm(AttachedSwarm):
             ConfigError: ``which`` is neither of the two, or no particle has finite weights.
         """
         self.writer.wait()
-        return export.export(self, self.world.own_folder(Path(folder)), which, tokenizer)
+        return live.export(self, self.world.own_folder(Path(folder)), which, tokenizer)
 
     def should_stop(self) -> bool:
         """Whether this job was asked to end, by SIGTERM to any rank; call it on all ranks, after each ``engine.step``.

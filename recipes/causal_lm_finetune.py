@@ -8,13 +8,14 @@ With --lora only adapters are trained, and only they travel at sync points and a
 import argparse
 import sys
 
+import _common as recipe
+import _smoke_data as smoke
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ds_pso
-from ds_pso.training import recipe, smoke
 from ds_pso.training.model import HeldOut, causal_loss, from_pretrained
 from ds_pso.training.start import run
 from ds_pso.training.text import load_corpus

@@ -6,13 +6,14 @@ accelerate launch --config_file launcher/accelerate/8gpu.yaml --mixed_precision 
 import argparse
 import sys
 
+import _common as recipe
+import _smoke_data as smoke
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import ds_pso
-from ds_pso.training import recipe, smoke
 from ds_pso.training.model import HeldOut, build_model, causal_loss, from_pretrained, load_tokenizer
 from ds_pso.training.start import run
 from ds_pso.training.text import load_corpus

@@ -9,7 +9,10 @@ means and variances of batch normalisation are averaged over the particles whate
 import argparse
 import sys
 
+import _common as recipe
 import torch
+from _classification import accuracy, probe
+from _images import augment, load_images, to_input
 from accelerate import Accelerator, DeepSpeedPlugin
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,9 +20,6 @@ from torch.utils.data import DataLoader
 from transformers import ResNetConfig, ResNetForImageClassification
 
 import ds_pso
-from ds_pso.training import recipe
-from ds_pso.training.classification import accuracy, probe
-from ds_pso.training.images import augment, load_images, to_input
 from ds_pso.training.start import run
 
 

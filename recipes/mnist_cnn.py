@@ -8,16 +8,16 @@ With --deepspeed_config_file recipes/pso.json before the script, particles follo
 import argparse
 import sys
 
+import _common as recipe
 import torch
+from _classification import accuracy, probe
+from _images import load_images, to_input
 from accelerate import Accelerator, DeepSpeedPlugin
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import ds_pso
-from ds_pso.training import recipe
-from ds_pso.training.classification import accuracy, probe
-from ds_pso.training.images import load_images, to_input
 from ds_pso.training.start import run
 
 

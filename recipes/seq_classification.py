@@ -7,7 +7,10 @@ import argparse
 import sys
 from typing import Any
 
+import _common as recipe
+import _smoke_data as smoke
 import torch
+from _classification import accuracy, load_splits, probe
 from accelerate import Accelerator, DeepSpeedPlugin
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,8 +18,6 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import ds_pso
-from ds_pso.training import recipe, smoke
-from ds_pso.training.classification import accuracy, load_splits, probe
 from ds_pso.training.model import from_pretrained
 from ds_pso.training.start import run
 

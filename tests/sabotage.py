@@ -95,7 +95,7 @@ def shift_a_segment() -> None:
 @sabotage("distributed/test_truth.py")
 def swap_two_elements() -> None:
     """Particle 1 sends its buckets reversed."""
-    from ds_pso.exchange import Exchange
+    from ds_pso.comm.exchange import Exchange
 
     real = Exchange._fill
 
@@ -109,7 +109,7 @@ def swap_two_elements() -> None:
 
 @sabotage("distributed/test_truth.py")
 def drop_a_bucket() -> None:
-    from ds_pso import exchange
+    from ds_pso.comm import exchange
 
     real = exchange.plan_buckets
     exchange.plan_buckets = lambda *arguments: real(*arguments)[:1]
@@ -118,7 +118,7 @@ def drop_a_bucket() -> None:
 @sabotage("distributed/test_wire.py")
 def owe_nothing() -> None:
     """What rounding loses is lost."""
-    from ds_pso.exchange import Exchange
+    from ds_pso.comm.exchange import Exchange
 
     real = Exchange.mean_by_differences
 
@@ -133,7 +133,7 @@ def owe_nothing() -> None:
 @sabotage("distributed/test_wire.py")
 def agree_on_nothing() -> None:
     """Differences stay relative to the last mean, where the rule has moved on from it."""
-    from ds_pso.wire import Differences
+    from ds_pso.comm.compression import Differences
 
     Differences.agree_on = do_nothing
 
@@ -141,7 +141,7 @@ def agree_on_nothing() -> None:
 @sabotage("distributed/test_delay.py")
 def forget_the_steps_meanwhile() -> None:
     """A delayed result replaces what was learned since the meeting began."""
-    from ds_pso.synchronizer import Synchronizer
+    from ds_pso.sync.synchronizer import Synchronizer
 
     begin, apply_movement = Synchronizer.begin, Synchronizer._apply
 
@@ -160,7 +160,7 @@ def forget_the_steps_meanwhile() -> None:
 @sabotage("distributed/test_delay.py")
 def wait_in_the_foreground() -> None:
     """A delayed sync point is waited for at once."""
-    from ds_pso.synchronizer import Synchronizer
+    from ds_pso.sync.synchronizer import Synchronizer
 
     real = Synchronizer.begin
 
@@ -174,7 +174,7 @@ def wait_in_the_foreground() -> None:
 @sabotage("distributed/test_fragments.py")
 def apply_fragments_together() -> None:
     """Each waits for the last one."""
-    from ds_pso.pending import Pending
+    from ds_pso.sync.pending import Pending
 
     Pending.due = lambda self, fragment: self.begun + self.delay
 
@@ -182,7 +182,7 @@ def apply_fragments_together() -> None:
 @sabotage("distributed/test_fragments.py")
 def carry_nan_into_fragments() -> None:
     """A particle that is not alive takes its fragments one by one."""
-    from ds_pso.synchronizer import Synchronizer
+    from ds_pso.sync.synchronizer import Synchronizer
 
     real = Synchronizer._apply
 
@@ -202,15 +202,15 @@ def carry_nan_into_fragments() -> None:
 @sabotage("distributed/test_streaming.py")
 def heal_only_the_fragment_in_turn() -> None:
     """A particle that is not alive waits for the other fragments until their turn comes."""
-    import ds_pso.late
+    import ds_pso.sync.overlapped
 
-    vars(ds_pso.late)["all"] = lambda values: True  # are alive
+    vars(ds_pso.sync.overlapped)["all"] = lambda values: True  # are alive
 
 
 @sabotage("distributed/test_streaming.py")
 def share_a_memory() -> None:
     """What a rule has noted of one fragment it takes for another's."""
-    from ds_pso.synchronizer import Synchronizer
+    from ds_pso.sync.synchronizer import Synchronizer
 
     real = Synchronizer.__init__
 
@@ -229,7 +229,7 @@ def share_a_memory() -> None:
 @sabotage("distributed/test_state.py")
 def round_positions() -> None:
     """Anchors are kept in bf16, too."""
-    from ds_pso.keeping import Keeping
+    from ds_pso.utils.offload import Keeping
 
     real = Keeping.keep
     Keeping.keep = lambda self, tensor, rough=False: real(self, tensor, rough=True)
@@ -238,7 +238,7 @@ def round_positions() -> None:
 @sabotage("distributed/test_schedule.py")
 def measure_the_second_half() -> None:
     """The drift is that of some elements only."""
-    from ds_pso.updater import Updater
+    from ds_pso.sync.update import Updater
 
     real = Updater._measure
     Updater._measure = lambda self, x, received: real(self, x[len(x) // 2 :], received[len(x) // 2 :])
@@ -249,7 +249,7 @@ def decide_alone() -> None:
     """Each rank's schedule goes by the distance of its own shard."""
     import math
 
-    from ds_pso.census import Census
+    from ds_pso.sync.census import Census
 
     Census.drift = lambda self, apart: math.sqrt(apart[0] / apart[1])
 
@@ -265,7 +265,7 @@ def forget_what_is_owed() -> None:
 
 @sabotage("distributed/test_bytes.py")
 def count_bytes_wrong() -> None:
-    from ds_pso.exchange import Exchange
+    from ds_pso.comm.exchange import Exchange
 
     real = Exchange._run
     Exchange._run = lambda self, what, start, received: real(self, what, start, received / 2)
@@ -276,7 +276,7 @@ def mix_in_the_dead() -> None:
     """A particle of weight zero is multiplied by zero, not left out: zero times NaN is NaN."""
     import torch
 
-    from ds_pso.exchange import Exchange
+    from ds_pso.comm.exchange import Exchange
 
     real = Exchange.weighted_mean
 
@@ -291,7 +291,7 @@ def mix_in_the_dead() -> None:
 @sabotage("distributed/test_truth.py")
 def answer_oneself() -> None:
     """In a ring each particle receives its own shard."""
-    from ds_pso.exchange import Exchange
+    from ds_pso.comm.exchange import Exchange
 
     real = Exchange.from_each
 
@@ -306,7 +306,7 @@ def wait_for_letters() -> None:
     """Asynchronous particles do not go on before a letter has come."""
     import time
 
-    from ds_pso.letters import GlooMailbox
+    from ds_pso.distributed.mailbox import GlooMailbox
 
     real = GlooMailbox.newest
 
@@ -333,7 +333,7 @@ def average_moments_unevenly() -> None:
     """Their mean leans towards particle 0."""
     from types import SimpleNamespace
 
-    from ds_pso.synchronizer import Synchronizer
+    from ds_pso.sync.synchronizer import Synchronizer
 
     real = Synchronizer._average_moments
 
@@ -356,7 +356,7 @@ def keep_moments_from_mates() -> None:
 @sabotage("distributed/test_optimizer_state.py")
 def compare_moments_of_mates() -> None:
     """At ZeRO 0 ranks of a particle may hold different numbers of them, and then nothing is averaged."""
-    from ds_pso.synchronizer import Synchronizer
+    from ds_pso.sync.synchronizer import Synchronizer
 
     real = Synchronizer._average_moments
 
@@ -398,8 +398,8 @@ def two_bests() -> None:
 @sabotage("faults/test_quarantine.py")
 def judge_nobody() -> None:
     """What is finite is well."""
-    from ds_pso import census
-    from ds_pso.quarantine import Limits
+    from ds_pso.sync import census
+    from ds_pso.sync.health import Limits
 
     real = census.judge
     census.judge = lambda table, limits: real(table, Limits(None, None))
@@ -407,7 +407,7 @@ def judge_nobody() -> None:
 
 @sabotage("faults/test_damaged_links.py")
 def believe_the_link() -> None:
-    from ds_pso.checksums import Added, Copied
+    from ds_pso.utils.checksums import Added, Copied
 
     Added.damage = Copied.damage = lambda *_: ""
 
@@ -415,7 +415,7 @@ def believe_the_link() -> None:
 @sabotage("faults/test_damaged_links.py")
 def repeat_alone() -> None:
     """Rank 3 judges by its own numbers, and so do the others by theirs."""
-    from ds_pso.exchange import Exchange
+    from ds_pso.comm.exchange import Exchange
 
     Exchange._tell = lambda self, what, row: [row] * self.num_particles
 
@@ -438,7 +438,7 @@ def random_factors_of_each_rank() -> None:
 @sabotage("distributed/test_agreement.py")
 def fitness_of_one_rank() -> None:
     """A particle's loss is that of its first rank alone."""
-    from ds_pso import census
+    from ds_pso.sync import census
 
     real = census.combine
     census.combine = lambda rows: real(rows[:1])
@@ -446,21 +446,21 @@ def fitness_of_one_rank() -> None:
 
 @sabotage("distributed/test_attach.py")
 def start_apart() -> None:
-    from ds_pso.exchange import Exchange
+    from ds_pso.comm.exchange import Exchange
 
     Exchange.from_one = lambda *_, **__: iter(())
 
 
 @sabotage("distributed/test_attach.py")
 def leave_buffers_alone() -> None:
-    from ds_pso.synchronizer import Synchronizer
+    from ds_pso.sync.synchronizer import Synchronizer
 
     Synchronizer._average_buffers = do_nothing
 
 
 @sabotage("distributed/test_attach.py")
 def compare_no_models() -> None:
-    from ds_pso.synchronizer import Synchronizer
+    from ds_pso.sync.synchronizer import Synchronizer
 
     Synchronizer._check_same_model = do_nothing
 
@@ -492,7 +492,7 @@ def draw_a_random_number() -> None:
 @sabotage("distributed/test_scoring.py")
 def score_before_publishing() -> None:
     """What is tried on the probe batch are the weights from before the sync point."""
-    from ds_pso.synchronizer import Synchronizer
+    from ds_pso.sync.synchronizer import Synchronizer
 
     real = Synchronizer._follow_rule
 
@@ -509,8 +509,8 @@ def score_before_publishing() -> None:
 @sabotage("distributed/test_scoring.py")
 def score_of_one_rank() -> None:
     """A candidate's loss is that of the first rank's part of the batch."""
-    from ds_pso.census import Census
-    from ds_pso.world import World
+    from ds_pso.distributed.world import World
+    from ds_pso.sync.census import Census
 
     real_score, real_gather = Census.score, World.particle_gather
 
@@ -540,7 +540,7 @@ def tensors_of_each_rank() -> None:
 @sabotage("distributed/test_consensus.py")
 def stay_in_the_consensus() -> None:
     """Leaving the block gives the particle's own weights not back."""
-    from ds_pso import consensus
+    from ds_pso.sync import consensus
 
     calls = []
     real = consensus.replace
@@ -564,7 +564,7 @@ def forget_the_center() -> None:
 @sabotage("distributed/test_simulate.py")
 def share_a_random_state() -> None:
     """Simulated particles draw from one another's random numbers."""
-    from ds_pso import room
+    from ds_pso.distributed import thread_scheduler as room
 
     room.set_process_state = do_nothing
 
@@ -575,7 +575,7 @@ def share_a_random_state() -> None:
 @sabotage("distributed/test_truth.py")
 def miss_a_roll_call() -> None:
     """Rank 3 does not say that it is there."""
-    from ds_pso.world import World
+    from ds_pso.distributed.world import World
 
     real = World.roll_call
     World.roll_call = lambda self, label, ranks: None if rank() == 3 else real(self, label, ranks)
@@ -584,7 +584,7 @@ def miss_a_roll_call() -> None:
 @sabotage("faults/test_lost_peers.py")
 def trust_the_store() -> None:
     """Wait for the store without a limit of our own."""
-    from ds_pso.world import World
+    from ds_pso.distributed.world import World
 
     World._ask = lambda self, question: question()
 
@@ -623,14 +623,14 @@ def forget_the_data_position() -> None:
 
 @sabotage("distributed/test_resume.py")
 def forget_the_random_state() -> None:
-    from ds_pso.checkpoint import kept
+    from ds_pso.checkpoint import rank_state as kept
 
     kept._restore_random = do_nothing
 
 
 @sabotage("distributed/test_resume.py")
 def forget_the_rate_of_the_particle() -> None:
-    from ds_pso.synchronizer import Synchronizer
+    from ds_pso.sync.synchronizer import Synchronizer
 
     real = Synchronizer.load_state_dict
     Synchronizer.load_state_dict = lambda self, state, *more: real(self, state | {"lr_factor": 1.0}, *more)
@@ -639,7 +639,7 @@ def forget_the_rate_of_the_particle() -> None:
 @sabotage("faults/test_bad_checkpoints.py")
 def believe_every_file() -> None:
     from ds_pso.checkpoint import loading
-    from ds_pso.disk import fallback
+    from ds_pso.checkpoint import recovery as fallback
 
     loading.check_files = fallback.check_files = do_nothing
 
@@ -679,7 +679,7 @@ def write_what_has_changed() -> None:
     """What is written in the background is not copied before."""
     import torch
 
-    from ds_pso.disk.writer import Copies
+    from ds_pso.checkpoint.writer import Copies
 
     write = Copies.write
 
@@ -713,7 +713,7 @@ def remove_old_ones_first() -> None:
 @sabotage("faults/test_fallback.py")
 def fall_back_alone() -> None:
     """Each rank believes what it has found itself."""
-    from ds_pso.roster import Roster
+    from ds_pso.distributed.coordinator import Roster
 
     real = Roster.gather
     Roster.gather = lambda self, label, value: [value] if label == "checking a checkpoint" else real(self, label, value)
@@ -722,7 +722,7 @@ def fall_back_alone() -> None:
 @sabotage("distributed/test_preemption.py")
 def stop_at_a_step_of_ones_own() -> None:
     """Each rank stops after the step at which it learns of the signal."""
-    from ds_pso.roster import Roster
+    from ds_pso.distributed.coordinator import Roster
 
     real = Roster.gather
     Roster.gather = lambda self, label, value: [value] if "to stop" in label else real(self, label, value)
@@ -736,7 +736,7 @@ def read_a_piece_too_early() -> None:
     """Of a parameter that several ranks have saved, the later runs are taken from an element too early."""
     from dataclasses import replace
 
-    from ds_pso.disk.saved_particle import SavedParticle
+    from ds_pso.checkpoint.reader import SavedParticle
 
     real = SavedParticle.__init__
 
@@ -758,14 +758,14 @@ def continue_particle_0() -> None:
 
 @sabotage("distributed/test_reshape.py")
 def leave_the_moments() -> None:
-    from ds_pso.checkpoint.repartition import Repartitioned
+    from ds_pso.checkpoint.deepspeed_reshard import Repartitioned
 
     Repartitioned._moments = lambda *_: {}
 
 
 @sabotage("distributed/test_reshape.py")
 def share_a_count_of_steps() -> None:
-    from ds_pso.checkpoint import repartition
+    from ds_pso.checkpoint import deepspeed_reshard as repartition
 
     class Copy:
         deepcopy = staticmethod(lambda value: value)
@@ -782,7 +782,7 @@ def begin_the_epoch_again() -> None:
 
 @sabotage("distributed/test_reshape.py")
 def keep_the_old_anchor() -> None:
-    from ds_pso.synchronizer import Synchronizer
+    from ds_pso.sync.synchronizer import Synchronizer
 
     Synchronizer.begin_anew = lambda self, step: self.schedule.begin(step)
 
@@ -828,7 +828,7 @@ def load_the_best_without_its_rule() -> None:
 @sabotage("faults/test_elastic.py")
 def keep_half_an_exchange() -> None:
     """A sync point that was broken off is not undone."""
-    from ds_pso.elastic.state import Undo
+    from ds_pso.sync.rollback import Undo
 
     Undo.put_back = do_nothing
 
@@ -844,8 +844,8 @@ def heal_the_weights_alone() -> None:
 @sabotage("faults/test_elastic.py")
 def count_who_is_behind() -> None:
     """Its old weights are averaged with those of the others."""
-    from ds_pso.elastic.synchronizer import ElasticSynchronizer
-    from ds_pso.synchronizer import Synchronizer
+    from ds_pso.sync.elastic import ElasticSynchronizer
+    from ds_pso.sync.synchronizer import Synchronizer
 
     ElasticSynchronizer._own_row = Synchronizer._own_row
 
@@ -853,7 +853,7 @@ def count_who_is_behind() -> None:
 @sabotage("faults/test_rescue.py")
 def fail_alone() -> None:
     """A rank that waits in vain for a peer does not tell its mates."""
-    from ds_pso.roster import Roster
+    from ds_pso.distributed.coordinator import Roster
 
     Roster.roll_call_together = lambda self, label, ranks: self.roll_call(label, sorted({*ranks, *self.layout.mates}))
 

@@ -11,7 +11,7 @@ import pytest
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ds_pso.blueprint import save_model_config
+from ds_pso.checkpoint.model_layout import save_model_config
 
 
 class HubMixin(nn.Linear):

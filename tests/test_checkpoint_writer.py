@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_pso.disk.writer import Copies, prune
+from ds_pso.checkpoint.writer import Copies, prune
 
 
 def made(folder: Path, *names: str) -> Path:

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from test_exchange import make_worlds
 from torch import Tensor
 
-from ds_pso.checksums import TRIES, Added, checksum, sealed, unsealed
+from ds_pso.comm.compression import FORMATS, Differences
+from ds_pso.comm.exchange import Exchange, fill
 from ds_pso.errors import PeerError
-from ds_pso.exchange import Exchange, fill
-from ds_pso.wire import FORMATS, Differences
+from ds_pso.utils.checksums import TRIES, Added, checksum, sealed, unsealed
 
 P = 3
 NUMEL = 1003

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from pool import Pool
 
-from ds_pso import cli
+from ds_pso.cli import main as cli
 
 DS_PSO = Path(sys.executable).with_name("ds-pso")
 SWARM = 'ds_pso.init({"swarm": {"particles": 3, "sync_mode": "local_sgd"}})'

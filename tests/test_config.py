@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ds_pso.config import ALLREDUCE, SwarmConfig, find_config, load_config
+from ds_pso.config.schema import ALLREDUCE, SwarmConfig, find_config, load_config
 from ds_pso.errors import ConfigError
 from ds_pso.rules import RULES
 

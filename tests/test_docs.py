@@ -22,9 +22,9 @@ from pathlib import Path
 import pytest
 
 import ds_pso
-from ds_pso import cli
-from ds_pso.commands import launch
-from ds_pso.config import ALLREDUCE, SwarmConfig, load_config
+from ds_pso.cli import launch
+from ds_pso.cli import main as cli
+from ds_pso.config.schema import ALLREDUCE, SwarmConfig, load_config
 from ds_pso.rules import RULES
 from ds_pso.training.arguments import parse_arguments
 

@@ -19,11 +19,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ds_pso.comm.compression import BLOCK, FORMATS, Differences
+from ds_pso.comm.exchange import Exchange, plan_buckets, wire_dtype
+from ds_pso.distributed.full_duplex_gloo import FullDuplexGloo
+from ds_pso.distributed.layout import Layout
 from ds_pso.errors import PeerError
-from ds_pso.exchange import Exchange, plan_buckets, wire_dtype
-from ds_pso.gloo import FullDuplexGloo
-from ds_pso.layout import Layout
-from ds_pso.wire import BLOCK, FORMATS, Differences
 
 relaxed = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 

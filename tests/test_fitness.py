@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_pso.fitness import FitnessWindow, combine
+from ds_pso.sync.fitness import FitnessWindow, combine
 
 NAN, INF = math.nan, math.inf
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_pso.gloo import FullDuplexGloo
+from ds_pso.distributed.full_duplex_gloo import FullDuplexGloo
 
 _groups: dict[int, list[FullDuplexGloo]] = {}
 

@@ -16,7 +16,7 @@ from pool import Pool
 from safetensors.torch import load_file
 from variants import slow_but
 
-from ds_pso.metrics import read_metrics
+from ds_pso.metrics.log import read_metrics
 
 PAGE = Path(__file__).parents[1] / "docs" / "hf-trainer.md"
 P, S = 2, 2

@@ -196,7 +196,7 @@ def test_no_module_shadows_one_that_others_import():
         ("import torch.distributed as dist", ["torch.distributed"]),
         ("from torch import distributed", ["torch.distributed"]),
         ("def f():\n    from ds_pso.swarm import Swarm", ["ds_pso.swarm.Swarm"]),
-        ("from ds_pso import export", ["ds_pso.export"]),
+        ("from ds_pso import export", ["ds_pso.export.live"]),
         ("import torch\ntorch.distributed.barrier()", ["torch", "torch.distributed"]),
         ("from .base import Rule", [".base.Rule"]),
         ("if TYPE_CHECKING:\n    from ds_pso.swarm import Swarm", []),

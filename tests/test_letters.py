@@ -15,9 +15,9 @@ import torch.distributed as dist
 from pool import Pool
 from torch import Tensor
 
-from ds_pso.letters import GlooMailbox, Letter, Mailbox
-from ds_pso.room import Room
-from ds_pso.simulated_world import SimulatedWorld
+from ds_pso.distributed.mailbox import GlooMailbox, Letter, Mailbox
+from ds_pso.distributed.simulated_world import SimulatedWorld
+from ds_pso.distributed.thread_scheduler import Room
 
 PATIENCE_S = 30.0  # longest wait for what should happen at once, on a machine that may be busy
 

@@ -11,9 +11,9 @@ from deepspeed.runtime import lr_schedules
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_pso import lr_schedule
 from ds_pso.errors import ConfigError
-from ds_pso.lr_schedule import WarmupHoldDecayLR
+from ds_pso.session import lr_schedule
+from ds_pso.session.lr_schedule import WarmupHoldDecayLR
 
 LOW, HIGH = 0.001, 0.5
 

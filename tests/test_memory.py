@@ -10,7 +10,7 @@ import torch
 from benchmarks.memory.__main__ import CASES, Key, Measured, expected, write_report
 from benchmarks.memory.worker import forget_peak, now, peak
 from benchmarks.table import Table
-from ds_pso.plan import Memory
+from ds_pso.config.cost_model import Memory
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_pso.metrics import MetricsLog, _plain, read_metrics
+from ds_pso.metrics.log import MetricsLog, _plain, read_metrics
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pool import Pool
 
-from ds_pso import cli
-from ds_pso.commands.arguments import quantity
-from ds_pso.config import load_config
-from ds_pso.plan import Cluster, Memory, memory, plan, synchronous
+from ds_pso.cli import main as cli
+from ds_pso.cli.arguments import quantity
+from ds_pso.config.cost_model import Cluster, Memory, memory, plan, synchronous
+from ds_pso.config.schema import load_config
 
 CLUSTER = Cluster(parameters=7.5e6, particles=2, ranks=1, step_s=0.43, bandwidth=100e6)
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_pso.quarantine import Health, Limits, judge, warning
+from ds_pso.sync.health import Health, Limits, judge, warning
 
 NAN, INF = math.nan, math.inf
 LIMITS = Limits(loss=4.0, norm=10.0)

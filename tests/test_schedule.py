@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_pso.schedule import Observed, Schedule, ScheduleConfig, make_schedule
-from ds_pso.step_clock import StepClock
+from ds_pso.sync.schedule import Observed, Schedule, ScheduleConfig, make_schedule
+from ds_pso.utils.step_timer import StepClock
 
 CALM = Observed(drift=1e-9, step_s=0.1, held_up_s=0.0)
 

@@ -24,8 +24,8 @@ from pool import Pool
 from safetensors.numpy import load_file
 
 import ds_pso
-from ds_pso.metrics import read_metrics
-from ds_pso.simulated_world import Crew
+from ds_pso.distributed.simulated_world import Crew
+from ds_pso.metrics.log import read_metrics
 from ds_pso.swarm import Swarm
 
 PATIENCE_S = 30.0  # longest wait for what should happen at once, on a machine that may be busy

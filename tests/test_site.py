@@ -15,7 +15,7 @@ from markdown_it import MarkdownIt
 from test_docs import PAGES, ROOT, TEXT, short
 
 import ds_pso
-from ds_pso.attached import AttachedSwarm
+from ds_pso.session.engine_hooks import AttachedSwarm
 
 pytestmark = pytest.mark.slow  # a site for all of them
 

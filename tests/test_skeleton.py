@@ -9,7 +9,7 @@ import torch
 from transformers import BertConfig, LlamaConfig, LlamaForCausalLM
 
 from ds_pso import ConfigError
-from ds_pso.skeleton import load_config, num_parameters, skeleton
+from ds_pso.export.meta_model import load_config, num_parameters, skeleton
 from ds_pso.training.model import llama_config
 
 

@@ -21,7 +21,7 @@ from pool import Pool
 from test_docs import PAGES, ROOT, TEXT, blocks, page, short
 
 import ds_pso
-from ds_pso import cli
+from ds_pso.cli import main as cli
 
 CONFIGS = {
     f"{short(path)}-{index}": json.loads(snippet)

@@ -11,7 +11,7 @@ from test_exchange import make_worlds
 
 from benchmarks.sync_cost.__main__ import Case, Cost, _cases, _copies, measure, write_report
 from benchmarks.table import Table
-from ds_pso.exchange import Exchange
+from ds_pso.comm.exchange import Exchange
 
 CASES = _cases([4096.0], 2, "cpu")
 

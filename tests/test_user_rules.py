@@ -19,7 +19,7 @@ from distributed.jobs import Case, build_engine, config, swarm_of, train, workin
 from pool import Pool
 
 import ds_pso
-from ds_pso.config import SwarmConfig, load_config
+from ds_pso.config.schema import SwarmConfig, load_config
 from ds_pso.errors import ConfigError
 from ds_pso.rules import RULES, Rule, SyncPoint, find_rule
 from ds_pso.swarm import Swarm

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ds_pso.wire import BLOCK, FORMATS, Differences, Format
+from ds_pso.comm.compression import BLOCK, FORMATS, Differences, Format
 
 relaxed = settings(deadline=None, max_examples=60)
 formats = st.sampled_from(list(FORMATS.values()))

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ds_pso.distributed.layout import Layout, read_layout
+from ds_pso.distributed.world import World
 from ds_pso.errors import ConfigError, SwarmError
-from ds_pso.layout import Layout, read_layout
-from ds_pso.world import World
 
 relaxed = settings(deadline=None)
 

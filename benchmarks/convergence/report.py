@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.convergence.cells import RULES, SITUATIONS
 from benchmarks.convergence.grids import Grid, Rows, Stat, equal_steps_of, grids_of, main_measure
-from ds_pso.files import write_atomically
+from ds_pso.utils.atomic_io import write_atomically
 
 CLAIMS = Path(__file__).parent / "claims"
 _TUNED = (

@@ -25,7 +25,7 @@ from benchmarks.convergence.data import load
 from benchmarks.convergence.results import Outcome, Results
 from benchmarks.convergence.tasks import TASKS
 from benchmarks.convergence.train import clean_up, config_of, train
-from ds_pso.world import World
+from ds_pso.distributed.world import World
 
 _CELLS_PER_PROCESS = 100  # a fresh process now and then, whatever the libraries may keep
 

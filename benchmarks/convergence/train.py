@@ -19,9 +19,9 @@ from benchmarks.convergence.results import Outcome
 from benchmarks.convergence.tasks import TASKS, Task
 from benchmarks.table import machine, versions
 from ds_pso import Swarm
+from ds_pso.distributed.simulated_world import SimulatedWorld
 from ds_pso.errors import ConfigError
 from ds_pso.shards import find_shards
-from ds_pso.simulated_world import SimulatedWorld
 
 EVALUATION_BATCH = 50
 

@@ -1,4 +1,5 @@
-"""``python -m benchmarks.memory``: what memory each mode takes, and whether it is what ``ds_pso.plan`` says."""
+"""``python -m benchmarks.memory``: what memory each mode takes, and whether it is what
+``ds_pso.config.cost_model`` says."""
 
 from __future__ import annotations
 
@@ -17,9 +18,9 @@ from typing import Any
 from benchmarks.memory.worker import INTERVAL, MARK, WIDTH
 from benchmarks.slow_link.stacks import build_model
 from benchmarks.table import Table, machine, versions
-from ds_pso.config import load_config
-from ds_pso.files import write_atomically
-from ds_pso.plan import Cluster, Memory, memory
+from ds_pso.config.cost_model import Cluster, Memory, memory
+from ds_pso.config.schema import load_config
+from ds_pso.utils.atomic_io import write_atomically
 
 FOLDER = Path(__file__).parent / "results"
 CLAIMS = Path(__file__).parent / "claims.md"
@@ -128,7 +129,7 @@ def measure(stack: str, keys: dict[str, Any]) -> Measured:
 
 
 def expected(case: str, parameters: int) -> Memory | None:
-    """What ``ds_pso.plan`` says; None for other stacks."""
+    """What ``ds_pso.config.cost_model`` says; None for other stacks."""
     stack, keys = CASES[case]
     if stack != "ds_pso":
         return None
@@ -149,7 +150,7 @@ def write_report(table: Table[Key, Measured]) -> Path:
         "says otherwise. MB (10^6 bytes), resident on a CPU and allocated on a GPU. *kept*: between sync points, "
         "beyond the same stack alone. *meeting*: the most during a sync point beyond what was there before it "
         "(on a GPU without the buckets, which gloo needs on the host). "
-        "*formula*: `ds_pso.plan.memory`. *peak*: of the whole process.",
+        "*formula*: `ds_pso.config.cost_model.memory`. *peak*: of the whole process.",
         "",
         "| | kept | formula | meeting | formula | peak | beyond the stack alone |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.slow_link.results import Measured, SlowLinkTable
 from benchmarks.slow_link.runs import BANDWIDTHS, MICRO_BATCH, SEQ_LENGTH, Run
-from ds_pso.files import write_atomically
+from ds_pso.utils.atomic_io import write_atomically
 
 CLAIMS = Path(__file__).parent / "claims.md"
 GAIN = "100 Mbit/s"  # the link of the picture that the README shows, and what it shows there

@@ -17,7 +17,7 @@ from benchmarks.soak.faults import FAULTS
 from benchmarks.soak.report import each_fault, random_faults
 from benchmarks.soak.run import Run
 from benchmarks.table import Table
-from ds_pso.files import write_atomically
+from ds_pso.utils.atomic_io import write_atomically
 
 FOLDER = Path(__file__).parent / "results"
 DEFAULTS = {

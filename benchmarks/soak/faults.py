@@ -14,7 +14,7 @@ import psutil
 
 from benchmarks.soak.run import WORKER, records
 from benchmarks.soak.worker import AT_ITSELF
-from ds_pso.disk.records import steps_in
+from ds_pso.checkpoint.format import steps_in
 
 # How often each comes among random ones.
 FAULTS = {

@@ -34,7 +34,7 @@ class Run:
 
     def launch(self, folder: Path) -> subprocess.Popen[bytes]:
         config = write_config(folder, self.steps)
-        words = [sys.executable, "-m", "ds_pso.cli", "launch", "--particles", str(self.particles)]
+        words = [sys.executable, "-m", "ds_pso.cli.main", "launch", "--particles", str(self.particles)]
         words += ["--port", str(_free_port()), "--max-restarts", "1000", "--log-dir", str(folder / "logs")]
         words += [str(WORKER), "--deepspeed_config", str(config), "--folder", str(folder)]
         words += ["--steps", str(self.steps), "--pace", str(self.pace), "--seed", str(self.seed)]

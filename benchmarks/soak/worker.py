@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ds_pso
-from ds_pso.disk import writer
+from ds_pso.checkpoint import writer
 from ds_pso.errors import CheckpointError
 from ds_pso.shards import find_shards
 

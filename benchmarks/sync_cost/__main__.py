@@ -22,12 +22,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.table import Table, machine, versions
-from ds_pso.exchange import Exchange
-from ds_pso.files import write_atomically
+from ds_pso.comm.compression import FORMATS, Differences
+from ds_pso.comm.exchange import Exchange
+from ds_pso.distributed.world import World
 from ds_pso.rules import RULES, Rule, SyncPoint
-from ds_pso.updater import Updater
-from ds_pso.wire import FORMATS, Differences
-from ds_pso.world import World
+from ds_pso.sync.update import Updater
+from ds_pso.utils.atomic_io import write_atomically
 
 FOLDER = Path(__file__).parent / "results"
 CLAIMS = Path(__file__).parent / "claims.md"

@@ -9,12 +9,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ds_pso.checkpoint.kept import identity, model_fingerprint, own_tensors, restore
-from ds_pso.checkpoint.reshape import Reshaped, is_of_another_shape
-from ds_pso.disk.fallback import newest_whole
-from ds_pso.disk.records import DEEPSPEED_TAG, check_files, find, parse_record, rank_stem, weights_only
+from ds_pso.checkpoint.format import DEEPSPEED_TAG, check_files, find, parse_record, rank_stem, weights_only
+from ds_pso.checkpoint.rank_state import identity, model_fingerprint, own_tensors, restore
+from ds_pso.checkpoint.recovery import newest_whole
+from ds_pso.checkpoint.reshard import Reshaped, is_of_another_shape
 from ds_pso.errors import CheckpointError
-from ds_pso.state import SwarmState
+from ds_pso.session.parts import SwarmState
 
 _OR_RESHAPE = ", or load it with reshape=True (train.py: --reshape)"
 

@@ -6,13 +6,13 @@ import contextlib
 import shutil
 from pathlib import Path
 
-from ds_pso.blueprint import MODEL, save_model_config
-from ds_pso.checkpoint.kept import taken
-from ds_pso.disk.records import DEEPSPEED_TAG
-from ds_pso.disk.writer import Copies, as_checkpoint_error, complete, copying, prune, write_part
+from ds_pso.checkpoint.format import DEEPSPEED_TAG
+from ds_pso.checkpoint.model_layout import MODEL, save_model_config
+from ds_pso.checkpoint.rank_state import taken
+from ds_pso.checkpoint.writer import Copies, as_checkpoint_error, complete, copying, prune, write_part
+from ds_pso.distributed.coordinator import Roster
 from ds_pso.errors import ConfigError
-from ds_pso.roster import Roster
-from ds_pso.state import SwarmState
+from ds_pso.session.parts import SwarmState
 
 
 def save(swarm: SwarmState, folder: Path, keep: int | None = None, *, background: bool = False) -> Path:

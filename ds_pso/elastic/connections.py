@@ -13,11 +13,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ds_pso import stores
-from ds_pso.elastic.meeting import Meeting
-from ds_pso.elastic.place import Place
+from ds_pso.distributed import tcp_store
+from ds_pso.distributed.full_duplex_gloo import FullDuplexGloo
+from ds_pso.elastic.launch_env import Place
+from ds_pso.elastic.quorum import Meeting
 from ds_pso.errors import PeerError
-from ds_pso.gloo import FullDuplexGloo
 
 CONNECT_S = 20.0  # who has just said that it is there must connect within it
 
@@ -107,7 +107,7 @@ class Connections:
     def _store_of(self, address: str) -> dist.TCPStore:
         if address not in self._hosts:
             host, port = address.rsplit(":", 1)
-            store = stores.reach(host, int(port), timeout_s=self._longest.total_seconds())
+            store = tcp_store.reach(host, int(port), timeout_s=self._longest.total_seconds())
             self._hosts = {address: store}  # that of the meeting before is not needed any more
         return self._hosts[address]
 

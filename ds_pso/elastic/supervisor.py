@@ -18,10 +18,10 @@ from typing import Any
 
 import psutil
 
-from ds_pso.elastic import place
-from ds_pso.elastic.child import Child, echo, reason
+from ds_pso.distributed.preemption import EXIT_PREEMPTED
+from ds_pso.elastic import launch_env
+from ds_pso.elastic.process import Child, echo, reason
 from ds_pso.errors import ConfigError
-from ds_pso.preemption import EXIT_PREEMPTED
 
 _LOOK_S = 0.2
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -94,7 +94,7 @@ class Supervisor:
             keeper = Child("lighthouse", self.lighthouse.command, dict(os.environ), quiet=True, log_dir=self.log_dir)
             keeper.start()
         for number in self.particles:
-            env = {**os.environ, **self.env, place.PARTICLE: str(number)}
+            env = {**os.environ, **self.env, launch_env.PARTICLE: str(number)}
             self._children[number] = Child(f"particle {number}", self._command_of(number), env, log_dir=self.log_dir)
         before = {sign: signal.signal(sign, self._on_signal) for sign in _ENDING}
         try:

@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from ds_pso import stores
+from ds_pso.distributed import tcp_store
+from ds_pso.distributed.mailbox import Mailbox
+from ds_pso.distributed.world import World
+from ds_pso.elastic.config import ElasticConfig
 from ds_pso.elastic.connections import CONNECT_S, Connections
-from ds_pso.elastic.meeting import Meeting, Member
-from ds_pso.elastic.membership import Membership
-from ds_pso.elastic.place import Place, read_place
-from ds_pso.elasticity import ElasticConfig
+from ds_pso.elastic.launch_env import Place, read_place
+from ds_pso.elastic.lighthouse import Membership
+from ds_pso.elastic.quorum import Meeting, Member
 from ds_pso.errors import ConfigError, PeerError
-from ds_pso.letters import Mailbox
-from ds_pso.world import World
 
 _SIGNS = "leader/signs"  # a number that grows while the first rank asks who is there
 
@@ -66,7 +66,7 @@ class ElasticWorld(World):
             world._join()
             if world.is_leader:
                 world._membership = Membership(place.lighthouse, place.layout.particle, options, timeout_s)
-                world._connections = Connections(place, timeout_s, stores.host_at(place.host))
+                world._connections = Connections(place, timeout_s, tcp_store.host_at(place.host))
         except BaseException:
             world.abandon()
             raise

@@ -12,10 +12,10 @@ from markupsafe import Markup
 
 from ds_pso._version import __version__
 from ds_pso.errors import ConfigError
-from ds_pso.files import write_atomically
 from ds_pso.report.drawing import DARK, LIGHT, color_of, save_png, to_svg
 from ds_pso.report.figures import pictures
 from ds_pso.report.runs import Run, Sync
+from ds_pso.utils.atomic_io import write_atomically
 
 UNKNOWN = "-"
 COLUMNS = {

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ds_pso.errors import ConfigError
-from ds_pso.metrics import read_metrics
+from ds_pso.metrics.log import read_metrics
 from ds_pso.report.runs import Losses, Record, Run, Start, Sync
 
 

@@ -9,11 +9,11 @@ from ds_pso.rules.base import Place, Plan, Rule, RuleConfig, SyncPoint
 from ds_pso.rules.delayed import Delayed
 from ds_pso.rules.diloco import DiLoCo
 from ds_pso.rules.easgd import Easgd
+from ds_pso.rules.guarded_mean import SwarmRule
 from ds_pso.rules.line_search import LineSearch
 from ds_pso.rules.local_sgd import LocalSGD
 from ds_pso.rules.nosync import NoSync
 from ds_pso.rules.pso import Pso
-from ds_pso.rules.swarm import SwarmRule
 
 RULES: dict[str, type[Rule]] = {
     "local_sgd": LocalSGD,

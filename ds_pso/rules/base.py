@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ds_pso.strict_model import StrictModel
+from ds_pso.utils.strict_model import StrictModel
 
 State = MutableMapping[str, Tensor]  # name -> tensor of the shape, dtype and device of the shard
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_pso.chunks import in_chunks
 from ds_pso.errors import SwarmError
+from ds_pso.utils.chunks import in_chunks
 
 
 @dataclass(frozen=True)

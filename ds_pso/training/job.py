@@ -15,12 +15,12 @@ import transformers
 from torch.utils.data import DataLoader
 
 import ds_pso
-from ds_pso import metrics
-from ds_pso.elastic.place import ATTEMPT
-from ds_pso.elastic.synchronizer import ElasticSynchronizer
+from ds_pso.elastic.launch_env import ATTEMPT
 from ds_pso.errors import CheckpointError, ConfigError, PeerError
+from ds_pso.metrics import log
 from ds_pso.report import write_loss_picture, write_report
 from ds_pso.swarm import Swarm
+from ds_pso.sync.elastic import ElasticSynchronizer
 from ds_pso.training.arguments import fill_auto, parse_arguments, read_deepspeed_config
 from ds_pso.training.closing import generate_sample, summary
 from ds_pso.training.model import HeldOut, build_model, causal_loss, load_tokenizer
@@ -203,7 +203,7 @@ def _sync_line(swarm: Swarm) -> str:
 
 
 def _first_held_out(path: Path) -> float:
-    records = metrics.read_metrics(path)
+    records = log.read_metrics(path)
     first = next(r for r in records if r["event"] == "held_out")
     losses = [math.nan if loss is None else loss for loss in first["losses"]]
     return sum(losses) / len(losses)

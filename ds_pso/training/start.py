@@ -15,8 +15,8 @@ import torch
 import transformers
 
 from ds_pso.errors import SwarmError
-from ds_pso.files import write_atomically
 from ds_pso.swarm import Swarm
+from ds_pso.utils.atomic_io import write_atomically
 
 
 def run(body: Callable[[], int | None]) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
-from ds_pso import cli
+from ds_pso.cli import main as cli
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,7 +8,7 @@ import shlex
 
 import pytest
 
-from ds_pso import cli
+from ds_pso.cli import main as cli
 
 
 def subcommands() -> dict[str, argparse.ArgumentParser]:

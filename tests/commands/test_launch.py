@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from ds_pso import cli
-from ds_pso.commands import launch
+from ds_pso.cli import launch
+from ds_pso.cli import main as cli
 from ds_pso.elastic.supervisor import Supervisor
 
 

@@ -16,7 +16,7 @@ from pool import Pool
 from torch import nn
 
 import ds_pso
-from ds_pso.metrics import read_metrics
+from ds_pso.metrics.log import read_metrics
 
 from .jobs import Case, Net, assert_equal, build_engine, config, place, swarm_of, train, working_weights
 

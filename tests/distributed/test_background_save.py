@@ -14,8 +14,7 @@ from pool import Pool
 from variants import slow_but
 
 from ds_pso import CheckpointError
-from ds_pso.checkpoint import saving
-from ds_pso.disk import writer
+from ds_pso.checkpoint import saving, writer
 from ds_pso.swarm import Swarm
 
 from .jobs import Case, swarm_of, train

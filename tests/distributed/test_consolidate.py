@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import ds_pso
-from ds_pso import cli
-from ds_pso.consolidate import consolidate, find_checkpoint, write
-from ds_pso.disk.records import checksum
-from ds_pso.files import hash_file
+from ds_pso.checkpoint.format import checksum
+from ds_pso.cli import main as cli
+from ds_pso.export.offline import consolidate, find_checkpoint, write
+from ds_pso.utils.atomic_io import hash_file
 
 from .jobs import Case, Net, assemble, build_engine, config, master_pieces, place, rank_batches
 from .test_export import llama

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ds_pso
-from ds_pso.world import World
+from ds_pso.distributed.world import World
 
 from .jobs import Case, config, swarm_of, train
 

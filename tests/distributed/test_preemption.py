@@ -13,7 +13,8 @@ import pytest
 from pool import Pool
 from variants import slow_but
 
-from ds_pso import PeerError, preemption
+from ds_pso import PeerError
+from ds_pso.distributed import preemption
 
 from .jobs import Case, assert_equal, swarm_of, train, working_weights
 

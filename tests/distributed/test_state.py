@@ -10,8 +10,8 @@ import torch
 from pool import Pool
 from variants import slow_but
 
-from ds_pso.keeping import Keeping, at_hand
 from ds_pso.rules import RULES
+from ds_pso.utils.offload import Keeping, at_hand
 
 from .jobs import Case, Weights, one_after_the_other, train, working_weights
 from .oracle import train_particles

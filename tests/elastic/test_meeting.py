@@ -8,7 +8,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_pso.elastic.meeting import Meeting, Member
+from ds_pso.elastic.quorum import Meeting, Member
 
 
 def member(particle: int, index: int = 5, **more: object) -> Member:

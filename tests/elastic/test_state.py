@@ -12,10 +12,10 @@ import torch
 from deepspeed.runtime.lr_schedules import WarmupDecayLR
 from torch.optim import lr_scheduler as of_torch
 
-from ds_pso.elastic.state import Progress, at_another_step
-from ds_pso.elastic.synchronizer import _OwnModel
 from ds_pso.sampler import SwarmSampler
-from ds_pso.schedule import Observed, ScheduleConfig, make_schedule
+from ds_pso.sync.elastic import _OwnModel
+from ds_pso.sync.rollback import Progress, at_another_step
+from ds_pso.sync.schedule import Observed, ScheduleConfig, make_schedule
 
 
 def decay(step: int, over: int) -> float:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch.distributed as dist
 
+from ds_pso.distributed.layout import Layout
 from ds_pso.elastic.world import _SIGNS, ElasticWorld
 from ds_pso.errors import PeerError
-from ds_pso.layout import Layout
 
 
 @pytest.mark.parametrize("lives_for", [0, 3])

@@ -21,10 +21,10 @@ from distributed.jobs import Case, optimizer_state, swarm_of, train, working_wei
 from pool import Pool
 
 from ds_pso import CheckpointError
-from ds_pso.disk import writer
-from ds_pso.disk.records import checksum
-from ds_pso.files import hash_file
+from ds_pso.checkpoint import writer
+from ds_pso.checkpoint.format import checksum
 from ds_pso.swarm import Swarm
+from ds_pso.utils.atomic_io import hash_file
 
 CASE = Case(sync_mode="pso", options={"inertia": 0.3, "cognitive": 0.5}, batch_norm=True, swarm={"timeout_s": 20})
 STEP = "step_00000003"

@@ -20,9 +20,9 @@ from distributed.jobs import Case, assert_equal, swarm_of, train, working_weight
 from elastic.swarms import elastic, lighthouse, particle, places
 from pool import Outcome, Pool, free_port
 
-from ds_pso.elastic.membership import Membership
-from ds_pso.files import write_atomically
+from ds_pso.elastic.lighthouse import Membership
 from ds_pso.swarm import Swarm
+from ds_pso.utils.atomic_io import write_atomically
 
 LIMIT_S = 60.0
 SLOW = pytest.mark.slow

@@ -16,7 +16,7 @@ from pool import Pool
 
 import ds_pso
 from ds_pso import CheckpointError
-from ds_pso.disk.fallback import newest_whole
+from ds_pso.checkpoint.recovery import newest_whole
 from ds_pso.errors import SwarmError
 
 from .test_bad_checkpoints import DATA, everything, write

@@ -32,7 +32,7 @@ def starts(folder: Path, particle: int) -> list[int]:
 
 
 def launch(folder: Path, config: Path, *more: str) -> subprocess.Popen[bytes]:
-    words = [sys.executable, "-m", "ds_pso.cli", "launch", "--particles", "2", "--port", str(free_port())]
+    words = [sys.executable, "-m", "ds_pso.cli.main", "launch", "--particles", "2", "--port", str(free_port())]
     words += [str(soak.WORKER), "--deepspeed_config", str(config), "--folder", str(folder), "--steps", "1200"]
     with (folder / "launch.log").open("ab") as log:
         return subprocess.Popen([*words, "--save_every", "20", *more], stdout=log, stderr=subprocess.STDOUT)

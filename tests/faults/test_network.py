@@ -23,7 +23,7 @@ STEPS = 800
 
 def launch(folder: Path, config: Path, link: Link, end: int) -> subprocess.Popen[bytes]:
     """The launcher of one machine, with one of the two particles."""
-    words = [sys.executable, "-m", "ds_pso.cli", "launch", "--particles", "2", "--only", str(end)]
+    words = [sys.executable, "-m", "ds_pso.cli.main", "launch", "--particles", "2", "--only", str(end)]
     words += ["--host", link.addresses[end]]
     if end == 1:
         words += ["--lighthouse", f"http://{link.addresses[0]}:29510"]

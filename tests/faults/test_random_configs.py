@@ -18,7 +18,7 @@ from pool import Pool
 from torch import nn
 
 import ds_pso
-from ds_pso.config import SwarmConfig, load_config
+from ds_pso.config.schema import SwarmConfig, load_config
 from ds_pso.errors import ConfigError, SwarmError
 from ds_pso.rules import RULES
 

@@ -16,7 +16,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from pool import free_port
 from torch.utils.data import DataLoader
 
-from ds_pso.config import load_config
+from ds_pso.config.schema import load_config
 
 from .test_recipes import ROOT, load_recipe, under_accelerate
 
@@ -27,10 +27,10 @@ SAMPLES, BATCH, RANKS = 103, 2, 4  # 12 batches a rank and epoch, and seven samp
 
 def train_for_two_epochs(steps: int, plain: bool) -> dict[str, Any]:
     """Which samples this rank saw, and what became of "auto"."""
+    import _common as recipe
     from accelerate import Accelerator, DeepSpeedPlugin
 
     import ds_pso
-    from ds_pso.training import recipe
 
     arguments = recipe.make_parser("test", "", steps=steps, batch_size=BATCH, lr=0.25).parse_args([])
     with ds_pso.init() as swarm:
@@ -98,10 +98,10 @@ def test_a_number_in_the_json_counts(pool):
 
 
 def train_with_an_example() -> dict[str, Any]:
+    import _common as recipe
     from accelerate import Accelerator, DeepSpeedPlugin
 
     import ds_pso
-    from ds_pso.training import recipe
 
     arguments = recipe.make_parser("test", "", steps=8, batch_size=BATCH, lr=0.25).parse_args([])
     with ds_pso.init() as swarm:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from ds_pso.metrics import read_metrics
+from ds_pso.metrics.log import read_metrics
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,7 +12,7 @@ from made_runs import losses, small, start, sync, write
 from matplotlib import image as mpl_image
 from variants import slow_but
 
-from ds_pso import cli
+from ds_pso.cli import main as cli
 from ds_pso.report import write_loss_picture, write_report
 from ds_pso.report.drawing import LIGHT
 from ds_pso.report.figures import pictures

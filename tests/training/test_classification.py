@@ -2,13 +2,13 @@
 
 import datasets
 import pytest
+from _classification import load_splits
 
-from ds_pso.config import load_config
+from ds_pso.config.schema import load_config
+from ds_pso.distributed.layout import Layout
+from ds_pso.distributed.world import World
 from ds_pso.errors import ConfigError
-from ds_pso.layout import Layout
 from ds_pso.swarm import Swarm
-from ds_pso.training.classification import load_splits
-from ds_pso.world import World
 
 
 @pytest.fixture

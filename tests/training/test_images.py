@@ -1,8 +1,7 @@
 """Augmentation: what comes out is a part of the padded image, mirrored or not."""
 
 import torch
-
-from ds_pso.training.images import augment
+from _images import augment
 
 
 def test_each_image_is_a_crop_of_its_own_padded_one_mirrored_or_not():

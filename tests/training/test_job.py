@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from variants import slow_but
 
-from ds_pso.metrics import read_metrics
+from ds_pso.metrics.log import read_metrics
 
 REPO = Path(__file__).parents[2]
 # The elastic one needs ds-pso launch: see faults/test_launch.py.

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from ds_pso.distributed.layout import Layout
+from ds_pso.distributed.world import World
 from ds_pso.errors import ConfigError
-from ds_pso.layout import Layout
 from ds_pso.swarm import Swarm
 from ds_pso.training import text
 from ds_pso.training.text import Blocks, load_corpus, read_documents, tokenize, train_tokenizer
-from ds_pso.world import World
 
 TEXTS = [f"def function_{i}(x):\n    return x + {i}  # naïve ☃\n" for i in range(60)]
 
@@ -19,7 +19,7 @@ TEXTS = [f"def function_{i}(x):\n    return x + {i}  # naïve ☃\n" for i in ra
 @pytest.fixture
 def swarm():
     config = {"train_micro_batch_size_per_gpu": 1, "swarm": {"particles": 1}}
-    from ds_pso.config import load_config
+    from ds_pso.config.schema import load_config
 
     ds_config, swarm_config = load_config(config)
     return Swarm(ds_config, swarm_config, World(Layout(0, 1, 1), 10.0), None)

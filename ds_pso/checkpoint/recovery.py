@@ -1,0 +1,78 @@
+"""Which checkpoint to resume from when none is named: the newest that is whole, on all ranks alike."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from ds_pso.checkpoint.format import (
+    FORMAT,
+    LATEST,
+    check_files,
+    pointed_at,
+    rank_stem,
+    read_record,
+    step_number,
+    steps_in,
+)
+from ds_pso.distributed.coordinator import Roster
+from ds_pso.errors import CheckpointError
+
+
+def newest_whole(roster: Roster, folder: Path) -> str:
+    """Name of the checkpoint that ``latest`` names, or of the next older one if a file of that is damaged.
+
+    Called on all ranks, which share the work of reading every file. Whether it fits this run is not asked.
+
+    Raises:
+        CheckpointError: there is none; it lists what is wrong with each. All ranks raise it.
+    """
+    mine = [pointed_at(folder), steps_in(folder)]
+    seen = roster.gather("looking for checkpoints", mine)  # without a shared disk each sees its own
+    names = sorted({name for _, steps in seen for name in steps}, key=step_number, reverse=True)
+    latest = max((name for name, _ in seen if name in names), key=step_number, default=None)
+    if not names:
+        raise CheckpointError(
+            f"{folder}: no checkpoint to resume (it holds no step_* folder that is complete); check the path, or start "
+            "without resuming",
+            agreed=True,
+        )
+    wrong = [] if latest else [f"{folder / LATEST}: missing, or names no checkpoint"]
+    for name in names:
+        if latest and step_number(name) > step_number(latest):
+            continue  # of a run that was gone back behind
+        reason = _damage(roster, folder / name)
+        if reason is None:
+            if wrong and roster.is_leader:
+                warnings.warn(f"{'; '.join(wrong)}; resuming from {folder / name} instead", stacklevel=4)
+            return name
+        wrong.append(reason)
+    raise CheckpointError(f"{folder}: no checkpoint to resume is whole: {'; '.join(wrong)}", agreed=True)
+
+
+def _damage(roster: Roster, source: Path) -> str | None:
+    """What the first rank that found something found. The ranks of the checkpoint need not be those of this run."""
+    reason = None
+    try:
+        for rank in range(roster.layout.rank, _ranks_of(source), roster.layout.world_size):
+            check_files(read_record(Path(f"{rank_stem(source, rank)}.json")), source)
+    except CheckpointError as error:
+        reason = str(error).rpartition("; ")[0]  # without the remedy, which is what follows here
+    except OSError as error:
+        reason = f"{error.filename or source}: cannot be read ({error.strerror})"
+    found: list[str | None] = roster.gather("checking a checkpoint", reason)
+    return next((reason for reason in found if reason is not None), None)
+
+
+def _ranks_of(source: Path) -> int:
+    """How many ranks wrote it, from the first record that can be read."""
+    reason = CheckpointError(f"{source}: missing; resume from another step_* folder")
+    for path in sorted((source / "swarm").glob("rank_*.json")):
+        try:
+            record = read_record(path)
+            if record.get("format") != FORMAT:
+                return 0  # not damaged; loading it says what is wrong
+            return int(record["num_particles"] * record["particle_size"])
+        except CheckpointError as error:
+            reason = error
+    raise reason

@@ -1,0 +1,35 @@
+"""The ``ds-pso`` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from ds_pso.cli import check, export, launch, plan, report, simulate
+from ds_pso.errors import SwarmError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Errors that ds_pso foresaw become one line and exit code 1."""
+    arguments = _parser().parse_args(sys.argv[1:] if argv is None else argv)
+    try:
+        return int(arguments.run(arguments))
+    except SwarmError as error:
+        print(f"ds-pso: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ds-pso",
+        description="Swarms of DeepSpeed ZeRO worlds.",
+        epilog="`ds-pso COMMAND --help` has the arguments and an example. Errors are one line, and exit with 1.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in (check, plan, simulate, launch, report, export):
+        command.add_to(commands)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,307 @@
+"""Moves tensors between the particles, in buckets of bounded memory, and counts the bytes.
+
+Knows the peer group; knows nothing of rules or of DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_pso.comm.collectives import Collectives, nbytes
+from ds_pso.comm.compression import BLOCK, Differences, Format
+from ds_pso.distributed.world import World
+from ds_pso.utils.checksums import Added, Copied
+from ds_pso.utils.chunks import in_chunks
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of elements of one flat tensor, and its place in the bucket that carries it."""
+
+    tensor: int  # index of the tensor
+    start: int  # first element in the tensor
+    stop: int  # one past the last
+    offset: int  # first element in the bucket
+
+    def of(self, flat: Tensor) -> Tensor:
+        return flat[self.start : self.stop]
+
+    def in_bucket(self, bucket: Tensor) -> Tensor:
+        return bucket[self.offset : self.offset + self.stop - self.start]
+
+
+def fill(tensors: Sequence[Tensor], arriving: Iterable[tuple[Piece, Tensor]]) -> None:
+    """Copy what arrives into its places in ``tensors``."""
+    for piece, received in arriving:
+        piece.of(tensors[piece.tensor]).copy_(received)
+
+
+def plan_buckets(numels: Sequence[int], bucket_numel: int) -> list[list[Piece]]:
+    """Cut tensors of these sizes into buckets of at most ``bucket_numel`` elements.
+
+    Every element of every tensor is in exactly one piece, in order; only the last bucket is not
+    full. Empty tensors have no piece.
+    """
+    buckets: list[list[Piece]] = []
+    room = 0
+    for index, numel in enumerate(numels):
+        start = 0
+        while start < numel:
+            if room == 0:
+                buckets.append([])
+                room = bucket_numel
+            stop = min(numel, start + room)
+            buckets[-1].append(Piece(index, start, stop, bucket_numel - room))
+            room -= stop - start
+            start = stop
+    return buckets
+
+
+def wire_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Sums are made in fp32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Exchange(Collectives):
+    """Collectives of one peer group.
+
+    ``bytes_received`` counts what this rank receives under the bandwidth-optimal algorithm for
+    each collective, N bytes in a group of P: 2 N (P - 1) / P for an all-reduce, N for a
+    broadcast (0 at the source) or a part in an all-to-all, N (P - 1) for an all-gather. Summed over the group it is the
+    whole traffic. Where differences are sent, N is their encoded size, padded to whole blocks. P is the number of
+    particles that are present; weights and sources stand for all, and of those that are absent they do not count. With
+    ``checksums``, an all-gather of a few numbers follows each collective, and counts, too; and what has been damaged
+    on the way is moved again before anybody uses it.
+    """
+
+    def __init__(self, world: World, bucket_mb: float, *, checksums: bool = False) -> None:
+        super().__init__(world, checksums=checksums)
+        self.bucket_bytes = int(bucket_mb * 2**20)
+
+    def weighted_mean(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Iterator[tuple[Piece, Tensor]]:
+        """Yield, piece by piece, sum_i weights[i] * (the tensor of particle i).
+
+        A particle of weight 0 contributes exact zeros, whatever its tensors hold (NaN, too).
+        ``tensors`` are flat and of floating dtype, with the same sizes on every peer; those
+        already yielded may be overwritten. A yielded tensor is valid until the next one.
+        """
+        share = 2 * (len(self.present) - 1) / len(self.present)
+        for bucket, pieces in self._buckets(tensors):
+            self._run(
+                "all-reduce",
+                lambda group, bucket=bucket: group.allreduce([bucket]),
+                share * nbytes(bucket),
+                partial(self._weigh, bucket, pieces, tensors, weights[self.particle]),
+            )
+            yield from self._unpack(bucket, pieces, tensors)
+
+    def mean_by_differences(
+        self, tensors: Sequence[Tensor], weights: Sequence[float], differences: Differences, *, feedback: bool
+    ) -> Iterator[tuple[Piece, Tensor]]:
+        """``weighted_mean`` in few bytes: the same bits on every peer, up to what ``differences.format`` rounds.
+
+        Two phases: each peer sends every other one its part of the weighted differences to ``differences.common``,
+        sums the parts that it got, and sends the sum to all. So the bytes do not grow with P.
+
+        Args:
+            weights: sum to one.
+            feedback: whether what is rounded away here goes with the next message, and what is yielded is
+                common knowledge from then on; false for a mean that may be thrown away.
+        """
+        weight, form = weights[self.particle], differences.format
+        for pieces, values in self._blocks(tensors):
+            for piece in pieces:
+                here, common = piece.of(tensors[piece.tensor]), piece.of(differences.common[piece.tensor])
+                owed = piece.of(differences.residual[piece.tensor])
+                for part, x, c, e in in_chunks(piece.in_bucket(values), here, common, owed):
+                    if weight != 0:
+                        torch.sub(x, c.to(x), out=part).mul_(weight)
+                    if feedback:
+                        part.add_(e.to(part))
+            encoded = self._sum_rounded(values, form)
+            if feedback:
+                for piece in pieces:
+                    owed = piece.of(differences.residual[piece.tensor])
+                    # What overflowed would be owed for ever.
+                    owed.copy_(piece.in_bucket(values).nan_to_num_(0.0, 0.0, 0.0))
+            for part, row in zip(values.chunk(len(self.present)), self._gather_parts(encoded), strict=True):
+                form.decode(row, part)
+            yield from self._add_common(values, pieces, differences, become_common=feedback)
+
+    def from_one_by_differences(
+        self, tensors: Sequence[Tensor], source: int, differences: Differences
+    ) -> Iterator[tuple[Piece, Tensor]]:
+        """``from_one`` in few bytes: the same bits on every peer, the source too.
+
+        What is rounded away is part of the next difference, whoever sends it.
+        """
+        for pieces, values in self._blocks(tensors):
+            encoded = torch.empty(differences.format.nbytes(len(values)), dtype=torch.uint8, device=values.device)
+            if self.particle == source:
+                for piece in pieces:
+                    here, common = piece.of(tensors[piece.tensor]), piece.of(differences.common[piece.tensor])
+                    for part, x, c in in_chunks(piece.in_bucket(values), here, common):
+                        torch.sub(x, c.to(x), out=part)
+                differences.format.encode(values, encoded)
+            encoded = self._broadcast(encoded.to(self.device), source).to(values.device)
+            differences.format.decode(encoded, values)
+            yield from self._add_common(values, pieces, differences, become_common=True)
+
+    def from_one(self, tensors: Sequence[Tensor], source: int) -> Iterator[tuple[Piece, Tensor]]:
+        """Yield, piece by piece, the tensors of particle ``source``."""
+        for bucket, pieces in self._buckets(tensors):
+            if self.particle == source:
+                self._fill(bucket, pieces, tensors)
+            yield from self._unpack(self._broadcast(bucket, source), pieces, tensors)
+
+    def from_each(self, tensors: Sequence[Tensor], sources: Sequence[int]) -> Iterator[tuple[Piece, Tensor]]:
+        """Yield, piece by piece, the tensors of particle ``sources[i]`` to particle i."""
+        me, source = self.particle, sources[self.particle]
+        if all(sources[i] == source for i in self.present):
+            yield from self.from_one(tensors, source)
+            return
+        takers = [i != me and sources[i] == me for i in self.present]
+        for bucket, pieces in self._buckets(tensors):
+            self._fill(bucket, pieces, tensors)
+            copies = bucket.repeat(sum(takers))
+            outgoing = [bucket if taker else None for taker in takers]
+            send = [bucket.numel() * taker for taker in takers]
+            receive = [bucket.numel() * (i == source != me) for i in self.present]
+            arrived = bucket.new_empty(sum(receive))
+            self._run(
+                "all-to-all",
+                lambda group, a=arrived, c=copies, r=receive, s=send: group.alltoall_base(a, c, r, s),
+                nbytes(arrived),
+                partial(Copied, outgoing, [arrived if numel else None for numel in receive]),
+            )
+            yield from self._unpack(bucket if source == me else arrived, pieces, tensors)
+
+    def from_self(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Piece, Tensor]]:
+        """Yield, piece by piece, the particle's own tensors: for work that must not need much memory at once."""
+        for pieces in plan_buckets([t.numel() for t in tensors], max(1, self.bucket_bytes // 4)):
+            for piece in pieces:
+                yield piece, piece.of(tensors[piece.tensor])
+
+    def all_gather(self, values: Sequence[float]) -> list[list[float]]:
+        """A few float64 of every particle, exactly, in the order of particles; NaN of those that are absent."""
+        if self.num_particles == 1:
+            return [list(values)]
+        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+        table = [[math.nan] * len(values)] * self.num_particles
+        for particle, row in zip(self.present, self._gather(mine), strict=True):
+            table[particle] = row.tolist()
+        return table
+
+    def _broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = self.present.index(source), 0
+        received = 0 if self.particle == source else nbytes(tensor)
+        mine = [tensor if self.particle == source else None] * len(self.present)
+        theirs = [tensor if i == source != self.particle else None for i in self.present]
+        self._run("broadcast", lambda group: group.broadcast([tensor], options), received, lambda: Copied(mine, theirs))
+        return tensor
+
+    def _sum_rounded(self, values: Tensor, form: Format) -> Tensor:
+        """The sum over all peers of their values in this particle's part, rounded twice, as bytes.
+
+        What remains in ``values`` is what was rounded away here.
+        """
+        parts, here = values.chunk(len(self.present)), self.present.index(self.particle)
+        mine, others = parts[here], [i for i in range(len(parts)) if i != here]
+        encoded = torch.empty(form.nbytes(len(mine)), dtype=torch.uint8, device=values.device)
+        outgoing = encoded.new_empty(len(others), len(encoded))
+        for row, other in zip(outgoing, others, strict=True):
+            form.encode_and_subtract(parts[other], row)
+        for row in self._swap_parts(outgoing):
+            form.add_decoded(row, mine)
+        form.encode_and_subtract(mine, encoded)  # the second rounding is owed by who made it
+        return encoded
+
+    def _swap_parts(self, outgoing: Tensor) -> Tensor:
+        """Send a row (P - 1, n) to each other peer; returns those that they sent, in the order of particles."""
+        sizes = [outgoing.shape[1] * (i != self.particle) for i in self.present]
+        sent = outgoing.view(-1).to(self.device)
+        arrived = torch.empty_like(sent)
+        self._run(
+            "all-to-all",
+            lambda group: group.alltoall_base(arrived, sent, sizes, sizes),
+            nbytes(arrived),
+            lambda: Copied(sent.split(sizes), arrived.split(sizes)),
+        )
+        return arrived.to(outgoing.device).view_as(outgoing)
+
+    def _gather_parts(self, encoded: Tensor) -> list[Tensor]:
+        """The bytes (n,) of every particle, in the order of particles."""
+        return [row.to(encoded.device) for row in self._gather(encoded.to(self.device))]
+
+    def _gather(self, mine: Tensor) -> list[Tensor]:
+        """As many bytes of every peer, in the order of particles."""
+        rows = [torch.empty_like(mine) for _ in self.present]
+        self._run(
+            "all-gather",
+            lambda group: group.allgather([rows], [mine]),
+            (len(rows) - 1) * nbytes(mine),
+            lambda: Copied([mine] * len(rows), rows),
+        )
+        return rows
+
+    def _blocks(self, tensors: Sequence[Tensor]) -> Iterator[tuple[list[Piece], Tensor]]:
+        """Buckets of fp32 zeros, as large as a whole number of blocks for each particle."""
+        unit = len(self.present) * BLOCK
+        capacity = max(1, self.bucket_bytes // (4 * unit)) * unit
+        numels = [t.numel() for t in tensors]
+        buffer = torch.empty(
+            min(capacity, -(-sum(numels) // unit) * unit), device=tensors[0].device if tensors else None
+        )
+        for pieces in plan_buckets(numels, capacity):
+            size = pieces[-1].offset + pieces[-1].stop - pieces[-1].start
+            yield pieces, buffer[: -(-size // unit) * unit].zero_()
+
+    @staticmethod
+    def _add_common(
+        values: Tensor, pieces: list[Piece], differences: Differences, *, become_common: bool
+    ) -> Iterator[tuple[Piece, Tensor]]:
+        for piece in pieces:
+            whole = piece.in_bucket(values)
+            for part, common in in_chunks(whole, piece.of(differences.common[piece.tensor])):
+                part.add_(common.to(part))
+                if become_common:
+                    common.copy_(part)
+            yield piece, whole
+
+    def _buckets(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, list[Piece]]]:
+        for dtype in sorted({wire_dtype(t.dtype) for t in tensors}, key=str):
+            numels = [t.numel() if wire_dtype(t.dtype) == dtype else 0 for t in tensors]
+            capacity = max(1, self.bucket_bytes // dtype.itemsize)
+            buffer = torch.empty(min(capacity, sum(numels)), dtype=dtype, device=self.device)
+            for pieces in plan_buckets(numels, capacity):
+                last = pieces[-1]
+                yield buffer[: last.offset + last.stop - last.start], pieces
+
+    def _weigh(self, bucket: Tensor, pieces: list[Piece], tensors: Sequence[Tensor], weight: float) -> Added | None:
+        """Fill the bucket with what this particle contributes."""
+        if weight == 0:
+            bucket.zero_()
+        else:
+            for piece in pieces:
+                for part, x in in_chunks(piece.in_bucket(bucket), piece.of(tensors[piece.tensor])):
+                    part.copy_(x).mul_(weight)
+        return Added(bucket) if self.checksums else None
+
+    @staticmethod
+    def _fill(bucket: Tensor, pieces: list[Piece], tensors: Sequence[Tensor]) -> None:
+        for piece in pieces:
+            piece.in_bucket(bucket).copy_(piece.of(tensors[piece.tensor]))
+
+    @staticmethod
+    def _unpack(bucket: Tensor, pieces: list[Piece], tensors: Sequence[Tensor]) -> Iterator[tuple[Piece, Tensor]]:
+        for piece in pieces:
+            target = tensors[piece.tensor]
+            yield piece, piece.in_bucket(bucket).to(device=target.device, dtype=target.dtype)

@@ -1,1 +1,0 @@
-"""Subcommands of ``ds-pso``, a file each."""

@@ -1,0 +1,205 @@
+"""A particle's line to torchft's lighthouse: gives signs of life, and asks who has come to a sync point.
+
+Of torchft only the lighthouse and its client are used. Its ``Manager`` would also open a port on every network that
+ends the process when told to, and send checkpoints over one that hands them to everybody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import time
+import uuid
+from datetime import timedelta
+from typing import Any, Protocol
+
+from ds_pso.elastic.config import ElasticConfig
+from ds_pso.elastic.quorum import Meeting, Member
+from ds_pso.errors import ConfigError, PeerError
+
+_SLICE_S = 2.0
+_PAUSE_S = 0.3
+
+
+class Row(Protocol):
+    """What a particle says of itself, given its name and whether it still waits for more to begin."""
+
+    def __call__(self, name: str, *, waits: bool) -> Member: ...
+
+
+class Membership:
+    """Of one particle; lives in its first rank.
+
+    Args:
+        url: of the lighthouse.
+        timeout_s: longest wait for the others, and for a step of this particle before it counts as stalled.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        particle: int,
+        options: ElasticConfig,
+        timeout_s: float,
+    ) -> None:
+        self._url = url
+        self._particle = particle
+        self._options = options
+        self._timeout_s = timeout_s
+        self._client_type = _import_client()
+        self._client: Any = None
+        self._was_lost = False  # the lighthouse
+        self._refusal = ""  # its last one
+        self._rename()
+        self._known: set[int] = {particle}
+        self._sign = self._heard = time.monotonic()  # of this particle; the lighthouse
+        self._asked_first = math.inf
+        self._stop = threading.Event()
+
+    def sign_of_life(self) -> None:
+        """The particle gets on with its work."""
+        self._sign = time.monotonic()
+
+    def close(self) -> None:
+        """No more signs of life."""
+        self._stop.set()
+
+    def ask(self, row: Row, *, fresh: bool) -> Meeting:
+        """Wait for those who will come.
+
+        Args:
+            row: what this particle says of itself.
+            fresh: whether it has just been started. Then it waits until the others come, however long they train.
+
+        Raises:
+            PeerError: too few came within the timeout, or the lighthouse is gone, or another has taken this place.
+        """
+        options, begin = self._options, time.monotonic()
+        self._let_others_wait(begin)
+        patience = self._timeout_s if options.straggler == "wait" else options.straggler_s
+        # The lighthouse waits for stragglers from the oldest question on. A particle that is waiting for the next sync
+        # point of the others, because it has just been started or has missed one, asks again and again: else the first
+        # of them to come would meet without those a moment behind.
+        short = min(_SLICE_S, patience / 4)
+        slice_s = short if fresh else patience + short
+        deadline = begin + patience + 2 * options.heartbeat_s
+        self._refusal, self._heard = "no answer", begin
+        while True:
+            self._check_lighthouse()
+            self.sign_of_life()
+            left = deadline - time.monotonic()
+            if left <= 0 and not fresh and self._has_been_heard():
+                break
+            waits = time.monotonic() - self._asked_first < self._timeout_s
+            try:
+                meeting = self._question(
+                    row(self.name, waits=waits), slice_s if fresh else min(slice_s, max(0.1, left))
+                )
+            except TimeoutError:
+                slice_s = short
+                continue
+            except (RuntimeError, ConnectionError, OSError) as error:
+                self._refusal = str(error).splitlines()[0][:200]
+                self._client, self._was_lost = None, True
+                time.sleep(_PAUSE_S)
+                continue
+            self._heard = time.monotonic()
+            if self.name in meeting.strangers:
+                raise PeerError(f"particle {self._particle}: {meeting.strangers[self.name]}", agreed=True)
+            if len(meeting.members) >= options.min_particles and not meeting.waits_for_more:
+                self._known.update(meeting.present)
+                return meeting
+            # There are too few, and more may be on their way.
+            deadline = begin + self._timeout_s + 2 * options.heartbeat_s
+            if time.monotonic() >= deadline and not meeting.waits_for_more:
+                break
+            time.sleep(_PAUSE_S)
+        return self._without_others(row, begin)
+
+    def _let_others_wait(self, now: float) -> None:
+        """From the first question on."""
+        if self._asked_first == math.inf:
+            self._asked_first = now
+            threading.Thread(target=self._beat, daemon=True, name="ds_pso heartbeat").start()
+
+    def _without_others(self, row: Row, begin: float) -> Meeting:
+        """A meeting of one, if the config allows it.
+
+        Raises:
+            PeerError: it does not.
+        """
+        self._rename()
+        if self._options.min_particles > 1:
+            raise PeerError(
+                f"particle {self._particle}: fewer than swarm.elastic.min_particles = {self._options.min_particles} "
+                f"came to the sync point within {time.monotonic() - begin:.0f} s; so far there were "
+                f"{sorted(self._known)}. Look at the logs of the others, or lower it",
+                agreed=True,
+            )
+        return self._meeting(f"{self.name}-{time.time_ns()}", [row(self.name, waits=False)])
+
+    def _check_lighthouse(self) -> None:
+        if time.monotonic() - self._heard > max(self._timeout_s, 2 * self._options.heartbeat_s):
+            self._rename()
+            raise PeerError(
+                f"particle {self._particle}: the lighthouse at {self._url} does not answer ({self._refusal}); look "
+                "whether it runs and can be reached from here",
+                agreed=True,
+            )
+
+    def _has_been_heard(self) -> bool:
+        """Whether the lighthouse has answered, or taken a sign of life, just now."""
+        return time.monotonic() - self._heard <= self._options.heartbeat_s
+
+    def _question(self, mine: Member, timeout_s: float) -> Meeting:
+        if self._client is None:
+            self._client = self._client_type(self._url, timedelta(seconds=min(timeout_s, 5.0)))
+            if self._was_lost:
+                # It knows of nobody yet: who asks at once would meet without those who have not been heard of.
+                time.sleep(self._options.heartbeat_s / 2)
+                self._was_lost = False
+        quorum = self._client.quorum(
+            self.name,
+            timedelta(seconds=timeout_s),
+            address=mine.store,
+            store_address=mine.store,
+            step=mine.index,
+            world_size=1,
+            shrink_only=False,
+            data=mine.as_json(),
+        )
+        everybody = []
+        for participant in quorum.participants:
+            with contextlib.suppress(TypeError):  # of another ds_pso, or no particle at all
+                everybody.append(Member(**participant.data))
+        return self._meeting(f"{quorum.created.seconds}.{quorum.created.nanos:09d}", everybody)
+
+    def _meeting(self, number: str, everybody: list[Member]) -> Meeting:
+        return Meeting.of(number, everybody, late_counts=self._options.straggler == "async")
+
+    def _beat(self) -> None:
+        client: Any = None
+        while not self._stop.wait(self._options.heartbeat_s / 4):
+            if time.monotonic() - self._sign > self._timeout_s:
+                continue  # stalled: the others shall go on
+            with contextlib.suppress(TimeoutError, RuntimeError, ConnectionError, OSError):
+                client = client or self._client_type(self._url, timedelta(seconds=5))
+                client.heartbeat(self.name, timedelta(seconds=min(5.0, self._options.heartbeat_s / 2)))
+                self._heard = time.monotonic()
+                continue
+            client = None
+
+    def _rename(self) -> None:
+        """A new life, as far as the others can tell; what is left of a question must not bring them to a meeting."""
+        self.name, self.born = f"particle_{self._particle}:{uuid.uuid4().hex[:12]}", time.time_ns()
+
+
+def _import_client() -> Any:
+    try:
+        from torchft.coordination import LighthouseClient
+    except ImportError as error:
+        raise ConfigError(
+            f'swarm.transport = "elastic": torchft cannot be imported ({error}); install ds_pso[elastic]'
+        ) from error
+    return LighthouseClient

@@ -1,0 +1,1 @@
+"""One Hugging Face model out of a swarm: from live shards, or from a checkpoint on disk."""

@@ -1,0 +1,138 @@
+"""Writes one model of the swarm in Hugging Face format, gathered from the shards.
+
+No rank ever holds more than one extra shard and one full parameter; the leader collects the
+whole model once, in CPU memory, as ``save_pretrained`` needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ds_pso.errors import ConfigError
+from ds_pso.session.parts import SwarmState
+from ds_pso.shards import Segment, Shards, find_shards
+from ds_pso.utils.atomic_io import move_files
+
+Choice = Literal["consensus", "best"]
+
+
+def export(swarm: SwarmState, folder: Path, which: Choice = "consensus", tokenizer: Any = None) -> Path:
+    """Write the model to ``folder``; ``from_pretrained(folder)`` opens it. Called on all ranks.
+
+    Files of the same names are replaced; whatever else is in the folder stays.
+
+    Args:
+        which: ``consensus``, the mean of the particles whose weights are finite, or ``best``, the
+            particle with the lowest loss at the last sync point.
+        tokenizer: saved beside the model, if given.
+    """
+    if which not in ("consensus", "best"):
+        raise ConfigError(f'export which = {which!r}: must be "consensus" or "best"')
+    if swarm.synchronizer is not None:
+        shards = swarm.synchronizer.shards
+        tensors, buffers = swarm.synchronizer.consensus.collect(which)
+    else:
+        shards = find_shards(swarm.engine)
+        tensors, buffers = shards.tensors, [buffer for _, buffer in shards.buffers()]
+    state_dict = _state_dict(swarm, shards, tensors, buffers)
+    with swarm.world.agree("exporting the model"):
+        if swarm.is_leader:
+            with replacing_model(folder) as temporary:
+                _write(swarm.engine.module, state_dict, temporary)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(temporary)
+    return folder
+
+
+@contextlib.contextmanager
+def replacing_model(folder: Path) -> Iterator[Path]:
+    """An empty folder; at the end of the block its files replace the model in ``folder``. After an error it is gone.
+
+    The old model stays until the new one is complete, and is the one that loads until the last file of the new one has
+    moved. Only shards of the same names are neither for a moment: they move one after the other.
+    """
+    folder = folder.resolve()  # "." has no name
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        written = {path.name for path in temporary.iterdir()}
+        move_files(temporary, folder, _decides)
+        stale = [path for path in folder.glob("model*.safetensors*") if path.name not in written]
+        for path in sorted(stale, key=_decides, reverse=True):  # a single file first: it would be read
+            path.unlink()
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _decides(path: Path) -> int:
+    """Return how much a file decides which weights are read: a single file before an index, and that before shards."""
+    names = {"model.safetensors.index.json": 2, "model.safetensors": 3}
+    return names.get(path.name, 0 if path.suffix == ".safetensors" else 1)
+
+
+def _state_dict(swarm: SwarmState, shards: Shards, tensors: list[Tensor], buffers: list[Tensor]) -> dict[str, Tensor]:
+    """The whole model in its working dtype on the leader; empty elsewhere."""
+    state_dict: dict[str, Tensor] = {}
+    for name, tensor in _parameters(swarm, shards, tensors):
+        if swarm.is_leader:
+            state_dict[name] = tensor.cpu()
+    for (name, buffer), values in zip(shards.buffers(), buffers, strict=True):
+        if swarm.is_leader:
+            state_dict[name] = values.view(buffer.shape).cpu()
+    if swarm.is_leader:
+        names = shards.module.state_dict().keys()
+        counters = {name: b for name, b in shards.module.named_buffers() if not b.is_floating_point() and name in names}
+        state_dict.update({name: buffer.cpu() for name, buffer in counters.items()})
+    return state_dict
+
+
+def _parameters(swarm: SwarmState, shards: Shards, tensors: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Full parameters, one at a time, right on rank 0 of each particle."""
+    pieces: dict[str, list[Segment]] = {}
+    for segment in shards.segments:
+        pieces.setdefault(segment.name, []).append(segment)
+    trained = shards.trained_names()  # all ranks must reduce the same parameters
+    for name, parameter in shards.module.named_parameters():
+        if name not in trained:
+            yield name, _frozen(parameter)
+            continue
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        full = torch.zeros(shape.numel(), dtype=torch.float32, device=swarm.world.particle_device)
+        for s in pieces.get(name, []):
+            values = tensors[s.shard][s.shard_start : s.shard_start + s.numel]
+            full[s.param_start : s.param_start + s.numel].copy_(values)
+        if swarm.world.layout.particle_size > 1:
+            dist.reduce(full, 0)  # an element is zero on all ranks but its owner
+        yield name, full.view(shape).to(parameter.dtype)
+
+
+def _frozen(parameter: Tensor) -> Tensor:
+    """A parameter that is not trained, gathered if ZeRO 3 has partitioned it."""
+    if hasattr(parameter, "ds_id"):
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return parameter.detach()
+
+
+def _write(module: Any, state_dict: dict[str, Tensor], folder: Path) -> None:
+    if hasattr(module, "save_pretrained"):
+        module.save_pretrained(folder, state_dict=state_dict)
+    else:
+        first_name = {id(parameter): name for name, parameter in module.named_parameters()}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            if name not in state_dict:  # tied to another
+                state_dict[name] = state_dict[first_name[id(parameter)]].clone()
+        save_file({key: value.contiguous() for key, value in state_dict.items()}, folder / "model.safetensors")

@@ -1,0 +1,241 @@
+"""One model from a checkpoint on disk, in one process: no launcher, no engine, no GPU.
+
+Each rank's record says where the elements of its shards belong, so all ZeRO stages read alike. (DeepSpeed's
+zero_to_fp32 knows neither stage 0, nor BF16_Optimizer, nor frozen parameters at stage 1, nor the state of a rule.)
+Files are mapped into memory and read parameter by parameter: beside the model in its working dtype there are a few
+copies of one parameter in fp32.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import GenerationConfig
+
+from ds_pso.checkpoint.format import LATEST, find, verified_record, weights_only
+from ds_pso.checkpoint.model_layout import MODEL
+from ds_pso.checkpoint.reader import SavedParticle, masters_of
+from ds_pso.comm.exchange import wire_dtype
+from ds_pso.errors import CheckpointError, ConfigError
+from ds_pso.export.live import replacing_model
+from ds_pso.export.meta_model import load_config, skeleton, with_adapter
+from ds_pso.rules import SyncPoint
+from ds_pso.shards import Segment
+from ds_pso.shards.base import square_of_norm
+from ds_pso.shards.replicated import equal_parts
+from ds_pso.sync.health import Health, Limits, judge
+
+
+@dataclass(frozen=True)
+class Model:
+    """What was put together."""
+
+    state_dict: dict[str, Tensor]  # in the working dtype
+    tied: dict[str, str]  # names that are not in it, and under which the same tensor is
+    config: Path  # folder of the Hugging Face config, if there is one
+    particles: tuple[int, ...]  # that are in it
+    step: int
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(tensor.numel() for tensor in self.state_dict.values())
+
+
+def find_checkpoint(run: Path, tag: str | None = None) -> Path:
+    """The step_* folder that ``run`` is, or the one in it that ``tag`` or ``latest`` names.
+
+    Args:
+        run: a run folder with a folder ``checkpoints``, a checkpoints folder, or a step_* folder.
+    """
+    if tag is None and re.fullmatch(r"step_\d{8,}", run.resolve().name) and run.is_dir():
+        return run
+    folder = run / "checkpoints" if (run / "checkpoints").is_dir() else run
+    if tag is None and not (folder / LATEST).is_file():
+        raise CheckpointError(
+            f"{run}: no checkpoint to export; give a run folder, its checkpoints folder, or a step_* folder"
+        )
+    return find(folder, tag)
+
+
+def consolidate(source: Path, which: Literal["consensus", "best"] | int = "consensus") -> Model:
+    """The model that ``swarm.export`` would have written when the checkpoint ``source`` was saved.
+
+    Args:
+        which: as for ``swarm.export``, or the number of a particle.
+
+    Raises:
+        CheckpointError: missing, damaged, of another format; or no weights are finite.
+        ConfigError: no such particle.
+    """
+    first = verified_record(source, 0)
+    P, S = first["num_particles"], first["particle_size"]
+    if isinstance(which, int) and not 0 <= which < P:
+        raise ConfigError(f"--particle {which}: {source} has particles 0 to {P - 1}")
+    with weights_only():
+        particles = [None if which not in ("consensus", "best", p) else _Particle(source, p, S) for p in range(P)]
+        weights = _weights(source, particles, which)
+        chosen = [(w, particle) for w, particle in zip(weights, particles, strict=True) if particle is not None and w]
+        state_dict, tied = _combine(chosen, of_rule=which == "consensus")
+    members = tuple(p for p, weight in enumerate(weights) if weight)
+    return Model(state_dict, tied, source / f"particle_{members[0]}" / MODEL, members, int(first["step"]))
+
+
+def write(model: Model, folder: Path) -> str | None:
+    """Write it as ``swarm.export`` does. Returns why it is not a whole Hugging Face model; None if it is."""
+    with replacing_model(folder) as temporary:
+        module, reason = _module_of(model)
+        if module is not None:
+            module.save_pretrained(temporary, state_dict=dict(model.state_dict))
+            return None
+        whole = model.state_dict | {name: model.state_dict[source].clone() for name, source in model.tied.items()}
+        save_file({name: tensor.contiguous() for name, tensor in whole.items()}, temporary / "model.safetensors")
+        for path in sorted(model.config.glob("*.json")):
+            shutil.copy(path, temporary)
+    return reason
+
+
+def _module_of(model: Model) -> tuple[Any, str | None]:
+    """The module to which the tensors belong, without memory; or the reason why there is none."""
+    if not model.config.is_dir():
+        return None, "the module that was trained has no Hugging Face config"
+    dtype = next((t.dtype for t in model.state_dict.values() if t.is_floating_point()), torch.float32)
+    try:
+        module = skeleton(load_config(model.config), dtype)
+    except ConfigError:
+        return None, "its class is not one of transformers'; its config.json is copied"
+    if (model.config / "adapter_config.json").is_file():
+        try:
+            module = with_adapter(module, model.config)
+        except ImportError:
+            return None, "peft is not installed; the configs are copied"
+    if not model.state_dict.keys() <= module.state_dict().keys():
+        return None, f"{type(module).__name__} of transformers has other parameters; its config.json is copied"
+    if (model.config / "generation_config.json").is_file():
+        module.generation_config = GenerationConfig.from_pretrained(model.config)
+    return module, None
+
+
+def _weights(source: Path, particles: Sequence[_Particle | None], which: str | int) -> tuple[float, ...]:
+    """Of each particle in the model; they sum to one."""
+    there = {i: particle for i, particle in enumerate(particles) if particle is not None}
+    limits = Limits(norm=next(iter(there.values())).norm_limit)
+    reasons = judge([Health(particle.loss, 0.0, particle.norm(), math.nan) for particle in there.values()], limits)
+    left_out = {i for number, i in enumerate(there) if number in reasons}
+    alive = tuple(i in there and i not in left_out for i in range(len(particles)))
+    if not any(alive):
+        who = "no particle has" if isinstance(which, str) else f"particle {which} has no"
+        raise CheckpointError(
+            f"{source}: {who} finite weights, so there is no model; name an older checkpoint with --tag"
+        )
+    fitness = tuple(math.nan if particle is None else particle.loss for particle in particles)
+    point = SyncPoint(0, fitness, alive)
+    return point.best_weights() if which == "best" else point.mean_weights()
+
+
+def _combine(chosen: Sequence[tuple[float, _Particle]], of_rule: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weighted mean, and which names are tied to which. What is no number or not trained comes from the first."""
+    leader = chosen[0][1]
+    frozen, tied = leader.frozen_and_tied()
+    state_dict = dict(frozen)
+    for name in leader.pieces:
+        like = leader.module[name]
+        mean = _mean([(weight, particle.parameter(name, of_rule)) for weight, particle in chosen])
+        state_dict[name] = mean.to(like.dtype).view(leader.shape(name))
+    for name in leader.buffers:
+        buffer = leader.buffer(name)
+        if buffer.is_floating_point():
+            wide = wire_dtype(buffer.dtype)
+            buffer = _mean([(w, particle.buffer(name).to(wide)) for w, particle in chosen]).to(buffer.dtype)
+        state_dict[name] = buffer
+    return state_dict, tied
+
+
+def _mean(parts: Sequence[tuple[float, Tensor]]) -> Tensor:
+    """sum_i w_i x_i, in the order of particles; the tensors are used up."""
+    mean = parts[0][1].mul_(parts[0][0])
+    for weight, x in parts[1:]:
+        mean.add_(x.mul_(weight))
+    return mean
+
+
+class _Particle(SavedParticle):
+    """The files of one particle, checked and mapped into memory."""
+
+    def __init__(self, source: Path, number: int, size: int) -> None:
+        records = [verified_record(source, rank) for rank in range(number * size, (number + 1) * size)]
+        if any(record.get("shards") is None for record in records):
+            raise CheckpointError(
+                f"{source}: does not say where the parameters of its engine lie (an older ds_pso, or an engine whose "
+                "shards cannot be read); load it and use swarm.export"
+            )
+        super().__init__(source, number, records)
+        met = records[0]["synchronizer"]
+        self.loss = math.nan if met is None else float(met["last_losses"][number])
+        self.norm_limit = None if met is None else met.get("norm_limit")
+        self._model_in = records[0]["shards"]["model_in"]
+        if self.stage == 0:
+            self._masters = self._replicated(size)
+        else:
+            self._masters = [masters_of(state) for state in self.optimizer_states()]
+
+    def _replicated(self, size: int) -> list[list[Tensor]]:
+        """At stage 0, the part of the whole masters that each rank exchanges: see ``ReplicatedShards``."""
+        optimizer = self.model_states[0]["optimizer"]
+        if "fp32_groups_flat" in optimizer:
+            masters = optimizer["fp32_groups_flat"]
+        elif "fp32_groups" in optimizer:
+            masters = [master for group in optimizer["fp32_groups"] for master in group]
+        else:  # fp32: the parameters themselves, in the optimizer's order
+            masters = [self.module[name] for name in self.pieces]
+        parts = equal_parts([master.numel() for master in masters], size)
+        return [[masters[m].detach().view(-1)[start:stop] for m, start, stop in part] for part in parts]
+
+    def parameter(self, name: str, of_rule: bool = False) -> Tensor:
+        """fp32 and flat. ``of_rule``: from where the rule keeps the model, which may be its state."""
+
+        def read(rank: int, shard: int) -> Any:
+            if of_rule and self._model_in != "x":
+                return self.own[rank].get_slice(f"rule.{shard}.{self._model_in}")
+            return self._masters[rank][shard].detach()
+
+        numel = self.numel[name]
+        return self.gather([Segment(name, 0, 0, 0, numel)], [numel], torch.float32, read)[0]
+
+    @property
+    def buffers(self) -> list[str]:
+        return [key.removeprefix("buffer.") for key in self.own[0].keys() if key.startswith("buffer.")]  # noqa: SIM118
+
+    def buffer(self, name: str, rank: int = 0) -> Tensor:
+        return self.own[rank].get_tensor(f"buffer.{name}")
+
+    def norm(self) -> float:
+        """Of all weights, and the buffers of all ranks; not finite if one is not. Padding does not count."""
+        buffers = [self.buffer(name, rank) for name in self.buffers for rank in range(len(self.own))]
+        squares = [square_of_norm(b.reshape(-1)) for b in buffers if b.is_floating_point() and b.numel()]
+        return math.sqrt(sum(squares) + sum(square_of_norm(self.parameter(name)) for name in self.pieces))
+
+    def frozen_and_tied(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Parameters that are not trained, in their working dtype; and names of the same tensor as another name."""
+        known = {*self.pieces, *self.buffers}
+        others = [n for n, t in self.module.items() if n not in known and isinstance(t, Tensor)]
+        if self.stage == 3:
+            shared = self.model_states[0]["shared_params"]
+            names = self.model_states[0]["frozen_param_shapes"]
+            frozen = {name: self.frozen(name).view(self.shape(name)) for name in names}
+        else:
+            first: dict[int, str] = {}
+            for name, tensor in self.module.items():
+                if isinstance(tensor, Tensor) and tensor.numel():
+                    first.setdefault(tensor.data_ptr(), name)
+            shared = {n: first.get(self.module[n].data_ptr(), n) for n in others}
+            frozen = {n: self.module[n].clone() for n in others if shared[n] == n}
+        return frozen, {n: shared[n] for n in others if shared.get(n, n) != n}
