@@ -44,7 +44,7 @@ def do_nothing(*_: Any, **__: Any) -> None:
 # -- shards -------------------------------------------------------------------------------------
 
 
-@sabotage("distributed/test_publish.py")
+@sabotage("integration/test_publish.py")
 def skip_publish() -> None:
     """ZeRO 1 and 2 keep working with the weights from before the sync."""
     from ds_pso.shards.zero12 import Zero12Shards
@@ -52,7 +52,7 @@ def skip_publish() -> None:
     Zero12Shards.publish = do_nothing
 
 
-@sabotage("distributed/test_publish.py")
+@sabotage("integration/test_publish.py")
 def publish_without_prologue() -> None:
     """ZeRO 3 without its first step: persistent parameters stay stale."""
     from ds_pso.shards.zero3 import Zero3Shards
@@ -66,14 +66,14 @@ def publish_without_prologue() -> None:
     Zero3Shards.publish = publish
 
 
-@sabotage("distributed/test_padding.py")
+@sabotage("integration/test_padding.py")
 def forget_padding() -> None:
     from ds_pso.shards.base import Shards
 
     Shards.zero_padding = do_nothing
 
 
-@sabotage("distributed/test_truth.py")
+@sabotage("integration/test_truth.py")
 def shift_a_segment() -> None:
     """One parameter is believed to lie an element further on."""
     from dataclasses import replace
@@ -92,7 +92,7 @@ def shift_a_segment() -> None:
 # -- exchange -----------------------------------------------------------------------------------
 
 
-@sabotage("distributed/test_truth.py")
+@sabotage("integration/test_truth.py")
 def swap_two_elements() -> None:
     """Particle 1 sends its buckets reversed."""
     from ds_pso.comm.exchange import Exchange
@@ -107,7 +107,7 @@ def swap_two_elements() -> None:
     Exchange._fill = staticmethod(fill)
 
 
-@sabotage("distributed/test_truth.py")
+@sabotage("integration/test_truth.py")
 def drop_a_bucket() -> None:
     from ds_pso.comm import exchange
 
@@ -115,7 +115,7 @@ def drop_a_bucket() -> None:
     exchange.plan_buckets = lambda *arguments: real(*arguments)[:1]
 
 
-@sabotage("distributed/test_wire.py")
+@sabotage("integration/test_wire.py")
 def owe_nothing() -> None:
     """What rounding loses is lost."""
     from ds_pso.comm.exchange import Exchange
@@ -130,7 +130,7 @@ def owe_nothing() -> None:
     Exchange.mean_by_differences = mean_by_differences
 
 
-@sabotage("distributed/test_wire.py")
+@sabotage("integration/test_wire.py")
 def agree_on_nothing() -> None:
     """Differences stay relative to the last mean, where the rule has moved on from it."""
     from ds_pso.comm.compression import Differences
@@ -138,7 +138,7 @@ def agree_on_nothing() -> None:
     Differences.agree_on = do_nothing
 
 
-@sabotage("distributed/test_delay.py")
+@sabotage("integration/test_delay.py")
 def forget_the_steps_meanwhile() -> None:
     """A delayed result replaces what was learned since the meeting began."""
     from ds_pso.sync.synchronizer import Synchronizer
@@ -157,7 +157,7 @@ def forget_the_steps_meanwhile() -> None:
     Synchronizer.begin, Synchronizer._apply = begin_and_remember, apply_to_the_old
 
 
-@sabotage("distributed/test_delay.py")
+@sabotage("integration/test_delay.py")
 def wait_in_the_foreground() -> None:
     """A delayed sync point is waited for at once."""
     from ds_pso.sync.synchronizer import Synchronizer
@@ -171,7 +171,7 @@ def wait_in_the_foreground() -> None:
     Synchronizer.begin = begin
 
 
-@sabotage("distributed/test_fragments.py")
+@sabotage("integration/test_fragments.py")
 def apply_fragments_together() -> None:
     """Each waits for the last one."""
     from ds_pso.sync.pending import Pending
@@ -179,7 +179,7 @@ def apply_fragments_together() -> None:
     Pending.due = lambda self, fragment: self.begun + self.delay
 
 
-@sabotage("distributed/test_fragments.py")
+@sabotage("integration/test_fragments.py")
 def carry_nan_into_fragments() -> None:
     """A particle that is not alive takes its fragments one by one."""
     from ds_pso.sync.synchronizer import Synchronizer
@@ -199,7 +199,7 @@ def carry_nan_into_fragments() -> None:
     Synchronizer._apply = apply_some
 
 
-@sabotage("distributed/test_streaming.py")
+@sabotage("integration/test_streaming.py")
 def heal_only_the_fragment_in_turn() -> None:
     """A particle that is not alive waits for the other fragments until their turn comes."""
     import ds_pso.sync.overlapped
@@ -207,7 +207,7 @@ def heal_only_the_fragment_in_turn() -> None:
     vars(ds_pso.sync.overlapped)["all"] = lambda values: True  # are alive
 
 
-@sabotage("distributed/test_streaming.py")
+@sabotage("integration/test_streaming.py")
 def share_a_memory() -> None:
     """What a rule has noted of one fragment it takes for another's."""
     from ds_pso.sync.synchronizer import Synchronizer
@@ -226,7 +226,7 @@ def share_a_memory() -> None:
     Synchronizer.__init__ = init
 
 
-@sabotage("distributed/test_state.py")
+@sabotage("integration/test_state.py")
 def round_positions() -> None:
     """Anchors are kept in bf16, too."""
     from ds_pso.utils.offload import Keeping
@@ -235,7 +235,7 @@ def round_positions() -> None:
     Keeping.keep = lambda self, tensor, rough=False: real(self, tensor, rough=True)
 
 
-@sabotage("distributed/test_schedule.py")
+@sabotage("integration/test_schedule.py")
 def measure_the_second_half() -> None:
     """The drift is that of some elements only."""
     from ds_pso.sync.update import Updater
@@ -244,7 +244,7 @@ def measure_the_second_half() -> None:
     Updater._measure = lambda self, x, received: real(self, x[len(x) // 2 :], received[len(x) // 2 :])
 
 
-@sabotage("distributed/test_schedule.py")
+@sabotage("integration/test_schedule.py")
 def decide_alone() -> None:
     """Each rank's schedule goes by the distance of its own shard."""
     import math
@@ -254,7 +254,7 @@ def decide_alone() -> None:
     Census.drift = lambda self, apart: math.sqrt(apart[0] / apart[1])
 
 
-@sabotage("distributed/test_resume.py")
+@sabotage("integration/test_resume.py")
 def forget_what_is_owed() -> None:
     """The state of the wire is not in the checkpoint."""
     from ds_pso.checkpoint import kept, loading
@@ -263,7 +263,7 @@ def forget_what_is_owed() -> None:
     kept.own_tensors = loading.own_tensors = lambda swarm: {k: v for k, v in real(swarm).items() if "wire" not in k}
 
 
-@sabotage("distributed/test_bytes.py")
+@sabotage("integration/test_bytes.py")
 def count_bytes_wrong() -> None:
     from ds_pso.comm.exchange import Exchange
 
@@ -271,7 +271,7 @@ def count_bytes_wrong() -> None:
     Exchange._run = lambda self, what, start, received: real(self, what, start, received / 2)
 
 
-@sabotage("faults/test_mad_particles.py")
+@sabotage("faults/test_diverged_particles.py")
 def mix_in_the_dead() -> None:
     """A particle of weight zero is multiplied by zero, not left out: zero times NaN is NaN."""
     import torch
@@ -288,7 +288,7 @@ def mix_in_the_dead() -> None:
     Exchange.weighted_mean = weighted_mean
 
 
-@sabotage("distributed/test_truth.py")
+@sabotage("integration/test_truth.py")
 def answer_oneself() -> None:
     """In a ring each particle receives its own shard."""
     from ds_pso.comm.exchange import Exchange
@@ -328,7 +328,7 @@ def read_old_letters() -> None:
 # -- moments and learning rates ------------------------------------------------------------------
 
 
-@sabotage("distributed/test_optimizer_state.py")
+@sabotage("integration/test_optimizer_state.py")
 def average_moments_unevenly() -> None:
     """Their mean leans towards particle 0."""
     from types import SimpleNamespace
@@ -345,7 +345,7 @@ def average_moments_unevenly() -> None:
     Synchronizer._average_moments = average
 
 
-@sabotage("distributed/test_optimizer_state.py")
+@sabotage("integration/test_optimizer_state.py")
 def keep_moments_from_mates() -> None:
     """At ZeRO 0 a rank averages its own part, and does not tell the others of its particle."""
     from ds_pso.shards.replicated import ReplicatedShards
@@ -353,7 +353,7 @@ def keep_moments_from_mates() -> None:
     ReplicatedShards.publish_moments = do_nothing
 
 
-@sabotage("distributed/test_optimizer_state.py")
+@sabotage("integration/test_optimizer_state.py")
 def compare_moments_of_mates() -> None:
     """At ZeRO 0 ranks of a particle may hold different numbers of them, and then nothing is averaged."""
     from ds_pso.sync.synchronizer import Synchronizer
@@ -368,7 +368,7 @@ def compare_moments_of_mates() -> None:
     Synchronizer._average_moments = average
 
 
-@sabotage("distributed/test_lr_factor.py")
+@sabotage("integration/test_lr_factor.py")
 def leave_the_rate_multiplied() -> None:
     """After a step the learning rate is not what the schedule said."""
     from ds_pso.shards.base import Shards
@@ -376,7 +376,7 @@ def leave_the_rate_multiplied() -> None:
     Shards._restore_lr = do_nothing
 
 
-@sabotage("distributed/test_lr_factor.py")
+@sabotage("integration/test_lr_factor.py")
 def multiply_no_rate() -> None:
     from ds_pso.shards.base import Shards
 
@@ -386,7 +386,7 @@ def multiply_no_rate() -> None:
 # -- decisions ----------------------------------------------------------------------------------
 
 
-@sabotage("distributed/test_agreement.py")
+@sabotage("integration/test_agreement.py")
 def two_bests() -> None:
     """Particle 1 always takes itself for the best."""
     from ds_pso.rules import pso
@@ -420,14 +420,14 @@ def repeat_alone() -> None:
     Exchange._tell = lambda self, what, row: [row] * self.num_particles
 
 
-@sabotage("distributed/test_agreement.py")
+@sabotage("integration/test_agreement.py")
 def ties_to_the_higher_index() -> None:
     from ds_pso.rules import pso
 
     pso.best_of = lambda losses, alive: min(range(len(losses)), key=lambda i: (not alive[i], losses[i], -i))
 
 
-@sabotage("distributed/test_truth.py")
+@sabotage("integration/test_truth.py")
 def random_factors_of_each_rank() -> None:
     from ds_pso.rules.pso import Pso
 
@@ -435,7 +435,7 @@ def random_factors_of_each_rank() -> None:
     Pso._draw = lambda self, index, particle, *more: real(self, index, particle + 10 * (rank() % 2), *more)
 
 
-@sabotage("distributed/test_agreement.py")
+@sabotage("integration/test_agreement.py")
 def fitness_of_one_rank() -> None:
     """A particle's loss is that of its first rank alone."""
     from ds_pso.sync import census
@@ -444,28 +444,28 @@ def fitness_of_one_rank() -> None:
     census.combine = lambda rows: real(rows[:1])
 
 
-@sabotage("distributed/test_attach.py")
+@sabotage("integration/test_attach.py")
 def start_apart() -> None:
     from ds_pso.comm.exchange import Exchange
 
     Exchange.from_one = lambda *_, **__: iter(())
 
 
-@sabotage("distributed/test_attach.py")
+@sabotage("integration/test_attach.py")
 def leave_buffers_alone() -> None:
     from ds_pso.sync.synchronizer import Synchronizer
 
     Synchronizer._average_buffers = do_nothing
 
 
-@sabotage("distributed/test_attach.py")
+@sabotage("integration/test_attach.py")
 def compare_no_models() -> None:
     from ds_pso.sync.synchronizer import Synchronizer
 
     Synchronizer._check_same_model = do_nothing
 
 
-@sabotage("distributed/test_plain_deepspeed.py")
+@sabotage("integration/test_plain_deepspeed.py")
 def allreduce_in_particles() -> None:
     """``allreduce`` trains the particles that the JSON names, and never joins them."""
     from ds_pso import swarm
@@ -473,7 +473,7 @@ def allreduce_in_particles() -> None:
     swarm.ALLREDUCE = "something else"
 
 
-@sabotage("distributed/test_plain_deepspeed.py")
+@sabotage("integration/test_plain_deepspeed.py")
 def draw_a_random_number() -> None:
     """Attaching takes one number from torch's random state."""
     import torch
@@ -489,7 +489,7 @@ def draw_a_random_number() -> None:
     Swarm.attach = attach
 
 
-@sabotage("distributed/test_scoring.py")
+@sabotage("integration/test_scoring.py")
 def score_before_publishing() -> None:
     """What is tried on the probe batch are the weights from before the sync point."""
     from ds_pso.sync.synchronizer import Synchronizer
@@ -506,7 +506,7 @@ def score_before_publishing() -> None:
     Synchronizer._follow_rule = follow
 
 
-@sabotage("distributed/test_scoring.py")
+@sabotage("integration/test_scoring.py")
 def score_of_one_rank() -> None:
     """A candidate's loss is that of the first rank's part of the batch."""
     from ds_pso.distributed.world import World
@@ -524,7 +524,7 @@ def score_of_one_rank() -> None:
     Census.score = score
 
 
-@sabotage("distributed/test_truth.py")
+@sabotage("integration/test_truth.py")
 def tensors_of_each_rank() -> None:
     """With random factors for each tensor, each rank has its own idea of what a tensor is."""
     from ds_pso.rules.pso import Pso
@@ -537,7 +537,7 @@ def tensors_of_each_rank() -> None:
     Pso._draw = draw
 
 
-@sabotage("distributed/test_consensus.py")
+@sabotage("integration/test_consensus.py")
 def stay_in_the_consensus() -> None:
     """Leaving the block gives the particle's own weights not back."""
     from ds_pso.sync import consensus
@@ -553,7 +553,7 @@ def stay_in_the_consensus() -> None:
     consensus.replace = replace
 
 
-@sabotage("distributed/test_consensus.py")
+@sabotage("integration/test_consensus.py")
 def forget_the_center() -> None:
     """Elastic averaging exports the mean of the particles."""
     from ds_pso.rules.easgd import Easgd
@@ -561,7 +561,7 @@ def forget_the_center() -> None:
     Easgd.model_in = "x"
 
 
-@sabotage("distributed/test_simulate.py")
+@sabotage("integration/test_simulate.py")
 def share_a_random_state() -> None:
     """Simulated particles draw from one another's random numbers."""
     from ds_pso.distributed import thread_scheduler as room
@@ -572,7 +572,7 @@ def share_a_random_state() -> None:
 # -- peers --------------------------------------------------------------------------------------
 
 
-@sabotage("distributed/test_truth.py")
+@sabotage("integration/test_truth.py")
 def miss_a_roll_call() -> None:
     """Rank 3 does not say that it is there."""
     from ds_pso.distributed.world import World
@@ -592,7 +592,7 @@ def trust_the_store() -> None:
 # -- checkpoints and export ---------------------------------------------------------------------
 
 
-@sabotage("distributed/test_resume.py")
+@sabotage("integration/test_resume.py")
 def restore_one_tensor_less() -> None:
     from ds_pso.checkpoint import loading
 
@@ -606,7 +606,7 @@ def restore_one_tensor_less() -> None:
     loading.restore = restore
 
 
-@sabotage("distributed/test_resume.py")
+@sabotage("integration/test_resume.py")
 def forget_the_window() -> None:
     from ds_pso.checkpoint import loading
 
@@ -614,21 +614,21 @@ def forget_the_window() -> None:
     loading.restore = lambda swarm, record, tensors: real(swarm, record | {"window": [0.0, 0, 0]}, tensors)
 
 
-@sabotage("distributed/test_resume.py")
+@sabotage("integration/test_resume.py")
 def forget_the_data_position() -> None:
     from ds_pso.sampler import SwarmSampler
 
     SwarmSampler.load_state_dict = do_nothing
 
 
-@sabotage("distributed/test_resume.py")
+@sabotage("integration/test_resume.py")
 def forget_the_random_state() -> None:
     from ds_pso.checkpoint import rank_state as kept
 
     kept._restore_random = do_nothing
 
 
-@sabotage("distributed/test_resume.py")
+@sabotage("integration/test_resume.py")
 def forget_the_rate_of_the_particle() -> None:
     from ds_pso.sync.synchronizer import Synchronizer
 
@@ -674,7 +674,7 @@ def save_in_place() -> None:
     saving.write_part = write_part
 
 
-@sabotage("distributed/test_background_save.py")
+@sabotage("integration/test_background_save.py")
 def write_what_has_changed() -> None:
     """What is written in the background is not copied before."""
     import torch
@@ -693,7 +693,7 @@ def write_what_has_changed() -> None:
     Copies.write = write_later
 
 
-@sabotage("distributed/test_background_save.py")
+@sabotage("integration/test_background_save.py")
 def remove_old_ones_first() -> None:
     """Before the new checkpoint is complete."""
     from ds_pso.checkpoint import saving
@@ -719,7 +719,7 @@ def fall_back_alone() -> None:
     Roster.gather = lambda self, label, value: [value] if label == "checking a checkpoint" else real(self, label, value)
 
 
-@sabotage("distributed/test_preemption.py")
+@sabotage("integration/test_preemption.py")
 def stop_at_a_step_of_ones_own() -> None:
     """Each rank stops after the step at which it learns of the signal."""
     from ds_pso.distributed.coordinator import Roster
@@ -731,7 +731,7 @@ def stop_at_a_step_of_ones_own() -> None:
 # -- other numbers of particles and ranks -------------------------------------------------------
 
 
-@sabotage("distributed/test_reshape.py")
+@sabotage("integration/test_reshape.py")
 def read_a_piece_too_early() -> None:
     """Of a parameter that several ranks have saved, the later runs are taken from an element too early."""
     from dataclasses import replace
@@ -748,7 +748,7 @@ def read_a_piece_too_early() -> None:
     SavedParticle.__init__ = init
 
 
-@sabotage("distributed/test_reshape.py")
+@sabotage("integration/test_reshape.py")
 def continue_particle_0() -> None:
     from ds_pso import reshape
 
@@ -756,14 +756,14 @@ def continue_particle_0() -> None:
     reshape.SavedParticle = lambda source, number, records: real(source, 0, records)
 
 
-@sabotage("distributed/test_reshape.py")
+@sabotage("integration/test_reshape.py")
 def leave_the_moments() -> None:
     from ds_pso.checkpoint.deepspeed_reshard import Repartitioned
 
     Repartitioned._moments = lambda *_: {}
 
 
-@sabotage("distributed/test_reshape.py")
+@sabotage("integration/test_reshape.py")
 def share_a_count_of_steps() -> None:
     from ds_pso.checkpoint import deepspeed_reshard as repartition
 
@@ -773,21 +773,21 @@ def share_a_count_of_steps() -> None:
     repartition.copy = Copy
 
 
-@sabotage("distributed/test_reshape.py")
+@sabotage("integration/test_reshape.py")
 def begin_the_epoch_again() -> None:
     from ds_pso.sampler import SwarmSampler
 
     SwarmSampler.continued = lambda self, state, world_size: {**state, "batch": 0}
 
 
-@sabotage("distributed/test_reshape.py")
+@sabotage("integration/test_reshape.py")
 def keep_the_old_anchor() -> None:
     from ds_pso.sync.synchronizer import Synchronizer
 
     Synchronizer.begin_anew = lambda self, step: self.schedule.begin(step)
 
 
-@sabotage("distributed/test_export.py")
+@sabotage("integration/test_export.py")
 def export_the_mean_as_the_best() -> None:
     from ds_pso.rules import SyncPoint
 

@@ -1,6 +1,6 @@
 """``ds_pso.simulate``: particles as threads that take turns, repeatable, and gone when they should be.
 
-tests/distributed/test_simulate.py compares the weights with those of real processes. Here, too, every
+tests/integration/test_simulate.py compares the weights with those of real processes. Here, too, every
 simulation has a process of its own: DeepSpeed's world stays up as long as the process lives.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from distributed.jobs import Case, Weights, assert_close, assert_equal, build_engine, config, train, working_weights
+from integration.jobs import Case, Weights, assert_close, assert_equal, build_engine, config, train, working_weights
 from pool import Pool
 from safetensors.numpy import load_file
 

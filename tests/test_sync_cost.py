@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_exchange import make_worlds
+from comm.test_exchange import make_worlds
 
 from benchmarks.sync_cost.__main__ import Case, Cost, _cases, _copies, measure, write_report
 from benchmarks.table import Table

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from distributed.jobs import Case
+from integration.jobs import Case
 from pool import free_port
 
 ELASTIC = {"transport": "elastic", "timeout_s": 6, "elastic": {"heartbeat_s": 3.0}}

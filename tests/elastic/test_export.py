@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from distributed.jobs import Case, Weights, assert_equal, swarm_of, train, working_weights
+from integration.jobs import Case, Weights, assert_equal, swarm_of, train, working_weights
 from pool import Pool
 from safetensors.torch import load_file
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from distributed.jobs import Case, assert_equal, swarm_of, train, working_weights
+from integration.jobs import Case, assert_equal, swarm_of, train, working_weights
 from pool import Pool
 
 from elastic.swarms import elastic, lighthouse, places

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed.jobs import Case, optimizer_state, swarm_of, train, working_weights
+from integration.jobs import Case, optimizer_state, swarm_of, train, working_weights
 from pool import Pool
 
 from ds_pso import CheckpointError

@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from distributed.jobs import Case, assert_equal, one_after_the_other, train, working_weights
+from integration.jobs import Case, assert_equal, one_after_the_other, train, working_weights
 from pool import Pool
-from test_checksums import Damaging
+from utils.test_checksums import Damaging
 
-from .test_mad_particles import LATER_RULES
+from .test_diverged_particles import LATER_RULES
 
 CASES: dict[str, tuple[Case, str]] = {
     "local_sgd": (Case(), "allreduce"),

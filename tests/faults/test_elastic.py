@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from distributed.jobs import Case, assert_equal, swarm_of, train, working_weights
 from elastic.swarms import elastic, lighthouse, particle, places
+from integration.jobs import Case, assert_equal, swarm_of, train, working_weights
 from pool import Outcome, Pool, free_port
 
 from ds_pso.elastic.lighthouse import Membership

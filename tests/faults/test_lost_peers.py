@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 import pytest
-from distributed.jobs import Case, config, place, swarm_of, train
+from integration.jobs import Case, config, place, swarm_of, train
 from pool import Outcome, Pool
 
 import ds_pso

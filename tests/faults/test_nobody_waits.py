@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from distributed.jobs import Case, master_pieces, place, swarm_of, train, working_weights
+from integration.jobs import Case, master_pieces, place, swarm_of, train, working_weights
 from pool import Pool
 from variants import slow_but
 

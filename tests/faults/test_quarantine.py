@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from distributed.jobs import Case, assert_equal, master_pieces, one_after_the_other, place, train, working_weights
+from integration.jobs import Case, assert_equal, master_pieces, one_after_the_other, place, train, working_weights
 from pool import Pool
 
-from .test_mad_particles import APART, LATER_RULES, Spoil
+from .test_diverged_particles import APART, LATER_RULES, Spoil
 
 RULES: dict[str, Case] = {
     "local_sgd": Case(),

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed.jobs import Case, assert_equal, swarm_of, train, working_weights
 from elastic.swarms import elastic, lighthouse, places
+from integration.jobs import Case, assert_equal, swarm_of, train, working_weights
 from pool import Pool
 from variants import slow_but
 

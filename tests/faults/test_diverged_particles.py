@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from distributed.jobs import Case, assert_close, assert_equal, optimizer_state, place, swarm_of, train, working_weights
+from integration.jobs import Case, assert_close, assert_equal, optimizer_state, place, swarm_of, train, working_weights
 from pool import Pool
 from torch import Tensor
 

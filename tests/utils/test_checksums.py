@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from comm.test_exchange import make_worlds
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_exchange import make_worlds
 from torch import Tensor
 
 from ds_pso.comm.compression import FORMATS, Differences

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from distributed.jobs import Case, build_engine, config, swarm_of, train, working_weights
+from integration.jobs import Case, build_engine, config, swarm_of, train, working_weights
 from pool import Pool
 
 import ds_pso
