@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ds_pso.config.schema import ConfigSource
-from ds_pso.distributed.simulated_world import Crew
+from ds_pso.distributed.simulated_world import Simulation
 from ds_pso.errors import ConfigError
 from ds_pso.swarm import Swarm, init
 
@@ -43,7 +43,7 @@ def simulate(
         with init(config, run_dir=run_dir) as swarm:
             return train(swarm)
 
-    return Crew(live).run()
+    return Simulation(live).run()
 
 
 def simulate_script(script: str | Path, arguments: Sequence[str] = ()) -> int:
@@ -74,7 +74,7 @@ def simulate_script(script: str | Path, arguments: Sequence[str] = ()) -> int:
         return 0
 
     with _as_main(path, arguments):
-        return next(filter(None, Crew(live).run()), 0)
+        return next(filter(None, Simulation(live).run()), 0)
 
 
 @contextlib.contextmanager

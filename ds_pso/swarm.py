@@ -13,7 +13,7 @@ from typing import Any, Literal
 from ds_pso import checkpoint
 from ds_pso.config.schema import ALLREDUCE, ConfigSource, SwarmConfig, find_config, load_config
 from ds_pso.distributed.preemption import Preemption
-from ds_pso.distributed.simulated_world import Crew
+from ds_pso.distributed.simulated_world import Simulation
 from ds_pso.distributed.world import World
 from ds_pso.elastic.launch_env import is_launched
 from ds_pso.elastic.world import ElasticWorld
@@ -51,7 +51,7 @@ def init(config: ConfigSource | None = None, *, run_dir: str | Path | None = Non
     lr_schedule.register()
     particles = 1 if swarm_config.sync_mode == ALLREDUCE else swarm_config.particles
     if world is None:
-        world = Crew.world(particles, swarm_config.timeout_s) or _build_world(particles, swarm_config)
+        world = Simulation.world(particles, swarm_config.timeout_s) or _build_world(particles, swarm_config)
     elif world.closed:
         raise ConfigError("the world that was given to ds_pso.init is closed; give it before its swarm is closed")
     elif particles not in ("node", world.layout.num_particles):

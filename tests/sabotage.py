@@ -229,10 +229,10 @@ def share_a_memory() -> None:
 @sabotage("integration/test_state.py")
 def round_positions() -> None:
     """Anchors are kept in bf16, too."""
-    from ds_pso.utils.offload import Keeping
+    from ds_pso.utils.offload import Offload
 
-    real = Keeping.keep
-    Keeping.keep = lambda self, tensor, rough=False: real(self, tensor, rough=True)
+    real = Offload.keep
+    Offload.keep = lambda self, tensor, rough=False: real(self, tensor, rough=True)
 
 
 @sabotage("integration/test_schedule.py")
@@ -249,9 +249,9 @@ def decide_alone() -> None:
     """Each rank's schedule goes by the distance of its own shard."""
     import math
 
-    from ds_pso.sync.census import Census
+    from ds_pso.sync.assessment import Assessor
 
-    Census.drift = lambda self, apart: math.sqrt(apart[0] / apart[1])
+    Assessor.drift = lambda self, apart: math.sqrt(apart[0] / apart[1])
 
 
 @sabotage("integration/test_resume.py")
@@ -398,11 +398,11 @@ def two_bests() -> None:
 @sabotage("faults/test_quarantine.py")
 def judge_nobody() -> None:
     """What is finite is well."""
-    from ds_pso.sync import census
+    from ds_pso.sync import assessment
     from ds_pso.sync.health import Limits
 
-    real = census.judge
-    census.judge = lambda table, limits: real(table, Limits(None, None))
+    real = assessment.judge
+    assessment.judge = lambda table, limits: real(table, Limits(None, None))
 
 
 @sabotage("faults/test_damaged_links.py")
@@ -438,10 +438,10 @@ def random_factors_of_each_rank() -> None:
 @sabotage("integration/test_agreement.py")
 def fitness_of_one_rank() -> None:
     """A particle's loss is that of its first rank alone."""
-    from ds_pso.sync import census
+    from ds_pso.sync import assessment
 
-    real = census.combine
-    census.combine = lambda rows: real(rows[:1])
+    real = assessment.combine
+    assessment.combine = lambda rows: real(rows[:1])
 
 
 @sabotage("integration/test_attach.py")
@@ -510,9 +510,9 @@ def score_before_publishing() -> None:
 def score_of_one_rank() -> None:
     """A candidate's loss is that of the first rank's part of the batch."""
     from ds_pso.distributed.world import World
-    from ds_pso.sync.census import Census
+    from ds_pso.sync.assessment import Assessor
 
-    real_score, real_gather = Census.score, World.particle_gather
+    real_score, real_gather = Assessor.score, World.particle_gather
 
     def score(self: Any) -> Any:
         World.particle_gather = lambda *arguments: real_gather(*arguments)[:1]
@@ -521,7 +521,7 @@ def score_of_one_rank() -> None:
         finally:
             World.particle_gather = real_gather
 
-    Census.score = score
+    Assessor.score = score
 
 
 @sabotage("integration/test_truth.py")
@@ -577,8 +577,8 @@ def miss_a_roll_call() -> None:
     """Rank 3 does not say that it is there."""
     from ds_pso.distributed.world import World
 
-    real = World.roll_call
-    World.roll_call = lambda self, label, ranks: None if rank() == 3 else real(self, label, ranks)
+    real = World.barrier
+    World.barrier = lambda self, label, ranks: None if rank() == 3 else real(self, label, ranks)
 
 
 @sabotage("faults/test_lost_peers.py")
@@ -713,19 +713,21 @@ def remove_old_ones_first() -> None:
 @sabotage("faults/test_fallback.py")
 def fall_back_alone() -> None:
     """Each rank believes what it has found itself."""
-    from ds_pso.distributed.coordinator import Roster
+    from ds_pso.distributed.coordinator import Coordinator
 
-    real = Roster.gather
-    Roster.gather = lambda self, label, value: [value] if label == "checking a checkpoint" else real(self, label, value)
+    real = Coordinator.gather
+    Coordinator.gather = lambda self, label, value: (
+        [value] if label == "checking a checkpoint" else real(self, label, value)
+    )
 
 
 @sabotage("integration/test_preemption.py")
 def stop_at_a_step_of_ones_own() -> None:
     """Each rank stops after the step at which it learns of the signal."""
-    from ds_pso.distributed.coordinator import Roster
+    from ds_pso.distributed.coordinator import Coordinator
 
-    real = Roster.gather
-    Roster.gather = lambda self, label, value: [value] if "to stop" in label else real(self, label, value)
+    real = Coordinator.gather
+    Coordinator.gather = lambda self, label, value: [value] if "to stop" in label else real(self, label, value)
 
 
 # -- other numbers of particles and ranks -------------------------------------------------------
@@ -853,9 +855,11 @@ def count_who_is_behind() -> None:
 @sabotage("faults/test_rescue.py")
 def fail_alone() -> None:
     """A rank that waits in vain for a peer does not tell its mates."""
-    from ds_pso.distributed.coordinator import Roster
+    from ds_pso.distributed.coordinator import Coordinator
 
-    Roster.roll_call_together = lambda self, label, ranks: self.roll_call(label, sorted({*ranks, *self.layout.mates}))
+    Coordinator.barrier_with_local_ranks = lambda self, label, ranks: self.barrier(
+        label, sorted({*ranks, *self.layout.local_ranks})
+    )
 
 
 # -- running them -------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
-"""The architecture: each layer imports only what lies below it."""
+"""The architecture: each package imports only what lies below it."""
 
 from __future__ import annotations
 
 import ast
 import functools
-import importlib.metadata
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,149 +17,104 @@ import ds_pso
 PACKAGE = Path(ds_pso.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# A layer is a module or a folder of ds_pso; it may import itself and these. From the ground up.
-MAY_IMPORT: dict[str, set[str]] = {
-    "_version": set(),
-    "errors": set(),
-    "quarantine": set(),
-    "fitness": {"quarantine"},
-    "metrics": {"_version"},
-    "lr_schedule": {"errors"},
-    "sampler": {"errors"},
-    "rules": set(),
-    "files": set(),
-    "background": set(),
-    "step_clock": set(),
-    "chunks": set(),
-    "checksums": {"chunks"},
-    "letters": {"checksums"},
-    "layout": {"errors"},
-    "roster": {"errors", "layout"},
-    "gloo": set(),
-    "stores": {"errors"},
-    "world": {"background", "errors", "gloo", "layout", "letters", "roster", "stores"},
-    "room": {"errors", "letters"},
-    "simulated_world": {"errors", "layout", "letters", "room", "roster", "world"},
-    "keeping": set(),
-    "wire": {"chunks", "keeping"},
-    "collectives": {"checksums", "errors", "world"},
-    "exchange": {"checksums", "chunks", "collectives", "wire", "world"},
-    "shards": {"chunks", "errors"},
-    "schedule": {"rules"},
-    "monitor": set(),
-    "elasticity": {"rules"},
-    "consistency": {"errors", "rules"},
-    "config": {"consistency", "elasticity", "errors", "rules", "schedule"},
-    "census": {"errors", "exchange", "fitness", "quarantine", "rules", "shards", "world"},
-    "fragments": {"shards"},
-    "pending": set(),
-    "updater": {"chunks", "errors", "exchange", "fragments", "keeping", "rules", "shards", "wire"},
-    "consensus": {"census", "errors", "exchange", "shards", "updater"},
-    "meetings": {
-        *("census", "consensus", "errors", "exchange", "fitness", "fragments", "keeping", "pending"),
-        *("quarantine", "rules", "schedule", "shards", "step_clock", "updater", "wire", "world"),
-    },
-    "late": {"errors", "exchange", "fitness", "fragments", "meetings", "pending", "rules", "shards"},
-    "synchronizer": {"exchange", "fitness", "late", "letters", "meetings", "pending", "rules", "shards"},
-    "elastic": {
-        *("consensus", "elasticity", "errors", "exchange", "fitness", "gloo", "layout", "letters", "pending", "rules"),
-        *("preemption", "sampler", "shards", "stores", "synchronizer", "updater", "world"),
-    },
-    "preemption": {"errors", "roster"},
-    "disk": {"background", "errors", "files", "roster", "shards"},
-    "state": {
-        *("config", "disk", "errors", "exchange", "fitness", "meetings", "metrics", "preemption"),
-        *("sampler", "synchronizer", "world"),
-    },
-    "blueprint": {"errors", "shards", "state"},
-    "checkpoint": {"blueprint", "disk", "errors", "fragments", "roster", "shards", "state"},
-    "export": {"errors", "files", "shards", "state"},
-}
-MAY_IMPORT["attached"] = {
-    *("census", "consistency", "elastic", "errors", "keeping", "monitor", "quarantine", "rules", "schedule", "shards"),
-    *("state", "synchronizer"),
-}
-MAY_IMPORT["swarm"] = set(MAY_IMPORT) - {"_version"}
-MAY_IMPORT["hf_trainer"] = {"checkpoint", "errors", "monitor", "swarm"}
-MAY_IMPORT["simulate"] = {"config", "errors", "simulated_world", "swarm"}
-MAY_IMPORT["plan"] = {"config", "rules", "schedule"}
-MAY_IMPORT["skeleton"] = {"errors"}
-MAY_IMPORT["consolidate"] = {
-    *("blueprint", "disk", "errors", "exchange", "export", "quarantine", "rules", "shards", "skeleton"),
-}
-MAY_IMPORT["report"] = {"_version", "errors", "files", "metrics"}
-MAY_IMPORT["commands"] = {
-    *("config", "consistency", "consolidate", "elastic", "errors", "plan", "report", "rules", "simulate", "skeleton"),
-    "training",
-}
-MAY_IMPORT["cli"] = {"commands", "errors"}
-MAY_IMPORT["ds_pso"] = {"_version", "errors", "preemption", "simulate", "swarm"}
-MAY_IMPORT["training"] = {"ds_pso", "config", "elastic", "errors", "files", "metrics", "report", "swarm"}
-MAY_IMPORT["train"] = {"training"}
+# From the ground up: a package, or a module beside the packages, imports only what stands in a row below its own.
+FLOORS: list[set[str]] = [
+    {"_version", "errors", "utils"},
+    {"sampler", "rules", "shards", "distributed", "metrics"},
+    {"comm", "elastic", "report"},
+    {"sync"},
+    {"config"},
+    {"session"},
+    {"checkpoint"},
+    {"export"},
+    {"swarm"},
+    {"simulate", "hf_trainer"},
+    {"ds_pso"},
+    {"training"},
+    {"cli", "train"},
+]
+FLOOR_OF = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}
 
 # What a layer must not know about, of the world outside.
 MUST_NOT_KNOW = [
     *[("rules", name) for name in ("torch.distributed", "deepspeed", "transformers", "accelerate")],
-    *[("exchange", name) for name in ("deepspeed", "transformers", "accelerate")],
-    *[("world", name) for name in ("deepspeed", "transformers", "accelerate")],
+    *[("comm", name) for name in ("deepspeed", "transformers", "accelerate")],
+    *[("distributed", name) for name in ("deepspeed", "transformers", "accelerate")],
     *[("elastic", name) for name in ("deepspeed", "transformers", "accelerate")],
-    *[("synchronizer", name) for name in ("torch.distributed", "deepspeed", "transformers", "accelerate")],
-    *[
-        (layer, name)
-        for layer in ("swarm", "attached")
-        for name in ("torch.distributed", "deepspeed", "transformers", "accelerate")
-    ],
+    *[("sync", name) for name in ("torch.distributed", "deepspeed", "transformers", "accelerate")],
+    *[("swarm", name) for name in ("torch.distributed", "deepspeed", "transformers", "accelerate")],
+    *[("session", name) for name in ("torch.distributed", "transformers", "accelerate")],
     *[("training", name) for name in ("torch.distributed",)],
     *[("report", name) for name in ("torch", "deepspeed", "transformers", "accelerate")],
+    *[("metrics", name) for name in ("torch", "deepspeed", "transformers", "accelerate")],
     *[("config", name) for name in ("torch", "deepspeed", "transformers", "accelerate")],
 ]
 
 
-def layer_of(file: Path) -> str:
+def package_of(file: Path) -> str:
     first = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
     return "ds_pso" if first == "__init__" else first
 
 
-def names_used(tree: ast.AST) -> Iterator[str]:
-    """Dotted names that are imported at run time, anywhere, and ``torch.distributed`` reached through torch."""
+def names_used(tree: ast.AST, *, at_import: bool = False) -> Iterator[str]:
+    """Dotted names that are imported at run time, anywhere, and ``torch.distributed`` reached through torch.
+
+    ``at_import``: only those outside of functions.
+    """
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             continue  # for annotations only: no import when it runs
+        if at_import and isinstance(node, ast.FunctionDef):
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch.distributed"):
             yield "torch.distributed"
-        yield from names_used(node)
+        yield from names_used(node, at_import=at_import)
 
 
 @functools.cache
-def names_in(file: Path) -> list[str]:
-    return list(names_used(ast.parse(file.read_text(encoding="utf-8"))))
+def names_in(file: Path, at_import: bool = False) -> list[str]:
+    return list(names_used(ast.parse(file.read_text(encoding="utf-8")), at_import=at_import))
 
 
-def layer_named(name: str) -> str | None:
-    """The layer of ds_pso that an imported name belongs to; None for everything else."""
+def package_named(name: str) -> str | None:
+    """The package of ds_pso that an imported name belongs to; None for everything else."""
     top, *rest = name.split(".")
     if top != "ds_pso":
         return None
-    return rest[0] if rest and rest[0] in MAY_IMPORT else "ds_pso"
+    return rest[0] if rest and rest[0] in FLOOR_OF else "ds_pso"
 
 
 def ids(value: object) -> str:
     return value.relative_to(PACKAGE).as_posix() if isinstance(value, Path) else str(value)
 
 
-def test_every_module_has_its_place():
-    assert {layer_of(file) for file in FILES} == set(MAY_IMPORT)
+def test_every_package_stands_on_one_floor():
+    assert {package_of(file) for file in FILES} == set(FLOOR_OF)
+    assert len(FLOOR_OF) == sum(map(len, FLOORS))
+
+
+def test_few_modules_stand_beside_the_packages():
+    assert sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in ("__init__", "_version")) == [
+        *("errors", "hf_trainer", "sampler", "simulate", "swarm", "train")
+    ]
+
+
+@pytest.mark.parametrize("init", sorted(PACKAGE.glob("*/__init__.py")), ids=ids)
+def test_every_package_says_what_it_is_for(init):
+    text = ast.get_docstring(ast.parse(init.read_text(encoding="utf-8")))
+    assert text
+    assert len(text.splitlines()) <= 5 or init.parent.name == "checkpoint"  # which shows its folder
 
 
 @pytest.mark.parametrize("file", FILES, ids=ids)
-def test_a_module_imports_only_from_layers_below(file):
-    layer = layer_of(file)
-    used = {layer_named(name) for name in names_in(file)} - {None, layer}
-    assert used <= MAY_IMPORT[layer]
+def test_arrows_go_down(file):
+    mine = package_of(file)
+    used = {package_named(name) for name in names_in(file)} - {None, mine}
+    assert not {package for package in used if FLOOR_OF[package] >= FLOOR_OF[mine]}
 
 
 @pytest.mark.parametrize("file", FILES, ids=ids)
@@ -166,28 +122,44 @@ def test_imports_are_absolute(file):
     assert not [name for name in names_in(file) if name.startswith(".")]
 
 
-def test_layers_are_not_tangled():
-    """No layer can reach itself through those that it may import."""
+def test_modules_of_a_package_are_not_tangled():
+    """No module reaches itself through what it imports when it is imported."""
+    modules = {".".join(("ds_pso", *file.relative_to(PACKAGE).with_suffix("").parts)): file for file in FILES}
+    modules = {name.removesuffix(".__init__"): file for name, file in modules.items()}
 
-    def reached(layer: str) -> set[str]:
-        return MAY_IMPORT[layer].union(*(reached(below) for below in MAY_IMPORT[layer]))
+    def imports(name: str) -> set[str]:
+        found = set()
+        for used in names_in(modules[name], at_import=True):
+            while used and used not in modules:
+                used = used.rpartition(".")[0]
+            found.add(used)
+        return found - {"", name}
 
-    assert not [layer for layer in MAY_IMPORT if layer in reached(layer)]
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join((*above[above.index(name) :], name))
+        if name not in seen:
+            for other in sorted(imports(name)):
+                visit(other, (*above, name))
+            seen.add(name)
+
+    seen: set[str] = set()
+    for name in modules:
+        visit(name, ())
 
 
-@pytest.mark.parametrize(("layer", "outsider"), MUST_NOT_KNOW)
-def test_a_layer_does_not_know_what_is_none_of_its_business(layer, outsider):
+@pytest.mark.parametrize(("package", "outsider"), MUST_NOT_KNOW)
+def test_a_package_does_not_know_what_is_none_of_its_business(package, outsider):
     for file in FILES:
-        if layer_of(file) == layer:
+        if package_of(file) == package:
             assert not [name for name in names_in(file) if f"{name}.".startswith(f"{outsider}.")], file
 
 
-def test_no_module_shadows_one_that_others_import():
-    """``python ds_pso/train.py`` puts the package's folder first on the path of everybody's imports."""
-    mine = {layer_of(file) for file in FILES} - {"ds_pso"}
-    assert not mine & set(sys.stdlib_module_names)
-    installed = {name for name, owners in importlib.metadata.packages_distributions().items() if "ds_pso" not in owners}
-    assert not mine & installed
+def test_the_script_hides_no_module_of_others():
+    """Its folder is the package, whose folders have names such as ``config``."""
+    code = "import runpy, sys; runpy.run_path(sys.argv[1]); sys.exit(sys.argv[2] in sys.path)"
+    command = [sys.executable, "-c", code, str(PACKAGE / "train.py"), str(PACKAGE)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE), str(PACKAGE.parent)])}
+    assert subprocess.run(command, env=environment, check=False).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -196,7 +168,7 @@ def test_no_module_shadows_one_that_others_import():
         ("import torch.distributed as dist", ["torch.distributed"]),
         ("from torch import distributed", ["torch.distributed"]),
         ("def f():\n    from ds_pso.swarm import Swarm", ["ds_pso.swarm.Swarm"]),
-        ("from ds_pso import export", ["ds_pso.export.live"]),
+        ("from ds_pso import export", ["ds_pso.export"]),
         ("import torch\ntorch.distributed.barrier()", ["torch", "torch.distributed"]),
         ("from .base import Rule", [".base.Rule"]),
         ("if TYPE_CHECKING:\n    from ds_pso.swarm import Swarm", []),

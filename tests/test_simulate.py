@@ -24,7 +24,7 @@ from pool import Pool
 from safetensors.numpy import load_file
 
 import ds_pso
-from ds_pso.distributed.simulated_world import Crew
+from ds_pso.distributed.simulated_world import Simulation
 from ds_pso.metrics.log import read_metrics
 from ds_pso.swarm import Swarm
 
@@ -467,7 +467,7 @@ def evaluate(case: Case, folder: Path) -> Any:
             with swarm.consensus(which):
                 held[which] = working_weights(engine)
             swarm.export(folder / which, which)
-        return own, held, working_weights(engine), list(swarm.synchronizer.census.losses)
+        return own, held, working_weights(engine), list(swarm.synchronizer.assessor.losses)
 
     return simulate(case, life)
 
@@ -496,12 +496,12 @@ def outside() -> Any:
 
     def life(swarm: Swarm) -> Any:
         found: list[Any] = []
-        thread = threading.Thread(target=lambda: found.append(Crew.world(3, 1.0)))
+        thread = threading.Thread(target=lambda: found.append(Simulation.world(3, 1.0)))
         thread.start()
         thread.join(PATIENCE_S)
-        return found, Crew.world(3, 1.0) is not None
+        return found, Simulation.world(3, 1.0) is not None
 
-    return Crew.world(3, 1.0), simulate(CASE, life), Crew.world(3, 1.0)
+    return Simulation.world(3, 1.0), simulate(CASE, life), Simulation.world(3, 1.0)
 
 
 def test_only_particles_are_in_the_simulation(pool: Pool):

@@ -15,11 +15,11 @@ from ds_pso.checkpoint.format import (
     step_number,
     steps_in,
 )
-from ds_pso.distributed.coordinator import Roster
+from ds_pso.distributed.coordinator import Coordinator
 from ds_pso.errors import CheckpointError
 
 
-def newest_whole(roster: Roster, folder: Path) -> str:
+def newest_whole(coordinator: Coordinator, folder: Path) -> str:
     """Name of the checkpoint that ``latest`` names, or of the next older one if a file of that is damaged.
 
     Called on all ranks, which share the work of reading every file. Whether it fits this run is not asked.
@@ -28,7 +28,7 @@ def newest_whole(roster: Roster, folder: Path) -> str:
         CheckpointError: there is none; it lists what is wrong with each. All ranks raise it.
     """
     mine = [pointed_at(folder), steps_in(folder)]
-    seen = roster.gather("looking for checkpoints", mine)  # without a shared disk each sees its own
+    seen = coordinator.gather("looking for checkpoints", mine)  # without a shared disk each sees its own
     names = sorted({name for _, steps in seen for name in steps}, key=step_number, reverse=True)
     latest = max((name for name, _ in seen if name in names), key=step_number, default=None)
     if not names:
@@ -41,26 +41,26 @@ def newest_whole(roster: Roster, folder: Path) -> str:
     for name in names:
         if latest and step_number(name) > step_number(latest):
             continue  # of a run that was gone back behind
-        reason = _damage(roster, folder / name)
+        reason = _damage(coordinator, folder / name)
         if reason is None:
-            if wrong and roster.is_leader:
+            if wrong and coordinator.is_leader:
                 warnings.warn(f"{'; '.join(wrong)}; resuming from {folder / name} instead", stacklevel=4)
             return name
         wrong.append(reason)
     raise CheckpointError(f"{folder}: no checkpoint to resume is whole: {'; '.join(wrong)}", agreed=True)
 
 
-def _damage(roster: Roster, source: Path) -> str | None:
+def _damage(coordinator: Coordinator, source: Path) -> str | None:
     """What the first rank that found something found. The ranks of the checkpoint need not be those of this run."""
     reason = None
     try:
-        for rank in range(roster.layout.rank, _ranks_of(source), roster.layout.world_size):
+        for rank in range(coordinator.layout.rank, _ranks_of(source), coordinator.layout.world_size):
             check_files(read_record(Path(f"{rank_stem(source, rank)}.json")), source)
     except CheckpointError as error:
         reason = str(error).rpartition("; ")[0]  # without the remedy, which is what follows here
     except OSError as error:
         reason = f"{error.filename or source}: cannot be read ({error.strerror})"
-    found: list[str | None] = roster.gather("checking a checkpoint", reason)
+    found: list[str | None] = coordinator.gather("checking a checkpoint", reason)
     return next((reason for reason in found if reason is not None), None)
 
 

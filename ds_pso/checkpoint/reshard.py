@@ -64,8 +64,8 @@ class Reshaped:
                 f"{source}: does not say where the parameters of its engine lie, so it cannot be brought to another "
                 "number of ranks; resume on as many as it was saved with"
             )
-        mates = swarm.world.mates_on_this_node
-        for record in self._records[mates.index(layout.rank) :: len(mates)]:
+        local_ranks = swarm.world.local_ranks_on_this_node
+        for record in self._records[local_ranks.index(layout.rank) :: len(local_ranks)]:
             check_files(record, source)
         self._stem = rank_stem(source, layout.rank)
         random = None

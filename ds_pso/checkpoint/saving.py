@@ -10,7 +10,7 @@ from ds_pso.checkpoint.format import DEEPSPEED_TAG
 from ds_pso.checkpoint.model_layout import MODEL, save_model_config
 from ds_pso.checkpoint.rank_state import taken
 from ds_pso.checkpoint.writer import Copies, as_checkpoint_error, complete, copying, prune, write_part
-from ds_pso.distributed.coordinator import Roster
+from ds_pso.distributed.coordinator import Coordinator
 from ds_pso.errors import ConfigError
 from ds_pso.session.parts import SwarmState
 
@@ -49,10 +49,10 @@ def save(swarm: SwarmState, folder: Path, keep: int | None = None, *, background
         record, tensors = taken(swarm)
         files = _my_share(particle, swarm)
 
-    def finish(roster: Roster) -> None:
-        with roster.agree("writing a checkpoint"), as_checkpoint_error(temporary):
+    def finish(coordinator: Coordinator) -> None:
+        with coordinator.agree("writing a checkpoint"), as_checkpoint_error(temporary):
             write_part(temporary, world.layout.rank, record, tensors, [*files, *copies.write()])
-        with roster.agree("completing a checkpoint"), as_checkpoint_error(final):
+        with coordinator.agree("completing a checkpoint"), as_checkpoint_error(final):
             if leads:
                 complete(temporary, final)
         if leads and keep is not None:
@@ -81,6 +81,6 @@ def save_part(swarm: SwarmState, folder: Path) -> None:
 
 def _my_share(folder: Path, swarm: SwarmState) -> list[Path]:
     """The files of this particle that this rank hashes, and checks when they are loaded."""
-    mates = swarm.world.mates_on_this_node
+    local_ranks = swarm.world.local_ranks_on_this_node
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.parent != folder / "swarm")
-    return files[mates.index(swarm.world.layout.rank) :: len(mates)]
+    return files[local_ranks.index(swarm.world.layout.rank) :: len(local_ranks)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ds_pso.utils.chunks import in_chunks
-from ds_pso.utils.offload import AS_IT_COMES, Keeping
+from ds_pso.utils.offload import NO_OFFLOAD, Offload
 
 BLOCK = 256  # elements that share a scale
 
@@ -141,11 +141,11 @@ class Differences:
     Interspeech 2014; S. P. Karimireddy et al., "Error Feedback Fixes SignSGD", arXiv 1901.09847.
     """
 
-    def __init__(self, format: Format, tensors: Sequence[Tensor], keeping: Keeping = AS_IT_COMES) -> None:
-        """``tensors``: flat, fp32, and equal on all peers. ``keeping`` may round the residual."""
+    def __init__(self, format: Format, tensors: Sequence[Tensor], offload: Offload = NO_OFFLOAD) -> None:
+        """``tensors``: flat, fp32, and equal on all peers. ``offload`` may round the residual."""
         self.format = format
-        self.common = [keeping.keep(keeping.near(t).clone()) for t in tensors]
-        self.residual = [keeping.keep(torch.zeros_like(t), rough=True) for t in self.common]
+        self.common = [offload.keep(offload.near(t).clone()) for t in tensors]
+        self.residual = [offload.keep(torch.zeros_like(t), rough=True) for t in self.common]
 
     def of(self, parts: Sequence[tuple[int, slice]]) -> Differences:
         """Those of parts of the tensors, live."""

@@ -27,7 +27,7 @@ LINGER_S = 5.0  # how much later than the timeout another rank may still give up
 Answer = TypeVar("Answer")
 
 
-class Roster:
+class Coordinator:
     """The ranks of a launcher's world, as this one of them sees them.
 
     Args:
@@ -47,19 +47,19 @@ class Roster:
         """Meet the others on ``store``, and learn which machine each runs on."""
         self.store = store
         store.set(f"host/{self.layout.rank}", socket.gethostname())
-        self.roll_call("start", self.ranks)
+        self.barrier("start", self.ranks)
         hosts = store.multi_get([f"host/{rank}" for rank in self.ranks])
         for rank, host in zip(self.ranks, hosts, strict=True):
             self._hosts[rank] = host.decode()
 
-    def companion(self) -> Roster:
+    def second_connection(self) -> Coordinator:
         """The same ranks on a connection of their own, for a thread beside this one. Called alike on all ranks."""
-        other = Roster(self.layout, self.timeout_s, self.ranks)
+        other = Coordinator(self.layout, self.timeout_s, self.ranks)
         other._hosts = self._hosts
         store: Any = self.store
         if store is not None:
             # One TCPStore answers one question at a time: a thread that waits would hold this one up.
-            other.store = dist.PrefixStore(f"companion/{self.turn('companion')}", store.clone())
+            other.store = dist.PrefixStore(f"second_connection/{self.turn('second_connection')}", store.clone())
         return other
 
     @property
@@ -71,9 +71,9 @@ class Roster:
         return [rank for rank in ranks if self._hosts[rank] == self._hosts[self.layout.rank]]
 
     @property
-    def mates_on_this_node(self) -> list[int]:
+    def local_ranks_on_this_node(self) -> list[int]:
         """Launcher's ranks of this particle that share this rank's machine."""
-        return self._on_this_node(self.layout.mates)
+        return self._on_this_node(self.layout.local_ranks)
 
     @property
     def is_node_leader(self) -> bool:
@@ -105,7 +105,7 @@ class Roster:
         host = f" on host {self._hosts[rank]}" if self._hosts[rank] else ""
         return f"particle {layout.particle}, rank {layout.shard_rank} (rank {rank}{host})"
 
-    def roll_call(self, label: str, ranks: Iterable[int]) -> None:
+    def barrier(self, label: str, ranks: Iterable[int]) -> None:
         """Say that this rank has arrived at ``label``, and wait for ``ranks``.
 
         Raises:
@@ -132,27 +132,27 @@ class Roster:
             self.store.delete_key(f"at/{label}/{self.layout.rank}")
             self.store.delete_key(f"met/{label}/{self.layout.rank}")
 
-    def roll_call_together(self, label: str, ranks: Iterable[int]) -> None:
-        """As ``roll_call``; where a rank of the particle waits in vain, its mates raise what it raises.
+    def barrier_with_local_ranks(self, label: str, ranks: Iterable[int]) -> None:
+        """As ``barrier``; where a rank of the particle waits in vain, its local ranks raise what it raises.
 
         Else they would go on, and wait for it inside the particle.
         """
-        mates, store = self.layout.mates, self.store
-        expected = sorted({*ranks, *mates})
-        if store is None or len(mates) == 1:
-            self.roll_call(label, expected)
+        local_ranks, store = self.layout.local_ranks, self.store
+        expected = sorted({*ranks, *local_ranks})
+        if store is None or len(local_ranks) == 1:
+            self.barrier(label, expected)
             return
         mark = f"met/{label}"
         try:
-            self.roll_call(label, expected)
+            self.barrier(label, expected)
         except PeerError as error:
             text = str(error)
             with contextlib.suppress(dist.DistError, RuntimeError, TimeoutError):  # the store may be what was lost
                 self._ask(lambda: store.set(f"{mark}/{self.layout.rank}", text))
             raise
         store.set(f"{mark}/{self.layout.rank}", "")
-        keys = [f"{mark}/{mate}" for mate in mates]
-        self._wait(keys, mates, label)
+        keys = [f"{mark}/{rank}" for rank in local_ranks]
+        self._wait(keys, local_ranks, label)
         lost = next((text for text in store.multi_get(keys) if text), None)
         if lost is not None:
             raise PeerError(lost.decode())
@@ -211,10 +211,6 @@ class Roster:
             f"{'; '.join(self.describe(rank) for rank in missing) or 'nobody is missing any more'}. "
             "Look at their logs, or raise swarm.timeout_s if they are only slow"
         )
-
-    def barrier(self, label: str) -> None:
-        """Wait for all ranks."""
-        self.gather(label, None)
 
     def gather(self, label: str, value: Any) -> list[Any]:
         """One small JSON value of every rank, in the order of ranks, on every rank."""

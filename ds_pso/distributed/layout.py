@@ -44,7 +44,7 @@ class Layout:
         return [p * self.particle_size + self.shard_rank for p in range(self.num_particles)]
 
     @property
-    def mates(self) -> list[int]:
+    def local_ranks(self) -> list[int]:
         """Launcher's ranks of this rank's particle."""
         first = self.particle * self.particle_size
         return list(range(first, first + self.particle_size))

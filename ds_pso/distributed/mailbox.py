@@ -1,4 +1,4 @@
-"""Letters between particles that wait for nobody: the newest state of a peer, whenever it comes."""
+"""Messages between particles that wait for nobody: the newest state of a peer, whenever it comes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _GOODBYE = -1  # in place of an index
 
 
 @dataclass(frozen=True)
-class Letter:
+class Message:
     """What a peer sent."""
 
     sender: int  # particle
@@ -31,28 +31,28 @@ class Letter:
 
 
 class Mailbox(ABC):
-    """Sends copies of tensors to peers, and holds the newest letter that came."""
+    """Sends copies of tensors to peers, and holds the newest message that came."""
 
     @abstractmethod
     def busy(self, peer: int) -> bool:
-        """Whether the last letter to this peer is still on its way."""
+        """Whether the last message to this peer is still on its way."""
 
     @abstractmethod
     def send(self, tensors: Sequence[Tensor], index: int, peer: int) -> None:
         """Send copies to a peer that is not busy. Returns at once."""
 
     @abstractmethod
-    def newest(self) -> Letter | None:
-        """Of the letters that have come since the last one was dropped, the one with the highest index."""
+    def newest(self) -> Message | None:
+        """Of the messages that have come since the last one was dropped, the one with the highest index."""
 
     @abstractmethod
-    def drop(self, letter: Letter) -> None:
-        """Forget this letter, if it still is the newest."""
+    def drop(self, message: Message) -> None:
+        """Forget this message, if it still is the newest."""
 
     @property
     @abstractmethod
     def bytes_received(self) -> int:
-        """Of all letters that have come so far."""
+        """Of all messages that have come so far."""
 
     def close(self) -> None:  # noqa: B027
         """Send and receive no more."""
@@ -61,9 +61,9 @@ class Mailbox(ABC):
 class GlooMailbox(Mailbox):
     """Two threads for each peer, one that sends and one that receives, on a process group of their own.
 
-    A peer that is slow, stopped or dead holds up its own two threads and nobody else. A letter that was damaged on
+    A peer that is slow, stopped or dead holds up its own two threads and nobody else. A message that was damaged on
     the way is as good as one that never came. Memory: the newest
-    letter, one for each peer that is just sending, and one for each that is just being sent to.
+    message, one for each peer that is just sending, and one for each that is just being sent to.
 
     Args:
         group: of all the particles, used by nobody else.
@@ -73,7 +73,7 @@ class GlooMailbox(Mailbox):
         self._group = group
         self._chunk = chunk_bytes // 4
         self._changed = threading.Condition()
-        self._newest: Letter | None = None
+        self._newest: Message | None = None
         self._outgoing: dict[int, tuple[int, Tensor]] = {}  # by peer: index, and what is to be sent or on its way
         self._received = 0
         self._closed = False
@@ -98,13 +98,13 @@ class GlooMailbox(Mailbox):
             self._outgoing[peer] = (index, flat)
             self._changed.notify_all()
 
-    def newest(self) -> Letter | None:
+    def newest(self) -> Message | None:
         with self._changed:
             return self._newest
 
-    def drop(self, letter: Letter) -> None:
+    def drop(self, message: Message) -> None:
         with self._changed:
-            if self._newest is letter:
+            if self._newest is message:
                 self._newest = None
 
     @property
@@ -133,7 +133,7 @@ class GlooMailbox(Mailbox):
                     return
                 for chunk in flat.split(self._chunk):
                     self._group.send([chunk], peer, 1).wait(_FOR_EVER)
-                del flat, chunk  # not to be kept until the next letter
+                del flat, chunk  # not to be kept until the next message
                 with self._changed:
                     del self._outgoing[peer]
 
@@ -143,7 +143,7 @@ class GlooMailbox(Mailbox):
             while not self._closed:
                 self._group.recv([header], peer, 0).wait(_FOR_EVER)
                 known = unsealed(header.tolist())
-                if known is None or known[0] == _GOODBYE:  # nobody could say where the next letter begins
+                if known is None or known[0] == _GOODBYE:  # nobody could say where the next message begins
                     return
                 index, numel, expected = known
                 flat = torch.empty(numel)
@@ -153,5 +153,5 @@ class GlooMailbox(Mailbox):
                 with self._changed:
                     self._received += 4 * numel
                     if intact and (self._newest is None or index >= self._newest.index):
-                        self._newest = Letter(peer, index, flat)
+                        self._newest = Message(peer, index, flat)
                 del flat, chunk

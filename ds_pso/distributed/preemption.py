@@ -17,7 +17,7 @@ import sys
 import threading
 from typing import Any
 
-from ds_pso.distributed.coordinator import Roster
+from ds_pso.distributed.coordinator import Coordinator
 from ds_pso.errors import PeerError, SwarmError
 
 EXIT_PREEMPTED = os.EX_TEMPFAIL  # 75: nothing is wrong, and the same command with --resume goes on
@@ -28,10 +28,10 @@ _PATIENCE_S = 10.0  # for the threads of the others; launchers kill 30 s after S
 class Preemption:
     """Made on all ranks at ``step``; from then on SIGTERM ends this process after a later step, not at once."""
 
-    def __init__(self, roster: Roster, step: int) -> None:
-        self._me = roster.layout.rank
-        self._roster = roster.companion()
-        self._roster.timeout_s = min(_PATIENCE_S, roster.timeout_s)
+    def __init__(self, coordinator: Coordinator, step: int) -> None:
+        self._me = coordinator.layout.rank
+        self._coordinator = coordinator.second_connection()
+        self._coordinator.timeout_s = min(_PATIENCE_S, coordinator.timeout_s)
         self._signalled = False
         self._changed = threading.Condition()
         self._last = step  # the last step at which ``due`` has said no
@@ -45,7 +45,7 @@ class Preemption:
         if self._handles:
             self._before = signal.signal(signal.SIGTERM, self._note)
         self._thread = threading.Thread(target=self._watch, daemon=True, name="ds_pso preemption")
-        if self._roster.store is not None:
+        if self._coordinator.store is not None:
             self._thread.start()
         atexit.register(self.close)  # no thread may be inside a store while the interpreter goes down
 
@@ -55,7 +55,7 @@ class Preemption:
         Raises:
             PeerError: the signal came, and a rank did not answer in time.
         """
-        if self._roster.store is None:
+        if self._coordinator.store is None:
             return self._signalled
         with self._changed:
             if step > self._last and self._promised:
@@ -80,7 +80,7 @@ class Preemption:
         self._signalled = True  # a handler may interrupt whoever holds a lock: it takes none
 
     def _watch(self) -> None:
-        store = self._roster.store
+        store = self._coordinator.store
         assert store is not None
         try:
             while not self._signalled and not store.check(["stop"]):
@@ -89,7 +89,7 @@ class Preemption:
             store.set("stop", str(self._me))
             with self._changed:
                 self._promised, last = True, self._last
-            target = max(self._roster.gather("the step at which to stop", last)) + 1
+            target = max(self._coordinator.gather("the step at which to stop", last)) + 1
             with self._changed:
                 self._target = target
                 self._changed.notify_all()

@@ -17,9 +17,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ds_pso.distributed.coordinator import Roster
+from ds_pso.distributed.coordinator import Coordinator
 from ds_pso.distributed.layout import Layout
-from ds_pso.distributed.mailbox import Letter, Mailbox
+from ds_pso.distributed.mailbox import Mailbox, Message
 from ds_pso.distributed.thread_scheduler import Room, process_state, set_process_state
 from ds_pso.distributed.world import World
 from ds_pso.errors import ConfigError, PeerError
@@ -40,11 +40,11 @@ class SimulatedWorld(World):
     def peer_device(self) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def roll_call(self, label: str, ranks: Iterable[int]) -> None:
+    def barrier(self, label: str, ranks: Iterable[int]) -> None:
         """Nobody is missing: what follows is a meeting anyway."""
 
-    def roll_call_together(self, label: str, ranks: Iterable[int]) -> None:
-        """As ``roll_call``."""
+    def barrier_with_local_ranks(self, label: str, ranks: Iterable[int]) -> None:
+        """As ``barrier``."""
 
     def gather(self, label: str, value: Any) -> list[Any]:
         values: list[str] = self._room.meet(self.layout.rank, json.dumps(value))
@@ -54,7 +54,7 @@ class SimulatedWorld(World):
         """At once: nothing is gained by waiting, and only one thread runs at a time."""
         job()
 
-    def beside(self, job: Callable[[Roster], None]) -> None:
+    def beside(self, job: Callable[[Coordinator], None]) -> None:
         job(self)
 
     def open_mailbox(self) -> Mailbox:
@@ -105,7 +105,7 @@ class _PeerGroup:
 
 
 class _RoomMailbox(Mailbox):
-    """Letters arrive at once; the others then go on to their own next sync point."""
+    """Messages arrive at once; the others then go on to their own next sync point."""
 
     def __init__(self, room: Room, particle: int) -> None:
         room.mailboxes[particle] += 1  # an earlier one was for another training
@@ -117,25 +117,25 @@ class _RoomMailbox(Mailbox):
     def send(self, tensors: Sequence[Tensor], index: int, peer: int) -> None:
         flat = torch.cat([t.detach().to("cpu", torch.float32).view(-1) for t in tensors])
         address = (self._number, peer)
-        self._room.letter_bytes[address] += 4 * flat.numel()
-        there = self._room.letters.get(address)
+        self._room.message_bytes[address] += 4 * flat.numel()
+        there = self._room.messages.get(address)
         if there is None or index >= there.index:
-            self._room.letters[address] = Letter(self._me, index, flat)
+            self._room.messages[address] = Message(self._me, index, flat)
         self._room.pause(self._me)
 
-    def newest(self) -> Letter | None:
-        return self._room.letters.get((self._number, self._me))
+    def newest(self) -> Message | None:
+        return self._room.messages.get((self._number, self._me))
 
-    def drop(self, letter: Letter) -> None:
-        if self.newest() is letter:
-            del self._room.letters[self._number, self._me]
+    def drop(self, message: Message) -> None:
+        if self.newest() is message:
+            del self._room.messages[self._number, self._me]
 
     @property
     def bytes_received(self) -> int:
-        return self._room.letter_bytes[self._number, self._me]
+        return self._room.message_bytes[self._number, self._me]
 
 
-class Crew:
+class Simulation:
     """The threads of one simulation, all running the same function.
 
     The first runs alone until it asks to join; only then is the number of particles known.
@@ -155,8 +155,8 @@ class Crew:
     @classmethod
     def world(cls, particles: int | Literal["node"], timeout_s: float) -> World | None:
         """The world of the calling thread, if it belongs to a simulation."""
-        crew = getattr(cls._here, "crew", None)
-        return None if crew is None else crew._join(cls._here.particle, particles, timeout_s)
+        simulation = getattr(cls._here, "simulation", None)
+        return None if simulation is None else simulation._join(cls._here.particle, particles, timeout_s)
 
     def run(self) -> list[Any]:
         """What the function returned to each particle.
@@ -182,7 +182,7 @@ class Crew:
         thread.start()
 
     def _live(self, particle: int) -> None:
-        self._here.crew, self._here.particle = self, particle
+        self._here.simulation, self._here.particle = self, particle
         if self._room is not None:
             self._room.enter(particle)
         set_process_state(self._state)

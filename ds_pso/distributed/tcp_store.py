@@ -70,7 +70,7 @@ def _listen(address: str, port: int, *, flags: int = 0) -> socket.socket:
 
 
 def address_towards(address: str, port: int) -> str:
-    """This machine's address on the way to ``address``: the one its mates can reach, too."""
+    """This machine's address on the way to ``address``: the one its local ranks can reach, too."""
     family, kind, _, _, target = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:  # connecting a UDP socket sends nothing
         probe.connect(target)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ds_pso.distributed.mailbox import Letter
+from ds_pso.distributed.mailbox import Message
 from ds_pso.errors import PeerError
 
 
@@ -22,8 +22,8 @@ class Room:
     def __init__(self, size: int) -> None:
         self.size = size
         self.mailboxes: Counter[int] = Counter()  # that each particle has opened
-        self.letters: dict[tuple[int, int], Letter] = {}  # the newest, by mailbox and addressee
-        self.letter_bytes: Counter[tuple[int, int]] = Counter()  # of all, likewise
+        self.messages: dict[tuple[int, int], Message] = {}  # the newest, by mailbox and addressee
+        self.message_bytes: Counter[tuple[int, int]] = Counter()  # of all, likewise
         self._turn = threading.Condition()
         self._running = 0
         self._waiting: dict[int, Any] = {}  # what those brought who wait for the meeting to be complete

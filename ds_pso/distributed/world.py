@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from ds_pso.distributed import tcp_store
-from ds_pso.distributed.coordinator import LINGER_S, Roster
+from ds_pso.distributed.coordinator import LINGER_S, Coordinator
 from ds_pso.distributed.full_duplex_gloo import FullDuplexGloo
 from ds_pso.distributed.layout import Layout, read_int, read_layout
 from ds_pso.distributed.mailbox import GlooMailbox, Mailbox
@@ -32,8 +32,8 @@ _CARVED = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT
 _GOODBYE_S = 30.0  # how long the host of a store waits for its clients to leave
 
 
-class World(Roster):
-    """A rank's place in the swarm: the roster of the job, its particle, and its peer group."""
+class World(Coordinator):
+    """A rank's place in the swarm: the coordinator of the job, its particle, and its peer group."""
 
     meets_at_sync_points_only = False  # whether particles can do nothing together in between
 
@@ -159,10 +159,10 @@ class World(Roster):
         key = f"particle/{layout.particle}"
         if layout.shard_rank == 0:
             address = tcp_store.address_towards(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-            if address.startswith(("127.", "::1")) and len(self.mates_on_this_node) < layout.particle_size:
+            if address.startswith(("127.", "::1")) and len(self.local_ranks_on_this_node) < layout.particle_size:
                 address = os.environ["MASTER_ADDR"]  # this host's own name leads to loopback; others know better
             self.store.set(key, f"{address} {self._host_particle_store(address)}")
-        self._wait([key], layout.mates[:1], "the address of its particle")
+        self._wait([key], layout.local_ranks[:1], "the address of its particle")
         address, port = self.store.get(key).decode().split()
         self._describe_particle(address, int(port))
 
@@ -180,7 +180,7 @@ class World(Roster):
         os.environ.update(
             RANK=str(self.layout.shard_rank),
             WORLD_SIZE=str(self.layout.particle_size),
-            LOCAL_WORLD_SIZE=str(len(self.mates_on_this_node)),
+            LOCAL_WORLD_SIZE=str(len(self.local_ranks_on_this_node)),
             MASTER_ADDR=address,
             MASTER_PORT=str(port),
             TORCHELASTIC_USE_AGENT_STORE="True",
@@ -194,12 +194,12 @@ class World(Roster):
         return torch.device("cuda", torch.cuda.current_device()) if self.backend == "nccl" else torch.device("cpu")
 
     def open_mailbox(self) -> Mailbox:
-        """Letters to and from the peers, on connections of their own."""
+        """Messages to and from the peers, on connections of their own."""
         layout = self.layout
         assert self.store is not None
         turn = self.turn("mailbox")
-        self.roll_call(f"mailbox {turn}", layout.peers)
-        store = dist.PrefixStore(f"letters/{layout.shard_rank}/{turn}", self.store)
+        self.barrier(f"mailbox {turn}", layout.peers)
+        store = dist.PrefixStore(f"messages/{layout.shard_rank}/{turn}", self.store)
         if self._mailbox is not None:
             self._mailbox.close()  # of an earlier swarm on this world
         with self._connecting():
@@ -211,14 +211,14 @@ class World(Roster):
     # -- in the background ------------------------------------------------------------------
 
     def in_background(self, job: Callable[[], None]) -> None:
-        """Begin a job that talks to peers, not to mates. Called alike on all ranks."""
+        """Begin a job that talks to peers, not to local ranks. Called alike on all ranks."""
         self.settle()
         self._task = Task(job)
 
-    def beside(self, job: Callable[[Roster], None]) -> Task | None:
+    def beside(self, job: Callable[[Coordinator], None]) -> Task | None:
         """Begin a job that meets the other ranks, on a connection of its own; None: it is done. Called alike on all."""
-        companion = self.companion()
-        return Task(lambda: job(companion))
+        second_connection = self.second_connection()
+        return Task(lambda: job(second_connection))
 
     def settle(self) -> None:
         self.wait_for_task()
@@ -262,7 +262,7 @@ class World(Roster):
             PeerError: not all of them are here.
         """
         layout = self.layout
-        patience = min(_GOODBYE_S, self.timeout_s) + LINGER_S  # the leader may raise so much later than its mates
+        patience = min(_GOODBYE_S, self.timeout_s) + LINGER_S  # the leader may raise so much later than its local ranks
         self._task = None  # what it raised is known
         try:
             address, port = os.environ["MASTER_ADDR"], read_int(os.environ, "MASTER_PORT")
@@ -270,14 +270,14 @@ class World(Roster):
         except (dist.DistError, RuntimeError) as error:
             raise PeerError(f"{self.describe(layout.rank)}: the first rank of its particle was lost") from error
         self.ranks, self.store, self._turns, self._frozen = (
-            layout.mates,
+            layout.local_ranks,
             dist.PrefixStore("ds_pso/shrunk", store),
             {},
             False,
         )
         timeout_s, self.timeout_s = self.timeout_s, patience
         try:
-            self.roll_call("those who are left", layout.mates)
+            self.barrier("those who are left", layout.local_ranks)
         finally:
             self.timeout_s = timeout_s
 
@@ -301,9 +301,9 @@ class World(Roster):
             with contextlib.suppress(dist.DistError, RuntimeError):
                 patience = timedelta(seconds=min(_GOODBYE_S, self.timeout_s))
                 if layout.shard_rank == 0:
-                    mates = [f"bye/{mate}" for mate in layout.mates[1:]]
-                    if mates:
-                        self.store.wait(mates, patience)
+                    local_ranks = [f"bye/{rank}" for rank in layout.local_ranks[1:]]
+                    if local_ranks:
+                        self.store.wait(local_ranks, patience)
                 if self.is_leader:
                     firsts = [f"bye/{rank}" for rank in self.ranks[:: layout.particle_size][1:]]
                     if firsts:

@@ -35,7 +35,7 @@ class ElasticWorld(World):
     meets_at_sync_points_only = True
 
     def __init__(self, place: Place, options: ElasticConfig, timeout_s: float) -> None:
-        super().__init__(place.layout, timeout_s, place.layout.mates)
+        super().__init__(place.layout, timeout_s, place.layout.local_ranks)
         self.place = place
         self.options = options
         self.backend = "gloo"
@@ -137,7 +137,7 @@ class ElasticWorld(World):
         return self._connections.hear(meeting, what)
 
     def retreat(self, error: PeerError) -> None:
-        """After an error between particles: let the mates know, and drop the connections, so that the peers notice."""
+        """After an error between particles: tell the local ranks, and close connections: peers see a reset."""
         if not isinstance(error, MateFailed):
             self._post({"failed": str(error)})
         self.peer_group = None
@@ -168,9 +168,9 @@ class ElasticWorld(World):
 
     def _read(self) -> list[dict[str, Any]]:
         assert self.store is not None
-        mates = self.layout.mates
-        keys = [f"{self._row}/{rank}" for rank in range(len(mates))]
-        self._wait_patiently(keys, mates, "its particle at a sync point")
+        local_ranks = self.layout.local_ranks
+        keys = [f"{self._row}/{rank}" for rank in range(len(local_ranks))]
+        self._wait_patiently(keys, local_ranks, "its particle at a sync point")
         rows = [json.loads(row) for row in self.store.multi_get(keys)]
         last = self._turns["row"] - 1
         if last >= 0:  # who has come here has read the one before, and all answers
@@ -203,7 +203,7 @@ class ElasticWorld(World):
         while True:
             signs = self.store.add(_SIGNS, 0)
             try:
-                return self._wait_patiently(keys, self.layout.mates[:1], "word from its first rank")
+                return self._wait_patiently(keys, self.layout.local_ranks[:1], "word from its first rank")
             except PeerError:
                 if self.store.add(_SIGNS, 0) == signs:
                     raise
@@ -221,12 +221,12 @@ class ElasticWorld(World):
 
     def open_mailbox(self) -> Mailbox:
         raise ConfigError(
-            'swarm.transport = "elastic": letters are not sent; set asynchronous to false, and '
+            'swarm.transport = "elastic": messages are not sent; set asynchronous to false, and '
             'swarm.elastic.straggler to "async" or "skip"'
         )
 
-    def roll_call(self, label: str, ranks: Iterable[int]) -> None:
-        super().roll_call(label, [rank for rank in ranks if rank in self.ranks])
+    def barrier(self, label: str, ranks: Iterable[int]) -> None:
+        super().barrier(label, [rank for rank in ranks if rank in self.ranks])
 
     # -- leaving ----------------------------------------------------------------------------
 

@@ -15,13 +15,13 @@ from ds_pso.metrics import deepspeed_monitor
 from ds_pso.rules import Rule
 from ds_pso.session.parts import SwarmState
 from ds_pso.shards import Shards, find_shards
-from ds_pso.sync.census import Probe
+from ds_pso.sync.assessment import Probe
 from ds_pso.sync.elastic import ElasticSynchronizer
 from ds_pso.sync.health import Limits, warning
 from ds_pso.sync.rollback import Progress
 from ds_pso.sync.schedule import Schedule
 from ds_pso.sync.synchronizer import Synchronizer
-from ds_pso.utils.offload import Keeping
+from ds_pso.utils.offload import Offload
 
 
 class AttachedSwarm(SwarmState):
@@ -94,7 +94,7 @@ class AttachedSwarm(SwarmState):
             "wire": config.wire,
             "fragments": config.fragments,
             "streaming": config.streaming,
-            "keeping": Keeping(config.state_device, config.state_dtype),
+            "offload": Offload(config.state_device, config.state_dtype),
             "limits": Limits(config.quarantine_loss, config.quarantine_norm),
         }
         if not isinstance(self.world, ElasticWorld):

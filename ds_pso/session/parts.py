@@ -106,4 +106,4 @@ class SwarmState:
     @property
     def last_losses(self) -> tuple[float, ...]:
         """Loss of each particle at the last sync point, shape (P,); empty with one particle."""
-        return self.synchronizer.census.losses if self.synchronizer else ()
+        return self.synchronizer.assessor.losses if self.synchronizer else ()

@@ -59,7 +59,7 @@ class ReplicatedShards(Shards):
 
     def publish(self) -> None:
         masters = self._flat_masters()
-        self._tell_mates([[master] for master in masters])
+        self._share_with_local_ranks([[master] for master in masters])
         self._cast(masters)
 
     def moments(self) -> list[Tensor]:
@@ -69,9 +69,9 @@ class ReplicatedShards(Shards):
         ]
 
     def publish_moments(self) -> None:
-        self._tell_mates([self._moments_of(master) for master in self._masters(self.engine)])
+        self._share_with_local_ranks([self._moments_of(master) for master in self._masters(self.engine)])
 
-    def _tell_mates(self, flat: list[list[Tensor]]) -> None:
+    def _share_with_local_ranks(self, flat: list[list[Tensor]]) -> None:
         """Each rank of the particle sends its own part of each master's tensors to the others."""
         if self._size == 1:
             return

@@ -13,7 +13,7 @@ from torch import Tensor
 from ds_pso.comm.exchange import fill
 from ds_pso.errors import ConfigError
 from ds_pso.shards import Shards, replace
-from ds_pso.sync.census import Census
+from ds_pso.sync.assessment import Assessor
 from ds_pso.sync.update import Updater
 
 Choice = Literal["consensus", "best"]
@@ -22,8 +22,8 @@ Choice = Literal["consensus", "best"]
 class Consensus:
     """The mean of the finite particles, or what the rule keeps for it (``Rule.model_in``); or the best particle."""
 
-    def __init__(self, census: Census, updater: Updater, shards: Shards) -> None:
-        self.census = census
+    def __init__(self, assessor: Assessor, updater: Updater, shards: Shards) -> None:
+        self.assessor = assessor
         self.updater = updater
         self.shards = shards
 
@@ -54,7 +54,7 @@ class Consensus:
             ConfigError: no particle has finite weights.
         """
         self.shards.zero_padding()
-        point = self.census.of_the_last_losses()
+        point = self.assessor.of_the_last_losses()
         if not any(point.alive):
             raise ConfigError("no particle has finite weights, so there is no model; resume an older checkpoint")
         weights = point.best_weights() if which == "best" else point.mean_weights()

@@ -66,7 +66,7 @@ class ElasticSynchronizer(Synchronizer):
         text = json.dumps([shards.fingerprint(), world.layout.particle_size, world.layout.num_particles, dict(section)])
         self._model = hashlib.sha256(text.encode()).hexdigest()[:16]
         super().__init__(world, exchange, rule, shards, **rest)
-        self.consensus = _OwnModel(self.census, self.updater, shards)
+        self.consensus = _OwnModel(self.assessor, self.updater, shards)
         self.sync(window, progress.engine.global_steps)
 
     def _check_same_model(self) -> None:
@@ -120,7 +120,7 @@ class ElasticSynchronizer(Synchronizer):
     def _assemble(self, *, in_background: bool) -> Meeting:
         begin = time.perf_counter()
         self._meeting = self.world.assemble(
-            index=self.census.index,
+            index=self.assessor.index,
             last=self._last,
             met=self._met,
             fresh=self._fresh,
@@ -170,7 +170,7 @@ class ElasticSynchronizer(Synchronizer):
 
     def _own_row(self, window: FitnessWindow) -> list[float]:
         if self._is_behind:
-            return self.census.row_of_a_stranger()
+            return self.assessor.row_of_a_stranger()
         return super()._own_row(window)
 
     def _wait_for(self, ranks: Sequence[int], *, together: bool = False) -> float:
@@ -224,7 +224,7 @@ class ElasticSynchronizer(Synchronizer):
         self.load_state_dict(undo.numbers)
         self.is_torn = False
         if self.world.is_leader:
-            warnings.warn(f"sync point {self.census.index} was broken off: {error}", stacklevel=2)
+            warnings.warn(f"sync point {self.assessor.index} was broken off: {error}", stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"last_meeting": [self._last, self._met]}
@@ -244,7 +244,7 @@ class ElasticSynchronizer(Synchronizer):
     def _meet(self, pending: Pending, row: list[float]) -> None:
         """As ``LateMeetings._meet``; where somebody is lost, or needs the whole model, nothing comes of it."""
         traffic = self._traffic()
-        memories, step_s, highest = list(self.memories), self.census.step_s, self.census.highest_loss
+        memories, step_s, highest = list(self.memories), self.assessor.step_s, self.assessor.highest_loss
         undo = Undo([*common_tensors(self.updater), *owed(self.updater)], FitnessWindow(), {})
         try:
             meeting = self._assemble(in_background=True)
@@ -260,13 +260,18 @@ class ElasticSynchronizer(Synchronizer):
             self.world.retreat(error)
             undo.put_back()
             self.memories, self.is_torn = memories, False
-            self.census.step_s, self.census.highest_loss = step_s, highest
+            self.assessor.step_s, self.assessor.highest_loss = step_s, highest
             self._break_off(pending, traffic)
 
     def _break_off(self, pending: Pending, traffic: tuple[int, float, int]) -> None:
         """All meet for the whole model after this."""
         alive = [particle in self.exchange.present for particle in range(self.exchange.num_particles)]
-        pending.record = {"sync": self.census.index, "losses": self.census.losses, "alive": alive, "abandoned": True}
+        pending.record = {
+            "sync": self.assessor.index,
+            "losses": self.assessor.losses,
+            "alive": alive,
+            "abandoned": True,
+        }
         pending.record |= {"waited_s": self._waited_s, **self._traffic_since(traffic)}
         # Some ranks may have seen more of it than others: the schedule learns nothing from it.
         pending.apart, pending.pace, pending.lr_factors = (0.0, 0.0), (math.nan, 0.0), ()
@@ -279,7 +284,7 @@ class ElasticSynchronizer(Synchronizer):
             seconds += self._waited_s
         record = super()._conclude(record, *arguments, staleness=staleness, seconds=seconds, **more)
         if record.get("abandoned"):  # others may have got through: then this particle is behind
-            self.totals.count = self.census.index = count
+            self.totals.count = self.assessor.index = count
         return record
 
 
@@ -287,7 +292,7 @@ class _OwnModel(Consensus):
     """Between sync points a particle has only its own to show."""
 
     def collect(self, which: Choice) -> tuple[list[Tensor], list[Tensor]]:
-        self.census.world.settle()  # a meeting in the background works on the rule's state
+        self.assessor.world.settle()  # a meeting in the background works on the rule's state
         self.shards.zero_padding()
         models, model_in = self.shards.tensors, self.updater.rule.model_in
         if which == "consensus" and model_in != "x":

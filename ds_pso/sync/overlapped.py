@@ -35,7 +35,7 @@ class LateMeetings(Meetings):
         self.shards.check_present()
         begin = time.perf_counter()
         self.schedule.begin(step)
-        self._wait_for(self.world.layout.mates)
+        self._wait_for(self.world.layout.local_ranks)
         self.shards.zero_padding()
         numbers = list(range(self.fragments))
         if self.streaming:
@@ -52,10 +52,10 @@ class LateMeetings(Meetings):
         """What peers do together, on copies of the shards; the particle's own ranks are busy training."""
         begin, traffic = time.perf_counter(), self._traffic()
         waited = self._wait_for(self.world.layout.peers)
-        point = self.census.of_all(row, self.schedule.progress(pending.begun))
+        point = self.assessor.of_all(row, self.schedule.progress(pending.begun))
         pending.pace = self._pace()
         # Whoever waits for the first fragment reads it.
-        pending.record = self.census.record_of(point) | {"waited_s": waited}
+        pending.record = self.assessor.record_of(point) | {"waited_s": waited}
         if self.streaming:
             pending.record |= {"fragment": pending.numbers[0], "abandoned": not all(point.alive)}
         if any(point.alive) and not pending.record.get("abandoned"):
@@ -148,8 +148,8 @@ class LateMeetings(Meetings):
             return None
 
         self.pending = None
-        self.census.losses = tuple(pending.record["losses"])
-        drift = self.census.drift(pending.apart)
+        self.assessor.losses = tuple(pending.record["losses"])
+        drift = self.assessor.drift(pending.apart)
         waited = self.world.settled_s - pending.settled_s
         # An evaluation or a checkpoint may have had to wait for it before.
         seconds = pending.held_up_s + waited - pending.waited_s + time.perf_counter() - begin

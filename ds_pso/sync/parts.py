@@ -15,14 +15,14 @@ from ds_pso.errors import SwarmError
 from ds_pso.rules import Rule, SyncPoint
 from ds_pso.shards import Shards
 from ds_pso.shards.fragments import Fragment, cut
-from ds_pso.sync.census import Census, Probe
+from ds_pso.sync.assessment import Assessor, Probe
 from ds_pso.sync.consensus import Consensus
 from ds_pso.sync.fitness import FitnessWindow
 from ds_pso.sync.health import USUAL, Limits
 from ds_pso.sync.pending import Pending
 from ds_pso.sync.schedule import Observed, Schedule
 from ds_pso.sync.update import Updater
-from ds_pso.utils.offload import AS_IT_COMES, Keeping
+from ds_pso.utils.offload import NO_OFFLOAD, Offload
 from ds_pso.utils.step_timer import StepClock
 
 
@@ -49,14 +49,14 @@ class Meetings:
     """The parts, and what each kind of sync point does with them.
 
     Args:
-        probe, rank_by: see ``Census``.
+        probe, rank_by: see ``Assessor``.
         schedule: decides when ``sync`` or ``begin`` is to be called, and is told what came of it.
         optimizer_state: what becomes of the optimizer's moments at a sync point.
         wire: how weights travel.
         fragments: into how many pieces a delayed sync point is cut.
         streaming: whether each of them meets by itself, in its turn.
-        keeping: where state lies, and in how many bits.
-        limits: see ``Census``.
+        offload: where state lies, and in how many bits.
+        limits: see ``Assessor``.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Meetings:
         wire: Literal["fp32", "bf16", "int8", "int4"] = "fp32",
         fragments: int = 1,
         streaming: bool = False,
-        keeping: Keeping = AS_IT_COMES,
+        offload: Offload = NO_OFFLOAD,
         limits: Limits = USUAL,
     ) -> None:
         self.world = world
@@ -85,18 +85,20 @@ class Meetings:
         self.streaming = streaming
         self.totals = SyncTotals()
         self.schedule = schedule
-        self.census = Census(world, exchange, shards, probe=probe, rank_by=rank_by, total=schedule.count, limits=limits)
+        self.assessor = Assessor(
+            world, exchange, shards, probe=probe, rank_by=rank_by, total=schedule.count, limits=limits
+        )
         self._check_same_model()
         self._start_alike()
-        differences = None if wire == "fp32" else Differences(FORMATS[wire], shards.tensors, keeping)
+        differences = None if wire == "fp32" else Differences(FORMATS[wire], shards.tensors, offload)
         state = [
-            {name: keeping.keep(value, rough=name in rule.rough_state) for name, value in found.items()}
-            for found in (rule.init_state(keeping.near(x)) for x in shards.tensors)
+            {name: offload.keep(value, rough=name in rule.rough_state) for name, value in found.items()}
+            for found in (rule.init_state(offload.near(x)) for x in shards.tensors)
         ]
         self.updater = Updater(exchange, rule, shards.segments, state, differences)
         # Of the rule: numbers that are equal on all ranks; of each fragment if they meet by themselves.
         self.memories: list[Mapping[str, Any]] = [{}] * (fragments if streaming else 1)
-        self.consensus = Consensus(self.census, self.updater, shards)
+        self.consensus = Consensus(self.assessor, self.updater, shards)
         self.pending: Pending | None = None
         # A fragment did not meet in its turn: a particle that is not alive needs the whole model, so ``sync`` is next.
         self.needs_whole = False
@@ -104,7 +106,7 @@ class Meetings:
         self.is_torn = False
         self._cuts: dict[int, list[Fragment]] = {}
         self._mailbox = world.open_mailbox() if rule.max_staleness is not None else None
-        self._letter_bytes = 0
+        self._message_bytes = 0
         self.clock = StepClock()
         self._held_up_s = 0.0  # by the last sync point
 
@@ -158,11 +160,11 @@ class Meetings:
         self.pending, self.needs_whole = None, False
         self.shards.lr_factor = 1.0
         self.totals = SyncTotals()
-        self.census.losses, self.census.index = (math.nan,) * self.exchange.num_particles, 0
+        self.assessor.losses, self.assessor.index = (math.nan,) * self.exchange.num_particles, 0
         self.schedule.begin(step)
 
     def _pace(self) -> tuple[float, float]:
-        return self.census.step_s, self.census.held_up_s
+        return self.assessor.step_s, self.assessor.held_up_s
 
     def _conclude(
         self,
@@ -176,7 +178,7 @@ class Meetings:
     ) -> dict[str, Any]:
         """Count the sync point, and let the schedule know what it was like; returns the whole record."""
         self.totals.count += 1
-        self.census.index = self.totals.count
+        self.assessor.index = self.totals.count
         self._held_up_s = seconds
         self.totals.seconds += seconds
         self.totals.waited_s += record["waited_s"]
@@ -187,13 +189,13 @@ class Meetings:
         return record | {"drift": drift, "staleness": staleness, "next_interval": interval, **times}
 
     def _own_row(self, window: FitnessWindow) -> list[float]:
-        return self.census.own_row(
+        return self.assessor.own_row(
             window, step_s=self.clock.take(), held_up_s=self._held_up_s, needs_loss=self.rule.uses_fitness
         )
 
     def _apart(self, distances: Sequence[Sequence[float]], point: SyncPoint) -> Sequence[float]:
-        """See ``Census.apart``; ``distances``: of each part of this rank's elements."""
-        return self.census.apart([sum(column) for column in zip(*distances, strict=True)], point)
+        """See ``Assessor.apart``; ``distances``: of each part of this rank's elements."""
+        return self.assessor.apart([sum(column) for column in zip(*distances, strict=True)], point)
 
     def _traffic(self) -> tuple[int, float, int]:
         return self.exchange.bytes_received, self.exchange.seconds, self.exchange.repeated
@@ -205,9 +207,9 @@ class Meetings:
         return found | ({"repeated": int(repeated)} if repeated else {})
 
     def _wait_for(self, ranks: Sequence[int], *, together: bool = False) -> float:
-        """Roll call; ``together``: with the mates. Returns its seconds."""
+        """Roll call; ``together``: with the local ranks. Returns its seconds."""
         begin, turn = time.perf_counter(), self.world.turn("sync")
-        call = self.world.roll_call_together if together else self.world.roll_call
+        call = self.world.barrier_with_local_ranks if together else self.world.barrier
         call(f"sync {turn}", ranks)
         if turn > 1:  # the last one may have been of others
             self.world.forget(f"sync {turn - 2}")

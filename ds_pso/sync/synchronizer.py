@@ -45,12 +45,12 @@ class Synchronizer(LateMeetings):
         waited = self._wait_for(self.world.layout.peers, together=True) if self._mailbox is None else 0.0
         self.shards.zero_padding()
         mine = self._own_row(window)
-        count = self.census.of_all if self._mailbox is None else self.census.of_one
+        count = self.assessor.of_all if self._mailbox is None else self.assessor.of_one
         point = count(mine, self.schedule.progress(step))
         note: dict[str, Any] = {}
         apart: Sequence[float] = (0.0, 0.0)
         if self._mailbox is not None:
-            note = self._take_letter(self._mailbox, point)
+            note = self._take_message(self._mailbox, point)
             apart = self.updater.take_distance()  # of this particle alone
         elif any(point.alive):
             self.is_torn = True
@@ -58,9 +58,9 @@ class Synchronizer(LateMeetings):
             self.is_torn = False
         self._publish()
         window.clear()
-        self.census.losses = point.fitness
-        drift = self.census.drift(apart)
-        record = self.census.record_of(point) | note | {"waited_s": waited, **self._traffic_since(traffic)}
+        self.assessor.losses = point.fitness
+        drift = self.assessor.drift(apart)
+        record = self.assessor.record_of(point) | note | {"waited_s": waited, **self._traffic_since(traffic)}
         seconds = time.perf_counter() - begin
         return self._conclude(record, step, drift, self._pace(), staleness=0, seconds=seconds)
 
@@ -76,7 +76,7 @@ class Synchronizer(LateMeetings):
             note |= updater.carry_out(plan, x)
             while plan.score:
                 self._publish(tentative=True)
-                plan = self.rule.proceed(plan, self.census.score())
+                plan = self.rule.proceed(plan, self.assessor.score())
                 note |= updater.carry_out(plan, x)
             updater.agree_on(x)
             self.memories[number] = plan.memory
@@ -87,7 +87,7 @@ class Synchronizer(LateMeetings):
         self._treat_optimizer_state(point)
         return note, self._apart(distances, point)
 
-    def _take_letter(self, mailbox: Mailbox, point: SyncPoint) -> dict[str, Any]:
+    def _take_message(self, mailbox: Mailbox, point: SyncPoint) -> dict[str, Any]:
         """Send the particle's state to a peer, and use what came meanwhile.
 
         Waits for no other particle, nor for the store: that may lie in a process that is frozen or gone.
@@ -97,29 +97,29 @@ class Synchronizer(LateMeetings):
         peer = (me + 1 + point.index % others) % (others + 1)  # each in turn
         with self.shards.flat_buffers() as buffers:
             tensors = [*shards, *buffers]
-            # Whatever the ranks of a particle do with a letter, they do together.
+            # Whatever the ranks of a particle do with a message, they do together.
             busy = any(row[0] for row in self.world.particle_gather([float(mailbox.busy(peer))]))
             if point.alive[me] and not busy:
                 mailbox.send(tensors, point.index, peer)
-            letter = mailbox.newest()
-            mine = [-1.0, -1.0] if letter is None else [float(letter.sender), float(letter.index)]
+            message = mailbox.newest()
+            mine = [-1.0, -1.0] if message is None else [float(message.sender), float(message.index)]
             rows = self.world.particle_gather(mine)
-            self.exchange.bytes_received += mailbox.bytes_received - self._letter_bytes
-            self._letter_bytes = mailbox.bytes_received
-            if letter is None or any(row != mine for row in rows):
-                return {"from": None}  # the same letter will have come to all by the next sync point, or a newer one
-            mailbox.drop(letter)
+            self.exchange.bytes_received += mailbox.bytes_received - self._message_bytes
+            self._message_bytes = mailbox.bytes_received
+            if message is None or any(row != mine for row in rows):
+                return {"from": None}  # the same message will have come to all by the next sync point, or a newer one
+            mailbox.drop(message)
             assert self.rule.max_staleness is not None
-            if point.index - letter.index > self.rule.max_staleness:
+            if point.index - message.index > self.rule.max_staleness:
                 return {"from": None}
-            parts = letter.flat.split([t.numel() for t in tensors])
+            parts = message.flat.split([t.numel() for t in tensors])
             plan = self.rule.plan(point, self.memories[0])
             self.updater.carry_out(plan, shards, parts[: len(shards)])
             self.memories[0] = plan.memory
             if not point.alive[me]:
                 replace(buffers, parts[len(shards) :])
                 self.shards.reset_optimizer_state()
-        return {"from": letter.sender, "age": point.index - letter.index, **plan.note}
+        return {"from": message.sender, "age": point.index - message.index, **plan.note}
 
     def _treat_optimizer_state(self, point: SyncPoint) -> None:
         if self.optimizer_state == "average":
@@ -131,7 +131,7 @@ class Synchronizer(LateMeetings):
         """The moments of every particle, the dead included, become the mean of those of the living."""
         moments = self.shards.moments()
         counts = self.exchange.all_gather([float(len(moments))])
-        alike = len({counts[particle][0] for particle in self.exchange.present}) == 1  # peers, not mates
+        alike = len({counts[particle][0] for particle in self.exchange.present}) == 1  # peers, not local ranks
         if not all(row[0] for row in self.world.particle_gather([float(alike)])):
             # A particle whose every step was skipped has none yet.
             if not point.alive[self.exchange.particle]:
@@ -151,13 +151,13 @@ class Synchronizer(LateMeetings):
         return {
             "rule_memories": self.memories,
             "lr_factor": self.shards.lr_factor,
-            "last_losses": self.census.losses,
-            "highest_loss": self.census.highest_loss,
-            "norm_limit": self.census.limits.norm,  # for who reads the checkpoint without a swarm
+            "last_losses": self.assessor.losses,
+            "highest_loss": self.assessor.highest_loss,
+            "norm_limit": self.assessor.limits.norm,  # for who reads the checkpoint without a swarm
             "totals": asdict(self.totals),
             "schedule": self.schedule.state_dict(),
             "held_up_s": self._held_up_s,
-            "step_s": self.census.step_s,
+            "step_s": self.assessor.step_s,
             "pending": None if self.pending is None else self.pending.state_dict(),
         }
 
@@ -169,9 +169,9 @@ class Synchronizer(LateMeetings):
             pending.movement = [values.to(t) for t, values in zip(self._touched(pending), movement, strict=True)]
         self.memories = list(state["rule_memories"])
         self.shards.lr_factor = state["lr_factor"]
-        self.census.losses = tuple(state["last_losses"])
-        self.census.highest_loss = state.get("highest_loss", math.nan)  # of an older ds_pso there is none
+        self.assessor.losses = tuple(state["last_losses"])
+        self.assessor.highest_loss = state.get("highest_loss", math.nan)  # of an older ds_pso there is none
         self.totals = SyncTotals(**state["totals"])
-        self.census.index = self.totals.count
+        self.assessor.index = self.totals.count
         self.schedule.load_state_dict(state["schedule"])
-        self._held_up_s, self.census.step_s = state["held_up_s"], state["step_s"]
+        self._held_up_s, self.assessor.step_s = state["held_up_s"], state["step_s"]

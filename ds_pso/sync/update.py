@@ -15,7 +15,7 @@ from ds_pso.rules import Place, Plan, Rule
 from ds_pso.shards import Segment
 from ds_pso.shards.fragments import Fragment, segments_in, states_in
 from ds_pso.utils.chunks import chunk_numel
-from ds_pso.utils.offload import at_hand
+from ds_pso.utils.offload import on_device
 
 
 class Updater:
@@ -51,16 +51,18 @@ class Updater:
         segments = segments_in(fragment, self.segments) if self.rule.per_parameter else []
         return Updater(self.exchange, self.rule, segments, states_in(fragment, self.state), differences)
 
-    def carry_out(self, plan: Plan, shards: Sequence[Tensor], letter: Sequence[Tensor] | None = None) -> dict[str, Any]:
+    def carry_out(
+        self, plan: Plan, shards: Sequence[Tensor], message: Sequence[Tensor] | None = None
+    ) -> dict[str, Any]:
         """Update the shards in place.
 
         Args:
-            letter: shards of a peer that have come already.
+            message: shards of a peer that have come already.
 
         Returns:
             What to log of it.
         """
-        for piece, received in self._arriving(plan, shards, letter):
+        for piece, received in self._arriving(plan, shards, message):
             for chunk, name in self._chunks(piece, shards):
                 self._update(shards, chunk, received[_within(piece, chunk)], plan, name)
         return self._note(plan)
@@ -107,7 +109,7 @@ class Updater:
         if self._measures:
             self._measure(x, received)
         kept = {key: chunk.of(value) for key, value in self.state[chunk.tensor].items()}
-        with at_hand(kept, x) as state:
+        with on_device(kept, x) as state:
             self.rule.update(x, received, state, plan, Place(self.exchange.particle, name))
 
     def take_distance(self) -> tuple[float, float]:
@@ -126,7 +128,7 @@ class Updater:
         self._squares[1] += torch.dot(received, received)
 
     def _arriving(
-        self, plan: Plan, shards: Sequence[Tensor], letter: Sequence[Tensor] | None = None
+        self, plan: Plan, shards: Sequence[Tensor], message: Sequence[Tensor] | None = None
     ) -> Iterator[tuple[Piece, Tensor]]:
         self._measures = plan.receive != "nothing" and self._squares is None
         if self._measures:
@@ -136,10 +138,10 @@ class Updater:
         for number, x in enumerate(shards if self._prepares else []):
             for chunk, _ in self._chunks(Piece(number, 0, x.numel(), 0), shards):
                 kept = {key: chunk.of(value) for key, value in self.state[number].items()}
-                with at_hand(kept, chunk.of(x)) as state:
+                with on_device(kept, chunk.of(x)) as state:
                     self.rule.before_exchange(chunk.of(x), state, plan, me)
-        if letter is not None:
-            return ((piece, piece.of(letter[piece.tensor]).to(x)) for piece, x in self.exchange.from_self(shards))
+        if message is not None:
+            return ((piece, piece.of(message[piece.tensor]).to(x)) for piece, x in self.exchange.from_self(shards))
         outgoing = shards if plan.send == "x" else [state[plan.send] for state in self.state]
         if plan.receive == "mean":
             return self._mean(outgoing, plan)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Keeping:
+class Offload:
     """Keeps tensors like the shards. The defaults keep them as they are."""
 
     device: Literal["auto", "cpu"] = "auto"  # "auto": as they come
@@ -28,11 +28,11 @@ class Keeping:
         return kept.pin_memory() if self.device == "cpu" and torch.cuda.is_available() else kept
 
 
-AS_IT_COMES = Keeping()
+NO_OFFLOAD = Offload()
 
 
 @contextlib.contextmanager
-def at_hand(kept: Mapping[str, Tensor], like: Tensor) -> Iterator[dict[str, Tensor]]:
+def on_device(kept: Mapping[str, Tensor], like: Tensor) -> Iterator[dict[str, Tensor]]:
     """The tensors on the device and in the dtype of ``like``; what is written to them in the block is kept."""
     near = {name: tensor.to(like) for name, tensor in kept.items()}
     versions = {name: tensor._version for name, tensor in near.items()}

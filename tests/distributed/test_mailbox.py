@@ -15,7 +15,7 @@ import torch.distributed as dist
 from pool import Pool
 from torch import Tensor
 
-from ds_pso.distributed.mailbox import GlooMailbox, Letter, Mailbox
+from ds_pso.distributed.mailbox import GlooMailbox, Mailbox, Message
 from ds_pso.distributed.simulated_world import SimulatedWorld
 from ds_pso.distributed.thread_scheduler import Room
 
@@ -82,7 +82,7 @@ def deliver(sender: Mailbox, peer: int, index: int, *tensors: Tensor) -> None:
     wait_until(lambda: not sender.busy(peer))
 
 
-def content(letter: Letter | None) -> tuple[int, int, list[float]] | None:
+def content(letter: Message | None) -> tuple[int, int, list[float]] | None:
     return None if letter is None else (letter.sender, letter.index, letter.flat.tolist())
 
 

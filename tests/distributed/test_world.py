@@ -47,7 +47,7 @@ def test_rank_is_particle_and_shard_rank(layout):
 @relaxed
 @given(layouts)
 def test_peers_and_mates_each_partition_the_ranks(layout):
-    for groups in ({tuple(x.peers) for x in everybody(layout)}, {tuple(x.mates) for x in everybody(layout)}):
+    for groups in ({tuple(x.peers) for x in everybody(layout)}, {tuple(x.local_ranks) for x in everybody(layout)}):
         assert sorted(rank for group in groups for rank in group) == list(range(layout.world_size))
 
 
@@ -63,11 +63,11 @@ def test_peers_hold_the_same_shard_in_the_order_of_particles(layout):
 @relaxed
 @given(layouts)
 def test_mates_share_a_particle_in_the_order_of_shards(layout):
-    mates = [everybody(layout)[rank] for rank in layout.mates]
+    mates = [everybody(layout)[rank] for rank in layout.local_ranks]
     assert [mate.shard_rank for mate in mates] == list(range(layout.particle_size))
     assert {mate.particle for mate in mates} == {layout.particle}
-    assert layout.mates[layout.shard_rank] == layout.rank
-    assert set(layout.peers) & set(layout.mates) == {layout.rank}
+    assert layout.local_ranks[layout.shard_rank] == layout.rank
+    assert set(layout.peers) & set(layout.local_ranks) == {layout.rank}
 
 
 # -- from the environment -------------------------------------------------------------------
@@ -178,11 +178,11 @@ def test_a_world_of_one_rank_needs_no_store_and_talks_to_itself(lonely):
     assert lonely.peer_group is None
     assert lonely.is_leader
     assert lonely.is_node_leader
-    assert lonely.mates_on_this_node == [0]
+    assert lonely.local_ranks_on_this_node == [0]
     assert lonely.gather("anything", {"a": [1, None]}) == [{"a": [1, None]}]
     assert lonely.particle_gather([1.0, 2.0]) == [[1.0, 2.0]]
-    lonely.roll_call("anywhere", [0])
-    lonely.barrier("anywhere")
+    lonely.barrier("anywhere", [0])
+    lonely.gather("anywhere", None)
     lonely.forget("anywhere")
     lonely.close()
     lonely.close()

@@ -151,7 +151,7 @@ def lose_between_plans(case: Case, lost: int, how: str, where: str) -> Any:
     with swarm_of(case) as (swarm, engine):
         train(case, engine, range(1))
         if swarm.particle == lost:
-            setattr(swarm.synchronizer.census if where == "score" else swarm.exchange, where, lambda *_: leave(how))
+            setattr(swarm.synchronizer.assessor if where == "score" else swarm.exchange, where, lambda *_: leave(how))
         swarm.sync()
 
 

@@ -79,9 +79,9 @@ def save_often(case: Case, folder: Path) -> list[str]:
             train(case, engine, range(step, step + 1))
             swarm.save(folder, keep=2, background=step != 2)
             if step == 2:
-                swarm.world.barrier("looking")
+                swarm.world.gather("looking", None)
                 found = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-                swarm.world.barrier("has looked")
+                swarm.world.gather("has looked", None)
     return found
 
 

@@ -180,7 +180,7 @@ def losses_apart_and_together(case: Case) -> Any:
     """What ``gather`` says of each particle's own loss, and of the centre's."""
     with swarm_of(case) as (swarm, engine):
         train(case, engine)
-        probe = swarm.synchronizer.census.probe
+        probe = swarm.synchronizer.assessor.probe
         with torch.no_grad():
             apart = swarm.gather(float(probe(50)))
             with swarm.consensus():

@@ -61,7 +61,7 @@ def test_one_rank_leads_each_disk(pool, tmp_path, ranks_per_node, own_disks, lea
 def particles_of_nodes():
     pretend_nodes(2)
     with ds_pso.init(config(Case(particles="node"), 2)) as swarm:
-        return swarm.num_particles, swarm.world.describe(3), len(swarm.world.mates_on_this_node)
+        return swarm.num_particles, swarm.world.describe(3), len(swarm.world.local_ranks_on_this_node)
 
 
 def test_each_node_is_a_particle(pool):

@@ -99,7 +99,7 @@ def one_has_left(case: Case) -> str:
     preemption._PATIENCE_S = 1.0
     with swarm_of(case) as (swarm, _):
         swarm.should_stop()
-        swarm.world.barrier("ready")
+        swarm.world.gather("ready", None)
         rank = swarm.world.layout.rank
         if rank == 3:
             os.kill(os.getpid(), signal.SIGKILL)

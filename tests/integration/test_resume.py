@@ -101,7 +101,7 @@ def train_from_loader(case: Case, swarm: Swarm, engine: Any, steps: int, folder:
         "numbers": repr(
             [
                 [dict(memory) for memory in synchronizer.memories],
-                synchronizer.census.losses,
+                synchronizer.assessor.losses,
                 synchronizer.totals.count,
                 synchronizer.totals.bytes_received,
                 synchronizer.schedule.state_dict(),

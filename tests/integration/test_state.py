@@ -11,7 +11,7 @@ from pool import Pool
 from variants import slow_but
 
 from ds_pso.rules import RULES
-from ds_pso.utils.offload import Keeping, at_hand
+from ds_pso.utils.offload import Offload, on_device
 
 from .jobs import Case, Weights, one_after_the_other, train, working_weights
 from .oracle import train_particles
@@ -76,19 +76,19 @@ def test_what_the_wire_owes_is_rounded_and_hardly_less(pool: Pool) -> None:
 def test_what_is_written_is_kept_and_nothing_else() -> None:
     x = torch.zeros(3)
     kept = {
-        "moved": Keeping(rough_dtype="bf16").keep(torch.full((3,), 1 + 2**-7), rough=True),
-        "same": Keeping(rough_dtype="bf16").keep(torch.full((3,), 1 + 2**-12)),
+        "moved": Offload(rough_dtype="bf16").keep(torch.full((3,), 1 + 2**-7), rough=True),
+        "same": Offload(rough_dtype="bf16").keep(torch.full((3,), 1 + 2**-12)),
     }
     assert [t.dtype for t in kept.values()] == [torch.bfloat16, torch.float32]
     untouched = kept["moved"]._version
-    with at_hand(kept, x) as state:
+    with on_device(kept, x) as state:
         assert all(value.dtype == torch.float32 for value in state.values())
         assert (state["moved"] == 1 + 2**-7).all()
         assert (state["same"] == 1 + 2**-12).all()
         state["same"].mul_(2)
     assert kept["moved"]._version == untouched
     assert (kept["same"] == 2 + 2**-11).all()
-    with at_hand(kept, x) as state:
+    with on_device(kept, x) as state:
         state["moved"].add_(2**-10)
         state["moved"].mul_(4)
     assert (kept["moved"] == 4 * (1 + 2**-7)).all()  # to 8 significant bits
@@ -98,10 +98,10 @@ def test_what_is_written_is_kept_and_nothing_else() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_state_on_the_host_serves_a_shard_on_a_gpu() -> None:
     x = torch.randn(5, device="cuda")
-    keeping = Keeping(device="cpu", rough_dtype="bf16")
+    keeping = Offload(device="cpu", rough_dtype="bf16")
     kept = {"anchor": keeping.keep(x), "momentum": keeping.keep(torch.zeros_like(x), rough=True)}
     assert all(value.device.type == "cpu" and value.is_pinned() for value in kept.values())
-    with at_hand(kept, x) as state:
+    with on_device(kept, x) as state:
         assert torch.equal(state["anchor"], x)
         state["anchor"].add_(1)
         state["momentum"].fill_(0.5)

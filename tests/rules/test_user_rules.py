@@ -24,7 +24,7 @@ from ds_pso.errors import ConfigError
 from ds_pso.rules import RULES, Rule, SyncPoint, find_rule
 from ds_pso.swarm import Swarm
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECIPES = str(ROOT / "recipes")
 OWN = "own_rule:OwnRule"
 

@@ -24,7 +24,7 @@ _STRANGER = -2.0  # in the place of ``Health.heard``
 Probe = Callable[[int], Tensor | float]
 
 
-class Census:
+class Assessor:
     """Counts the particles at a sync point.
 
     Args:
