@@ -404,7 +404,10 @@ def template(node: ast.AST) -> str | None:
     return None
 
 
-SOURCES = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("ds_pso/**/*.py"))]
+SOURCES = [
+    ast.parse(path.read_text(encoding="utf-8"))
+    for path in sorted([*ROOT.glob("ds_pso/**/*.py"), *ROOT.glob("recipes/_*.py")])
+]
 
 
 def documented_messages() -> list[str]:

@@ -148,7 +148,7 @@ def test_an_error_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_test_of_the_testing_page_passes(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prelude = "from distributed.jobs import Case, swarm_of, train, working_weights\n"
+    prelude = "from integration.jobs import Case, swarm_of, train, working_weights\n"
     snippet = fragment("docs/testing.md", "def test_something") + "    return ranks\n"
     (tmp_path / "test_of_the_page.py").write_text(prelude + snippet, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
