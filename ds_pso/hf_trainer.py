@@ -152,7 +152,7 @@ class SwarmCallback(TrainerCallback):
             output = evaluation_loop(*args, **kwargs)
             if self._evaluating:
                 mine = {name: float(v) for name, v in output.metrics.items() if isinstance(v, int | float)}
-                ranks = self.swarm.world.gather("metrics of an evaluation", mine)
+                ranks = self.swarm.world.coordinator.gather("metrics of an evaluation", mine)
                 for name in mine:
                     found = [rank[name] for rank in ranks if name in rank]
                     output.metrics[name] = sum(found) / len(found)
@@ -168,8 +168,8 @@ class SwarmCallback(TrainerCallback):
 
         def logged(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
             record = self.swarm.last_sync
-            if "loss" in logs and record and record["sync"] != self._logged_sync:
-                self._logged_sync = record["sync"]
+            if "loss" in logs and record and record.sync != self._logged_sync:
+                self._logged_sync = record.sync
                 logs |= {name: value for name, value, _ in deepspeed_monitor.events(record, 0)}
             log(logs, *args, **kwargs)
 
@@ -190,7 +190,7 @@ class SwarmCallback(TrainerCallback):
     def _own_checkpoint(self, named: str | bool) -> Path:
         """Checked: all particles have one of the same step, and its files are whole."""
         swarm, mine = self.swarm, Path(self.trainer.args.output_dir)
-        with swarm.world.agree("looking for the checkpoint"):
+        with swarm.world.coordinator.agree("looking for the checkpoint"):
             if isinstance(named, str):
                 path = Path(named)
                 if path.parent.resolve() not in (Path(self._folder).resolve(), *_siblings(mine)):
@@ -204,23 +204,23 @@ class SwarmCallback(TrainerCallback):
                 if last is None:
                     raise CheckpointError(f"{mine}: no checkpoint to resume; check the path, or start without resuming")
                 found = Path(last)
-        names = sorted(set(swarm.world.gather("the step to continue from", found.name)))
+        names = sorted(set(swarm.world.coordinator.gather("the step to continue from", found.name)))
         if len(names) > 1:
             raise CheckpointError(
                 f"{self._folder}: the particles would continue from different steps, {' and '.join(names)}; name one "
                 "that all have in resume_from_checkpoint, or move the newer ones away",
                 agreed=True,
             )
-        checkpoint.check_part(swarm, found)
+        checkpoint.check_part(swarm.session, found)
         return found
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not args.save_only_model and self.swarm.num_particles > 1:
             folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-            checkpoint.save_part(self.swarm, folder)
+            checkpoint.save_part(self.swarm.session, folder)
 
     def _load_part(self, folder: str | Path) -> int:
-        return checkpoint.load_part(self.swarm, Path(folder), strict=not _is_adapter(self.trainer.model))
+        return checkpoint.load_part(self.swarm.session, Path(folder), strict=not _is_adapter(self.trainer.model))
 
     # -- the course of training -------------------------------------------------------------
 
@@ -232,7 +232,7 @@ class SwarmCallback(TrainerCallback):
         swarm.attach(self.trainer.deepspeed)  # gives all particles the same weights, whatever was loaded
         if state.global_step > 0 and swarm.num_particles > 1:
             step = self._load_part(Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"))
-            swarm.metrics.rewind(step)
+            swarm.session.metrics.rewind(step)
         self._epoch = int((state.epoch or 0.0) + 1e-6)
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -258,7 +258,7 @@ def _check_supported(swarm: Swarm, trainer: Trainer) -> None:
         )
     if swarm.num_particles == 1:
         return
-    if swarm.world.meets_at_sync_points_only:
+    if len(swarm.world.membership.reachable()) < swarm.num_particles:
         raise ConfigError(
             'SwarmCallback: swarm.transport = "elastic": the Trainer counts its own steps, and a particle that joins '
             'late would train on after the others; use "static"'

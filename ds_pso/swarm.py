@@ -6,24 +6,30 @@ import contextlib
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
 from typing import Any, Literal
 
 from ds_pso import checkpoint
 from ds_pso.config.schema import ALLREDUCE, ConfigSource, SwarmConfig, find_config, load_config
+from ds_pso.distributed import logs
 from ds_pso.distributed.preemption import Preemption
 from ds_pso.distributed.simulated_world import Simulation
+from ds_pso.distributed.transports import find_transport
 from ds_pso.distributed.world import World
 from ds_pso.elastic.launch_env import is_launched
-from ds_pso.elastic.world import ElasticWorld
 from ds_pso.errors import CheckpointError, ConfigError, PeerError, SwarmError
 from ds_pso.export import live
 from ds_pso.metrics import deepspeed_monitor
+from ds_pso.metrics.records import SyncRecord
 from ds_pso.sampler import SwarmSampler
 from ds_pso.session import lr_schedule
-from ds_pso.session.engine_hooks import AttachedSwarm
-from ds_pso.sync.elastic import ElasticSynchronizer
+from ds_pso.session.attach import build_synchronizer, take_filled_in
+from ds_pso.session.callbacks import own_callbacks
+from ds_pso.session.engine_hooks import EngineHooks
+from ds_pso.session.session import Session
+from ds_pso.sync.assessment import Probe
+from ds_pso.sync.parts import SyncTotals
 
 
 def init(config: ConfigSource | None = None, *, run_dir: str | Path | None = None, world: World | None = None) -> Swarm:
@@ -45,6 +51,7 @@ def init(config: ConfigSource | None = None, *, run_dir: str | Path | None = Non
         ConfigError: bad config or environment; raised before any process group is built.
         PeerError: ranks that did not arrive within ``swarm.timeout_s``.
     """
+    logs.configure()
     ds_config, swarm_config = load_config(find_config() if config is None else config)
     if ds_config.get("train_batch_size") == "auto":
         del ds_config["train_batch_size"]  # DeepSpeed multiplies it out, over the ranks of the particle
@@ -59,6 +66,7 @@ def init(config: ConfigSource | None = None, *, run_dir: str | Path | None = Non
             f"swarm.particles = {particles}: the world that was given has {world.layout.num_particles}; "
             "use that number, or start another launch"
         )
+    logs.set_place(world.layout.particle, world.layout.shard_rank, of_thread=world.peers.backend == "simulated")
     if world.layout.num_particles > 1:
         deepspeed_monitor.give_each_a_folder(ds_config, world.layout.particle)
     if particles == "node" and world.layout.num_particles == 1 and world.is_leader:
@@ -67,33 +75,181 @@ def init(config: ConfigSource | None = None, *, run_dir: str | Path | None = Non
             "give a number of particles to split the node",
             stacklevel=2,
         )
-    return Swarm(ds_config, swarm_config, world, world.own_folder(Path(run_dir)) if run_dir else None)
+    return Swarm(ds_config, swarm_config, world, world.membership.folder(Path(run_dir)) if run_dir else None)
 
 
 def _build_world(particles: int | Literal["node"], config: SwarmConfig) -> World:
-    if config.transport == "elastic" and config.sync_mode != ALLREDUCE:
-        return ElasticWorld.join(particles, config.elastic, config.timeout_s)
-    if is_launched(os.environ):
+    transport = "static" if config.sync_mode == ALLREDUCE else config.transport
+    if transport == "static" and is_launched(os.environ):
         raise ConfigError(
             'ds-pso launch starts each particle as a job of its own; set swarm.transport to "elastic" and a sync_mode '
             f'other than "{ALLREDUCE}", or start with deepspeed'
         )
-    return World.carve(particles, peer_backend=config.peer_backend, timeout_s=config.timeout_s)
+    return find_transport(transport)(particles, config)
 
 
-class Swarm(AttachedSwarm):
-    """P particles that train apart and meet every ``sync_interval`` optimizer steps. Made by ``ds_pso.init``.
+class Swarm:
+    """P particles that train apart and sync every ``sync_interval`` optimizer steps. Made by ``ds_pso.init``.
 
     Usable as a context manager: leaving it in good order waits for the other ranks, and so does an error
     that all ranks raise alike; any other exception does not.
 
     Attributes:
-        ds_config: DeepSpeed's part of the config, for ``deepspeed.initialize``; may be changed before that.
-        config: the validated ``swarm`` section.
-        world: the ranks of the swarm; ``world.layout`` says where this one stands.
+        session: the parts of the swarm on this rank.
     """
 
+    def __init__(self, ds_config: dict[str, Any], config: SwarmConfig, world: World, run_dir: Path | None) -> None:
+        self.session = Session.of(ds_config, config, world, run_dir)
+        self.session.callbacks.extend(own_callbacks(self.session))
+        self._hooks: EngineHooks | None = None
+        self._preemption: Preemption | None = None  # None: ``should_stop`` was never called
+
+    # -- what can be read -------------------------------------------------------------------
+
+    @property
+    def ds_config(self) -> dict[str, Any]:
+        """DeepSpeed's part of the config, for ``deepspeed.initialize``; may be changed before that."""
+        return self.session.ds_config
+
+    @property
+    def config(self) -> SwarmConfig:
+        """The validated ``swarm`` section."""
+        return self.session.config
+
+    @config.setter
+    def config(self, config: SwarmConfig) -> None:
+        self.session.config = config
+
+    @property
+    def world(self) -> World:
+        """The ranks of the swarm; ``world.layout`` says where this one stands."""
+        return self.session.world
+
+    @property
+    def engine(self) -> Any:
+        """The DeepSpeed engine that was attached.
+
+        Raises:
+            SwarmError: none was.
+        """
+        return self.session.engine
+
+    @property
+    def num_particles(self) -> int:
+        """P, the number of particles."""
+        return self.session.num_particles
+
+    @property
+    def particle(self) -> int:
+        """The number of this rank's particle, from 0 to P - 1."""
+        return self.session.particle
+
+    @property
+    def is_leader(self) -> bool:
+        """True on one rank of the whole swarm: the one that prints and logs."""
+        return self.world.is_leader
+
+    @property
+    def last_sync(self) -> SyncRecord | None:
+        """The record of the last sync; None: there was none."""
+        return self.session.last_sync
+
+    @property
+    def steps_to_sync(self) -> int | None:
+        """Optimizer steps until the next sync point; None if the particles never sync."""
+        if self.session.synchronizer is None:
+            return None
+        step = self.session.step
+        return self.session.synchronizer.parts.schedule.next_after(step) - step
+
+    @property
+    def totals(self) -> SyncTotals:
+        """The cost of all syncs so far, for this rank."""
+        synchronizer = self.session.synchronizer
+        return synchronizer.parts.totals if synchronizer else SyncTotals()
+
+    @property
+    def last_losses(self) -> tuple[float, ...]:
+        """Loss of each particle at the last sync, shape (P,); empty with one particle."""
+        synchronizer = self.session.synchronizer
+        return tuple(synchronizer.parts.assessor.losses) if synchronizer else ()
+
+    def describe(self) -> str:
+        """Describe the swarm in one line for a log: ``2 particles x 4 ranks, pso every 8 steps``."""
+        return self.session.describe()
+
     # -- the training script's calls --------------------------------------------------------
+
+    def attach(self, engine: Any, probe: Probe | None = None) -> Any:
+        """Let ``engine.step()`` sync with the other particles at sync points.
+
+        Copies the weights of particle 0 to all others, so that all start alike.
+
+        Args:
+            engine: what ``deepspeed.initialize`` returned, with an optimizer.
+            probe: for ``"fitness": "probe"`` and for rules that score what they try: a function of the
+                number of the sync point, for choosing a batch, that returns the engine's loss on it.
+                The batch must be the same for every particle. Called on all ranks, without gradients;
+                the mean over a particle's ranks counts.
+
+        Returns:
+            The same engine.
+
+        Raises:
+            UnsupportedError: the engine uses a feature that the swarm cannot follow.
+            ConfigError: the config asks for a probe and none is given, or for the length of the training.
+            SwarmError: the particles hold different models, or attach was called before.
+        """
+        session = self.session
+        if self._hooks is not None:
+            raise SwarmError("swarm.attach was called twice; one swarm trains one engine", agreed=True)
+        take_filled_in(session, engine.config)
+        synchronizer = build_synchronizer(session, engine, probe)
+        if synchronizer is not None:
+            synchronizer.start(session.window, engine.global_steps)
+        session.synchronizer, session.attached_engine = synchronizer, engine
+        self._hooks = EngineHooks(session, engine)
+        if self.world.membership.has_newer_state:
+            session.metrics.rewind(engine.global_steps)
+        session.log("start", **session.start_record())
+        return engine
+
+    def sync(self) -> None:
+        """Sync with the other particles now; call it on all ranks, outside of forward and backward.
+
+        ``engine.step`` does it when a sync point is due. This one counts as one more.
+
+        Raises:
+            PeerError: a rank did not come in time, or was lost.
+        """
+        session = self.session
+        if session.synchronizer is not None:
+            self.finish_pending()
+            session.sync_has_ended(session.synchronizer.sync(session.window, session.step))
+
+    def finish_pending(self) -> None:
+        """Apply now what a delayed sync still has to bring, if one is pending; call it on all ranks."""
+        session = self.session
+        if session.synchronizer is not None:
+            record = session.synchronizer.finish_pending(session.window, session.step)
+            if record is not None:
+                session.sync_has_ended(record)
+
+    def on_sync(self, callback: Callable[[SyncRecord], None]) -> None:
+        """Call ``callback`` with the record of each sync that has ended, on this rank, in ``engine.step``.
+
+        Metrics and monitors are written in the same way. What the callback raises, ``engine.step`` raises.
+        """
+        self.session.callbacks.append(callback)
+
+    def log(self, event: str, **values: Any) -> None:
+        """Append a record to ``metrics.jsonl`` (the leader's; other ranks' are dropped).
+
+        Args:
+            event: what kind of record; ds_pso's own are called ``sync``.
+            values: what JSON can hold; NaN and infinities become null.
+        """
+        self.session.log(event, **values)
 
     def sampler(
         self, dataset: Sized, *, batch_size: int | None = None, shuffle: bool = True, seed: int = 0
@@ -126,9 +282,9 @@ class Swarm(AttachedSwarm):
             shuffle=shuffle,
             seed=seed,
         )
-        self.samplers.append(sampler)
-        if isinstance(self.synchronizer, ElasticSynchronizer):
-            self.synchronizer.progress.place(sampler)
+        self.session.samplers.append(sampler)
+        if self.session.synchronizer is not None:
+            self.session.synchronizer.recovery.progress.place(sampler)
         return sampler
 
     @contextlib.contextmanager
@@ -147,7 +303,8 @@ class Swarm(AttachedSwarm):
         """
         if which not in ("consensus", "best"):
             raise ConfigError(f'swarm.consensus which = {which!r}: must be "consensus" or "best"')
-        with self.synchronizer.consensus.held(which) if self.synchronizer else contextlib.nullcontext():
+        synchronizer = self.session.synchronizer
+        with synchronizer.consensus.held(which) if synchronizer else contextlib.nullcontext():
             yield
 
     def merge(self, which: Literal["consensus", "best"] = "consensus") -> None:
@@ -157,13 +314,14 @@ class Swarm(AttachedSwarm):
         """
         if which not in ("consensus", "best"):
             raise ConfigError(f'swarm.merge which = {which!r}: must be "consensus" or "best"')
-        if self.synchronizer is not None:
-            self.world.settle()
-            self.synchronizer.pending = None
-            self.synchronizer.consensus.adopt(which)
+        synchronizer = self.session.synchronizer
+        if synchronizer is not None:
+            self.world.background.settle()
+            synchronizer.overlap.pending = None
+            synchronizer.consensus.adopt(which)
 
     def gather(self, value: float) -> list[float]:
-        """Tell every rank a number of each particle; call it on all ranks. In an elastic swarm others' are NaN.
+        """Return a number of each particle, on every rank; call it on all ranks. In an elastic swarm others' are NaN.
 
         Args:
             value: of this rank, such as a loss.
@@ -171,15 +329,15 @@ class Swarm(AttachedSwarm):
         Returns:
             The mean over the ranks of each particle, shape (P,), in the order of particles.
         """
-        rows = self.world.particle_gather([value])
+        rows = self.world.local.gather([value])
         mean = sum(row[0] for row in rows) / len(rows)
-        if self.world.meets_at_sync_points_only:
+        if len(self.world.membership.reachable()) == 1:
             return [mean if particle == self.particle else math.nan for particle in range(self.num_particles)]
-        return [row[0] for row in self.exchange.all_gather([mean])]
+        return [row[0] for row in self.session.exchange.all_gather([mean])]
 
     def total_bytes(self) -> int:
-        """Bytes that all ranks together have received at sync points; call it on all ranks."""
-        return sum(self.world.gather("bytes", self.totals.bytes_received))
+        """Return the bytes that all ranks together have received in syncs; call it on all ranks."""
+        return sum(self.world.coordinator.gather("bytes", self.totals.bytes_received))
 
     def save(self, folder: str | Path, *, keep: int | None = None, background: bool = False) -> Path:
         """Write a checkpoint of the whole swarm; call it on all ranks, after ``engine.step``.
@@ -198,7 +356,7 @@ class Swarm(AttachedSwarm):
                 ones stay.
             ConfigError: ``keep`` is less than 1.
         """
-        return checkpoint.save(self, self.world.own_folder(Path(folder)), keep, background=background)
+        return checkpoint.save(self.session, self.world.membership.folder(Path(folder)), keep, background=background)
 
     def wait_for_save(self) -> None:
         """Wait until the checkpoint is complete that is written in the background, if one is; call it on all ranks.
@@ -206,7 +364,7 @@ class Swarm(AttachedSwarm):
         Raises:
             CheckpointError: it could not be written; the complete ones stay.
         """
-        self.writer.wait()
+        self.session.writer.wait()
 
     def rescue(self, folder: str | Path) -> Path | None:
         """After a PeerError: save this particle alone, in ``folder/particle_<i>``; call it on all its ranks.
@@ -217,13 +375,14 @@ class Swarm(AttachedSwarm):
             The folder of the checkpoint; None if a rank of this particle is missing, or an exchange was broken off in
             the middle, so that the weights are neither the old nor the new.
         """
-        if self.synchronizer is not None:
-            if self.synchronizer.is_torn:
+        synchronizer = self.session.synchronizer
+        if synchronizer is not None:
+            if synchronizer.parts.is_torn:
                 return None
-            self.synchronizer.pending = None
+            synchronizer.overlap.pending = None
         try:
-            self.world.shrink()
-            return checkpoint.save(self, self.world.particle_folder(Path(folder)))
+            self.world.confine()
+            return checkpoint.save(self.session, self.world.layout.particle_folder(Path(folder)))
         except (PeerError, CheckpointError):
             return None
 
@@ -243,11 +402,11 @@ class Swarm(AttachedSwarm):
         Raises:
             CheckpointError: missing, damaged, or of another model or swarm; nothing was changed.
         """
-        if isinstance(self.synchronizer, ElasticSynchronizer) and self.synchronizer.came_late:
-            return int(self.engine.global_steps)  # the state of the others is newer
-        step = checkpoint.load(self, self.world.own_folder(Path(folder)), tag, reshape=reshape)
-        if isinstance(self.synchronizer, ElasticSynchronizer):
-            self.synchronizer.joined = False
+        membership = self.world.membership
+        if membership.has_newer_state:
+            return int(self.engine.global_steps)
+        step = checkpoint.load(self.session, membership.folder(Path(folder)), tag, reshape=reshape)
+        membership.reloaded()
         return step
 
     def export(self, folder: str | Path, which: live.Choice = "consensus", tokenizer: Any = None) -> Path:
@@ -266,11 +425,11 @@ class Swarm(AttachedSwarm):
         Raises:
             ConfigError: ``which`` is neither of the two, or no particle has finite weights.
         """
-        self.writer.wait()
-        return live.export(self, self.world.own_folder(Path(folder)), which, tokenizer)
+        self.session.writer.wait()
+        return live.export(self.session, self.world.membership.folder(Path(folder)), which, tokenizer)
 
     def should_stop(self) -> bool:
-        """Whether this job was asked to end, by SIGTERM to any rank; call it on all ranks, after each ``engine.step``.
+        """Return whether SIGTERM to any rank asked this job to end; call it on all ranks, after each ``engine.step``.
 
         All ranks get the same answer at the same step. Then save, leave the loop, close the swarm and exit with
         ``ds_pso.EXIT_PREEMPTED``. From the first call on SIGTERM does nothing else, until the swarm is closed.
@@ -279,19 +438,20 @@ class Swarm(AttachedSwarm):
             PeerError: the signal came, and a rank did not answer in time.
         """
         if self._preemption is None:
-            self._preemption = Preemption(self.world, self.engine.global_steps)
+            self._preemption = Preemption(self.world.coordinator, self.engine.global_steps)
         return self._preemption.due(self.engine.global_steps)
 
     def close(self) -> None:
         """Leave the swarm; waits for the other ranks, and gives the launcher's environment back."""
-        if self.is_leader and self.synchronizer is not None and self.synchronizer.pending is not None:
+        synchronizer = self.session.synchronizer
+        if self.is_leader and synchronizer is not None and synchronizer.overlap.pending is not None:
             warnings.warn(
                 "the swarm is closed while a delayed sync point is pending, which is lost; end training with "
                 "swarm.sync(), or give its length in swarm.total_steps",
                 stacklevel=2,
             )
         try:
-            self.writer.wait()
+            self.session.writer.wait()
         except SwarmError as error:
             self._leave(wait=error.agreed)
             raise

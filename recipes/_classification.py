@@ -42,7 +42,7 @@ def load_splits(
     Raises:
         ConfigError: it cannot be loaded, or a split or a column is missing.
     """
-    with swarm.world.agree("loading the data"):
+    with swarm.world.coordinator.agree("loading the data"):
         splits = _load(dataset, cache)
         test = next((name for name in ("test", "validation") if name in splits), None)
         if "train" not in splits or test is None:

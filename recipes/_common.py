@@ -48,7 +48,7 @@ def parse(parser: Parser, argv: Sequence[str] | None, **smoke: Any) -> argparse.
 
 def begin(swarm: Swarm, arguments: argparse.Namespace) -> None:
     """A run folder of its own, and a line that says what runs. Called on all ranks."""
-    with swarm.world.agree("preparing the run folder"):
+    with swarm.world.coordinator.agree("preparing the run folder"):
         if swarm.is_leader:
             if (arguments.output_dir / "config.json").exists():
                 move_aside(arguments.output_dir)
@@ -58,8 +58,8 @@ def begin(swarm: Swarm, arguments: argparse.Namespace) -> None:
 
 def make_once(swarm: Swarm, folder: Path, make: Callable[[Path], None]) -> str:
     """The folder, after ``make(folder)`` on one rank for each disk. Called on all ranks."""
-    leads = swarm.world.leads_disk(folder)
-    with swarm.world.agree(f"making {folder}"):
+    leads = swarm.world.coordinator.leads_disk(folder)
+    with swarm.world.coordinator.agree(f"making {folder}"):
         if leads:
             make(folder)
     return str(folder)

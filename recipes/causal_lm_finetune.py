@@ -44,7 +44,7 @@ def train(arguments: argparse.Namespace) -> None:
             dataset = recipe.make_once(
                 swarm, arguments.output_dir / "made", lambda path: smoke.make_text(path, language=1)
             )
-        with swarm.world.agree("loading the model"):
+        with swarm.world.coordinator.agree("loading the model"):
             tokenizer = from_pretrained(AutoTokenizer, base)
             model = from_pretrained(AutoModelForCausalLM, base, dtype=torch.float32)
         corpus = load_corpus(swarm, dataset, folder, arguments.seq_length, tokenizer)

@@ -41,12 +41,12 @@ def train(arguments: argparse.Namespace) -> None:
         dataset, folder, length = arguments.dataset, arguments.output_dir / "data", arguments.seq_length
         if arguments.smoke:
             dataset = recipe.make_once(swarm, arguments.output_dir / "made", smoke.make_text)
-        with swarm.world.agree("loading the tokenizer"):
+        with swarm.world.coordinator.agree("loading the tokenizer"):
             tokenizer = load_tokenizer(arguments.model)
         corpus = load_corpus(swarm, dataset, folder, length, tokenizer)
 
         torch.manual_seed(arguments.seed)
-        with swarm.world.agree("building the model"):
+        with swarm.world.coordinator.agree("building the model"):
             if arguments.model.startswith("llama:"):
                 model = build_model(arguments.model, corpus.tokenizer, length, swarm.ds_config)
             else:

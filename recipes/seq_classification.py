@@ -43,7 +43,7 @@ def train(arguments: argparse.Namespace) -> None:
         data = load_splits(swarm, folder, {"text": ("text", "sentence")}, cache)
 
         torch.manual_seed(arguments.seed)
-        with swarm.world.agree("loading the model"):
+        with swarm.world.coordinator.agree("loading the model"):
             tokenizer = from_pretrained(AutoTokenizer, base)
             kind, options = AutoModelForSequenceClassification, {"num_labels": data.num_classes, "dtype": torch.float32}
             model = from_pretrained(kind, base, **options)

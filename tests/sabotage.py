@@ -10,6 +10,7 @@ stands in docs/testing.md.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -140,63 +141,63 @@ def agree_on_nothing() -> None:
 
 @sabotage("integration/test_delay.py")
 def forget_the_steps_meanwhile() -> None:
-    """A delayed result replaces what was learned since the meeting began."""
-    from ds_pso.sync.synchronizer import Synchronizer
+    """A delayed result replaces what was learned since the sync began."""
+    from ds_pso.sync.overlapped import Overlap
 
-    begin, apply_movement = Synchronizer.begin, Synchronizer._apply
+    begin, apply_movement = Overlap.begin, Overlap._apply
 
     def begin_and_remember(self: Any, *arguments: Any) -> None:
-        self.old = [x.clone() for x in self.shards.tensors]
+        self.old = [x.clone() for x in self._parts.shards.tensors]
         begin(self, *arguments)
 
     def apply_to_the_old(self: Any, *arguments: Any) -> None:
-        for x, old in zip(self.shards.tensors, self.old, strict=True):
+        for x, old in zip(self._parts.shards.tensors, self.old, strict=True):
             x.copy_(old)
         apply_movement(self, *arguments)
 
-    Synchronizer.begin, Synchronizer._apply = begin_and_remember, apply_to_the_old
+    Overlap.begin, Overlap._apply = begin_and_remember, apply_to_the_old
 
 
 @sabotage("integration/test_delay.py")
 def wait_in_the_foreground() -> None:
     """A delayed sync point is waited for at once."""
-    from ds_pso.sync.synchronizer import Synchronizer
+    from ds_pso.sync.overlapped import Overlap
 
-    real = Synchronizer.begin
+    real = Overlap.begin
 
     def begin(self: Any, *arguments: Any) -> None:
         real(self, *arguments)
-        self.world.settle()
+        self._parts.world.background.settle()
 
-    Synchronizer.begin = begin
+    Overlap.begin = begin
 
 
 @sabotage("integration/test_fragments.py")
 def apply_fragments_together() -> None:
     """Each waits for the last one."""
-    from ds_pso.sync.pending import Pending
+    from ds_pso.sync.overlapped import PendingSync
 
-    Pending.due = lambda self, fragment: self.begun + self.delay
+    PendingSync.due = lambda self, fragment: self.begun + self.delay
 
 
 @sabotage("integration/test_fragments.py")
 def carry_nan_into_fragments() -> None:
     """A particle that is not alive takes its fragments one by one."""
-    from ds_pso.sync.synchronizer import Synchronizer
+    from ds_pso.sync.overlapped import Overlap
 
-    real = Synchronizer._apply
+    real = Overlap._apply
 
     def apply_some(self: Any, pending: Any, end: int, window: Any) -> None:
-        if pending.record["alive"][self.exchange.particle] or end == pending.fragments:
+        if pending.record.alive[self._parts.exchange.particle] or end == pending.fragments:
             real(self, pending, end, window)
             return
         fragments, (copies, _) = self._fragments_of(pending), self._split(pending)
         for number in range(pending.applied, end):
             for r, values in zip(fragments[number], copies[number], strict=True):
-                r.of(self.shards.tensors).copy_(values)
+                r.of(self._parts.shards.tensors).copy_(values)
         pending.applied = end
 
-    Synchronizer._apply = apply_some
+    Overlap._apply = apply_some
 
 
 @sabotage("integration/test_streaming.py")
@@ -210,12 +211,12 @@ def heal_only_the_fragment_in_turn() -> None:
 @sabotage("integration/test_streaming.py")
 def share_a_memory() -> None:
     """What a rule has noted of one fragment it takes for another's."""
-    from ds_pso.sync.synchronizer import Synchronizer
+    from ds_pso.sync.parts import SyncParts
 
-    real = Synchronizer.__init__
+    real = SyncParts.start_state
 
-    def init(self: Any, *args: Any, **options: Any) -> None:
-        real(self, *args, **options)
+    def start(self: Any) -> None:
+        real(self)
         self.memories = Shared(self.memories)
 
     class Shared(list):  # type: ignore[type-arg]
@@ -223,7 +224,7 @@ def share_a_memory() -> None:
             for index in range(len(self)):
                 super().__setitem__(index, value)
 
-    Synchronizer.__init__ = init
+    SyncParts.start_state = start
 
 
 @sabotage("integration/test_state.py")
@@ -337,10 +338,10 @@ def average_moments_unevenly() -> None:
 
     real = Synchronizer._average_moments
 
-    def average(self: Any, point: Any) -> None:
+    def average(self: Any, point: Any) -> bool:
         first, *others = point.mean_weights()
         leaning = (first + 0.01, others[0] - 0.01, *others[1:])
-        real(self, SimpleNamespace(alive=point.alive, mean_weights=lambda: leaning))
+        return bool(real(self, SimpleNamespace(alive=point.alive, mean_weights=lambda: leaning)))
 
     Synchronizer._average_moments = average
 
@@ -360,10 +361,9 @@ def compare_moments_of_mates() -> None:
 
     real = Synchronizer._average_moments
 
-    def average(self: Any, point: Any) -> None:
-        counts = self.world.particle_gather([float(len(self.shards.moments()))])
-        if len({row[0] for row in counts}) == 1:
-            real(self, point)
+    def average(self: Any, point: Any) -> bool:
+        counts = self.parts.world.local.gather([float(len(self.parts.shards.moments()))])
+        return len({row[0] for row in counts}) == 1 and bool(real(self, point))
 
     Synchronizer._average_moments = average
 
@@ -438,10 +438,10 @@ def random_factors_of_each_rank() -> None:
 @sabotage("integration/test_agreement.py")
 def fitness_of_one_rank() -> None:
     """A particle's loss is that of its first rank alone."""
-    from ds_pso.sync import assessment
+    from ds_pso.sync.fitness import ParticleReport
 
-    real = assessment.combine
-    assessment.combine = lambda rows: real(rows[:1])
+    real = ParticleReport.combined
+    ParticleReport.combined = lambda ranks, steps: real(ranks[:1], steps)
 
 
 @sabotage("integration/test_attach.py")
@@ -453,16 +453,17 @@ def start_apart() -> None:
 
 @sabotage("integration/test_attach.py")
 def leave_buffers_alone() -> None:
-    from ds_pso.sync.synchronizer import Synchronizer
+    from ds_pso.shards.base import Shards
 
-    Synchronizer._average_buffers = do_nothing
+    Shards.flat_buffers = lambda self: contextlib.nullcontext([])
 
 
 @sabotage("integration/test_attach.py")
 def compare_no_models() -> None:
-    from ds_pso.sync.synchronizer import Synchronizer
+    from ds_pso.distributed.membership import StaticMembership
 
-    Synchronizer._check_same_model = do_nothing
+    real = StaticMembership.introduce
+    StaticMembership.introduce = lambda self, fingerprint, section: real(self, "", section)
 
 
 @sabotage("integration/test_plain_deepspeed.py")
@@ -496,12 +497,12 @@ def score_before_publishing() -> None:
 
     real = Synchronizer._follow_rule
 
-    def follow(self: Any, point: Any) -> Any:
-        self.shards.publish = do_nothing
+    def follow(self: Any, *arguments: Any) -> Any:
+        self.parts.shards.publish = do_nothing
         try:
-            return real(self, point)
+            return real(self, *arguments)
         finally:
-            del self.shards.publish
+            del self.parts.shards.publish
 
     Synchronizer._follow_rule = follow
 
@@ -509,17 +510,17 @@ def score_before_publishing() -> None:
 @sabotage("integration/test_scoring.py")
 def score_of_one_rank() -> None:
     """A candidate's loss is that of the first rank's part of the batch."""
-    from ds_pso.distributed.world import World
+    from ds_pso.distributed.local_group import TorchLocalGroup
     from ds_pso.sync.assessment import Assessor
 
-    real_score, real_gather = Assessor.score, World.particle_gather
+    real_score, real_gather = Assessor.score, TorchLocalGroup.gather
 
     def score(self: Any) -> Any:
-        World.particle_gather = lambda *arguments: real_gather(*arguments)[:1]
+        TorchLocalGroup.gather = lambda *arguments: real_gather(*arguments)[:1]
         try:
             return real_score(self)
         finally:
-            World.particle_gather = real_gather
+            TorchLocalGroup.gather = real_gather
 
     Assessor.score = score
 
@@ -573,20 +574,20 @@ def share_a_random_state() -> None:
 
 
 @sabotage("integration/test_truth.py")
-def miss_a_roll_call() -> None:
+def miss_a_barrier() -> None:
     """Rank 3 does not say that it is there."""
-    from ds_pso.distributed.world import World
+    from ds_pso.distributed.coordinator import StoreCoordinator
 
-    real = World.barrier
-    World.barrier = lambda self, label, ranks: None if rank() == 3 else real(self, label, ranks)
+    real = StoreCoordinator.barrier
+    StoreCoordinator.barrier = lambda self, label, ranks: None if rank() == 3 else real(self, label, ranks)
 
 
 @sabotage("faults/test_lost_peers.py")
 def trust_the_store() -> None:
     """Wait for the store without a limit of our own."""
-    from ds_pso.distributed.world import World
+    from ds_pso.distributed.coordinator import StoreCoordinator
 
-    World._ask = lambda self, question: question()
+    StoreCoordinator._ask = lambda self, question, limit_s: question()
 
 
 # -- checkpoints and export ---------------------------------------------------------------------
@@ -713,10 +714,10 @@ def remove_old_ones_first() -> None:
 @sabotage("faults/test_fallback.py")
 def fall_back_alone() -> None:
     """Each rank believes what it has found itself."""
-    from ds_pso.distributed.coordinator import Coordinator
+    from ds_pso.distributed.coordinator import StoreCoordinator
 
-    real = Coordinator.gather
-    Coordinator.gather = lambda self, label, value: (
+    real = StoreCoordinator.gather
+    StoreCoordinator.gather = lambda self, label, value: (
         [value] if label == "checking a checkpoint" else real(self, label, value)
     )
 
@@ -724,10 +725,10 @@ def fall_back_alone() -> None:
 @sabotage("integration/test_preemption.py")
 def stop_at_a_step_of_ones_own() -> None:
     """Each rank stops after the step at which it learns of the signal."""
-    from ds_pso.distributed.coordinator import Coordinator
+    from ds_pso.distributed.coordinator import StoreCoordinator
 
-    real = Coordinator.gather
-    Coordinator.gather = lambda self, label, value: [value] if "to stop" in label else real(self, label, value)
+    real = StoreCoordinator.gather
+    StoreCoordinator.gather = lambda self, label, value: [value] if "to stop" in label else real(self, label, value)
 
 
 # -- other numbers of particles and ranks -------------------------------------------------------
@@ -752,7 +753,7 @@ def read_a_piece_too_early() -> None:
 
 @sabotage("integration/test_reshape.py")
 def continue_particle_0() -> None:
-    from ds_pso import reshape
+    from ds_pso.checkpoint import reshard as reshape
 
     real = reshape.SavedParticle
     reshape.SavedParticle = lambda source, number, records: real(source, 0, records)
@@ -786,7 +787,7 @@ def begin_the_epoch_again() -> None:
 def keep_the_old_anchor() -> None:
     from ds_pso.sync.synchronizer import Synchronizer
 
-    Synchronizer.begin_anew = lambda self, step: self.schedule.begin(step)
+    Synchronizer.begin_anew = lambda self, step: self.parts.schedule.begin(step)
 
 
 @sabotage("integration/test_export.py")
@@ -830,34 +831,33 @@ def load_the_best_without_its_rule() -> None:
 @sabotage("faults/test_elastic.py")
 def keep_half_an_exchange() -> None:
     """A sync point that was broken off is not undone."""
-    from ds_pso.sync.rollback import Undo
+    from ds_pso.sync.rollback import Snapshot
 
-    Undo.put_back = do_nothing
+    Snapshot.restore = do_nothing
 
 
 @sabotage("faults/test_elastic.py")
 def heal_the_weights_alone() -> None:
     """Who is behind keeps its own state of rule and wire."""
-    from ds_pso.elastic import synchronizer
+    from ds_pso.sync import recovery
 
-    synchronizer.common_tensors = lambda updater: []
+    recovery.shared_state = lambda updater: []
 
 
 @sabotage("faults/test_elastic.py")
-def count_who_is_behind() -> None:
+def count_who_recovers() -> None:
     """Its old weights are averaged with those of the others."""
-    from ds_pso.sync.elastic import ElasticSynchronizer
-    from ds_pso.sync.synchronizer import Synchronizer
+    from ds_pso.sync.fitness import ParticleReport
 
-    ElasticSynchronizer._own_row = Synchronizer._own_row
+    ParticleReport.of_recovering = classmethod(lambda cls: cls(1.0, 1, 1.0, 1.0, steps=1))
 
 
 @sabotage("faults/test_rescue.py")
 def fail_alone() -> None:
     """A rank that waits in vain for a peer does not tell its mates."""
-    from ds_pso.distributed.coordinator import Coordinator
+    from ds_pso.distributed.coordinator import StoreCoordinator
 
-    Coordinator.barrier_with_local_ranks = lambda self, label, ranks: self.barrier(
+    StoreCoordinator.barrier_with_local_ranks = lambda self, label, ranks: self.barrier(
         label, sorted({*ranks, *self.layout.local_ranks})
     )
 

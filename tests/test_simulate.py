@@ -79,7 +79,7 @@ def test_a_run_can_be_repeated_bit_for_bit(pool: Pool):
 def slow_letters(case: Case, slow: int | None) -> Any:
     def life(swarm: Swarm) -> Any:
         records: list[dict[str, Any]] = []
-        swarm.log = lambda event, **values: event == "sync" and records.append(values)
+        swarm.on_sync(lambda record: records.append(record.to_json()))
         engine = attached(case, swarm)
         for step in range(case.steps):
             if swarm.particle == slow:
@@ -467,7 +467,7 @@ def evaluate(case: Case, folder: Path) -> Any:
             with swarm.consensus(which):
                 held[which] = working_weights(engine)
             swarm.export(folder / which, which)
-        return own, held, working_weights(engine), list(swarm.synchronizer.assessor.losses)
+        return own, held, working_weights(engine), list(swarm.session.synchronizer.parts.assessor.losses)
 
     return simulate(case, life)
 

@@ -15,7 +15,6 @@ from markdown_it import MarkdownIt
 from test_docs import PAGES, ROOT, TEXT, short
 
 import ds_pso
-from ds_pso.session.engine_hooks import AttachedSwarm
 
 pytestmark = pytest.mark.slow  # a site for all of them
 
@@ -92,8 +91,7 @@ def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
 def test_the_reference_describes_what_is_public(site: Path) -> None:
     text = (site / "docs/reference.html").read_text(encoding="utf-8")
     described = set(re.findall(r'id="(ds_pso[\w.]*)"', text))
-    names = {*vars(ds_pso.Swarm), *vars(AttachedSwarm)}
-    calls = {f"ds_pso.Swarm.{name}" for name in names if not name.startswith("_")}
+    calls = {f"ds_pso.Swarm.{name}" for name in vars(ds_pso.Swarm) if not name.startswith("_")}
     others = {f"ds_pso.{name}" for name in ds_pso.__all__} - {"ds_pso.__version__", "ds_pso.simulate"}
     assert calls | others | {"ds_pso.simulate.simulate"} <= described  # ds_pso.simulate is a module's name, too
 

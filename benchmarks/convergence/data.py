@@ -58,8 +58,8 @@ def take(split: Split, rows: Tensor | slice | list[int]) -> Split:
 def _load_images(swarm: Swarm, name: str, folder: Path | None) -> Data:
     """Splits of (images, uint8 of shape (N, channels, height, width); labels, int64 of shape (N,))."""
     file = CACHE / f"{name}.safetensors"
-    leads = swarm.world.leads_disk(CACHE)
-    with swarm.world.agree("preparing the images"):
+    leads = swarm.world.coordinator.leads_disk(CACHE)
+    with swarm.world.coordinator.agree("preparing the images"):
         if leads and not file.exists():
             _prepare_images(file, str(folder / name) if folder else HUB_IDS[name])
     arrays = load_file(file)

@@ -129,7 +129,7 @@ class Launch:
         for cell in now:
             swarm = ds_pso.init(config_of(cell, world_size, zero_stage=2), world=self._world)
             self._world = swarm.world
-            if not swarm.world.gather("time left", time.time() < limits.deadline)[0]:
+            if not swarm.world.coordinator.gather("time left", time.time() < limits.deadline)[0]:
                 break
             outcome = train(swarm, cell, limits.folder)
             if swarm.is_leader:

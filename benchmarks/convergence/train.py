@@ -19,7 +19,6 @@ from benchmarks.convergence.results import Outcome
 from benchmarks.convergence.tasks import TASKS, Task
 from benchmarks.table import machine, versions
 from ds_pso import Swarm
-from ds_pso.distributed.simulated_world import SimulatedWorld
 from ds_pso.errors import ConfigError
 from ds_pso.shards import find_shards
 
@@ -99,7 +98,7 @@ def train(swarm: Swarm, cell: Cell, folder: Path | None = None) -> Outcome:
         megabytes=received / 1e6,
         curve=curve,
         seconds=time.perf_counter() - begin,
-        how="simulated" if isinstance(swarm.world, SimulatedWorld) else "real",
+        how="simulated" if swarm.world.peers.backend == "simulated" else "real",
         machine=machine(),
         versions=versions(),
     )

@@ -84,14 +84,14 @@ def trained(stack: str, section: dict[str, Any], meetings: list[int]) -> Iterato
 
 def _watch(swarm: Any, meetings: list[int]) -> None:
     """Measure sync points apart from training: one in the background is waited for before training goes on."""
-    synchronizer, world = swarm.synchronizer, swarm.world
+    synchronizer, world = swarm.session.synchronizer, swarm.world
 
     def measured(real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
             before = now()
             forget_peak()
             result = real(*args, **options)
-            world.settle()
+            world.background.settle()
             meetings.append(peak() - before)
             return result
 

@@ -66,7 +66,7 @@ def train(swarm: Any, arguments: argparse.Namespace) -> None:
     train_data, held_out = data()
     sampler = swarm.sampler(train_data, batch_size=BATCH, seed=arguments.seed)
     loader = DataLoader(train_data, batch_size=BATCH, sampler=sampler)
-    checkpoints, own = arguments.folder / "checkpoints", swarm.run_dir
+    checkpoints, own = arguments.folder / "checkpoints", swarm.session.run_dir
     if arguments.resume or int(os.environ.get("DS_PSO_ATTEMPT", "0")) > 0:
         try:
             swarm.load(checkpoints)
@@ -91,9 +91,8 @@ def train(swarm: Any, arguments: argparse.Namespace) -> None:
             engine.step()
             if swarm.totals.count != seen:
                 seen, sync = swarm.totals.count, swarm.last_sync
-                log.write(
-                    event="sync", step=engine.global_steps, **{k: sync.get(k) for k in ("present", "healed", "alive")}
-                )
+                numbers = {"present": sync.present, "recovered": sync.recovered, "alive": sync.alive}
+                log.write(event="sync", step=engine.global_steps, **numbers)
             step, stop = engine.global_steps, swarm.should_stop()
             if step % arguments.save_every == 0 or step >= arguments.steps or stop:
                 swarm.save(checkpoints, keep=2, background=not stop)
@@ -168,14 +167,14 @@ def be_killed(what: str, swarm: Any, log: Log) -> None:
     if what == "killed while saving":
         writer.hash_file = kill
     if what == "killed in an exchange":
-        weighted_mean = swarm.exchange.weighted_mean
+        weighted_mean = swarm.session.exchange.weighted_mean
 
         def half(*arguments: Any) -> Iterator[Any]:
             for piece in weighted_mean(*arguments):
                 yield piece
                 kill()
 
-        swarm.exchange.weighted_mean = half
+        swarm.session.exchange.weighted_mean = half
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks.table import Table, machine, versions
 from ds_pso.comm.compression import FORMATS, Differences
 from ds_pso.comm.exchange import Exchange
-from ds_pso.distributed.world import World
+from ds_pso.distributed.static_world import carve
 from ds_pso.rules import RULES, Rule, SyncPoint
 from ds_pso.sync.update import Updater
 from ds_pso.utils.atomic_io import write_atomically
@@ -71,16 +71,16 @@ def main() -> int:
     if not arguments.report:
         torch.set_num_threads(1)
         backend = "gloo" if arguments.device else "auto"
-        world = World.carve(int(os.environ["WORLD_SIZE"]), peer_backend=backend, timeout_s=300)
+        world = carve(int(os.environ["WORLD_SIZE"]), peer_backend=backend, timeout_s=300)
         exchange = Exchange(world, bucket_mb=64)
-        device = arguments.device or world.peer_device.type
+        device = arguments.device or world.peers.device.type
         for case in _cases(arguments.numel, world.layout.num_particles, device):
             if case not in table.rows:
                 cost = measure(case, exchange, arguments.runs)
-                if world.is_leader:
+                if world.coordinator.is_leader:
                     table.add(case, cost)
                     print(f"{case.rule} {case.wire} {case.numel:.0e}: {_ratios(case, cost)}", flush=True)
-        leads = world.is_leader
+        leads = world.coordinator.is_leader
         world.close()
         if not leads:
             return 0
@@ -156,7 +156,7 @@ def _payload(case: Case, x: Tensor) -> int:
 
 
 def _bare(case: Case, exchange: Exchange, payload: Tensor) -> None:
-    group = exchange.world.peer_group
+    group = exchange.world.peers.group
     if case.rule == "pso":
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0

@@ -14,12 +14,12 @@ from ds_pso.checkpoint.rank_state import identity, model_fingerprint, own_tensor
 from ds_pso.checkpoint.recovery import newest_whole
 from ds_pso.checkpoint.reshard import Reshaped, is_of_another_shape
 from ds_pso.errors import CheckpointError
-from ds_pso.session.parts import SwarmState
+from ds_pso.session.session import Session
 
 _OR_RESHAPE = ", or load it with reshape=True (train.py: --reshape)"
 
 
-def load(swarm: SwarmState, folder: Path, tag: str | None = None, *, reshape: bool = False) -> int:
+def load(session: Session, folder: Path, tag: str | None = None, *, reshape: bool = False) -> int:
     """Check the whole checkpoint on all ranks, then restore it. Returns the step it was saved at.
 
     Without a ``tag`` a damaged one is passed over, with a warning, for the next older; what does not fit is an error.
@@ -31,63 +31,63 @@ def load(swarm: SwarmState, folder: Path, tag: str | None = None, *, reshape: bo
         CheckpointError: nothing there, damaged, or of another model, rule or number of ranks;
             the engine is untouched.
     """
-    swarm.writer.wait()
-    name = newest_whole(swarm.world, folder) if tag is None else tag
-    with swarm.world.agree("checking the checkpoint"):
+    session.writer.wait()
+    name = newest_whole(session.world.coordinator, folder) if tag is None else tag
+    with session.world.coordinator.agree("checking the checkpoint"):
         source = find(folder, name)
-        reshape = reshape and is_of_another_shape(swarm, source)
+        reshape = reshape and is_of_another_shape(session, source)
         if not reshape:
-            record = _read_record(source, swarm, _OR_RESHAPE)
-            _check_fits(record, swarm, source, _OR_RESHAPE)
+            record = _read_record(source, session, _OR_RESHAPE)
+            _check_fits(record, session, source, _OR_RESHAPE)
             if tag is not None:  # otherwise it has been done
                 check_files(record, source)
-            tensors = _read_tensors(source, swarm)
+            tensors = _read_tensors(source, session)
     if reshape:
-        return _load_reshaped(swarm, source)
-    _load_engine(swarm, source / f"particle_{swarm.particle}", DEEPSPEED_TAG)
-    restore(swarm, record, tensors)
-    swarm.metrics.rewind(record["step"])
+        return _load_reshaped(session, source)
+    _load_engine(session, source / f"particle_{session.particle}", DEEPSPEED_TAG)
+    restore(session, record, tensors)
+    session.metrics.rewind(record["step"])
     return int(record["step"])
 
 
-def _load_reshaped(swarm: SwarmState, source: Path) -> int:
-    with swarm.world.agree("checking the checkpoint"):
-        reshaped = Reshaped(swarm, source)
-        record = reshaped.record | {"model": model_fingerprint(swarm)}  # it compares the model itself
-        _check_fits(record, swarm, source)
-    with swarm.world.agree("reading the checkpoint"):
+def _load_reshaped(session: Session, source: Path) -> int:
+    with session.world.coordinator.agree("checking the checkpoint"):
+        reshaped = Reshaped(session, source)
+        record = reshaped.record | {"model": model_fingerprint(session)}  # it compares the model itself
+        _check_fits(record, session, source)
+    with session.world.coordinator.agree("reading the checkpoint"):
         tensors = reshaped.read()
-        kept = own_tensors(swarm)
+        kept = own_tensors(session)
         if reshaped.begins_anew:
             kept = {key: value for key, value in kept.items() if key.startswith("buffer.")}
-        _check_kept(tensors, kept, swarm, source)
+        _check_kept(tensors, kept, session, source)
     with reshaped.in_place_of_the_files():
-        _load_engine(swarm, reshaped.folder, DEEPSPEED_TAG)
-    if reshaped.begins_anew and swarm.synchronizer is not None:
-        swarm.synchronizer.begin_anew(record["step"])
-        record["synchronizer"] = swarm.synchronizer.state_dict()
-        tensors = own_tensors(swarm) | tensors
-    restore(swarm, record, tensors)
-    swarm.metrics.rewind(record["step"])
+        _load_engine(session, reshaped.folder, DEEPSPEED_TAG)
+    if reshaped.begins_anew and session.synchronizer is not None:
+        session.synchronizer.begin_anew(record["step"])
+        record["synchronizer"] = session.synchronizer.state_dict()
+        tensors = own_tensors(session) | tensors
+    restore(session, record, tensors)
+    session.metrics.rewind(record["step"])
     return int(record["step"])
 
 
-def check_part(swarm: SwarmState, folder: Path) -> None:
+def check_part(session: Session, folder: Path) -> None:
     """Whether ``save_part`` has completed ``folder``, and its files are whole. Called on all ranks, before training.
 
     Raises:
         CheckpointError: as ``load`` does.
     """
-    with swarm.world.agree("checking the checkpoint"):
+    with session.world.coordinator.agree("checking the checkpoint"):
         if not (folder / "swarm").is_dir():
             raise CheckpointError(
                 f"{folder}: holds nothing of the swarm, as a checkpoint that was interrupted or was written without "
                 "SwarmCallback; move it away and resume from an older one"
             )
-        check_files(_read_record(folder, swarm), folder)
+        check_files(_read_record(folder, session), folder)
 
 
-def load_part(swarm: SwarmState, folder: Path, *, strict: bool = True) -> int:
+def load_part(session: Session, folder: Path, *, strict: bool = True) -> int:
     """Restore what ``check_part`` has checked, the engine's own checkpoint included; returns its step.
 
     Args:
@@ -96,35 +96,35 @@ def load_part(swarm: SwarmState, folder: Path, *, strict: bool = True) -> int:
     Raises:
         CheckpointError: it does not fit, or cannot be loaded.
     """
-    with swarm.world.agree("checking the checkpoint"):
-        record = _read_record(folder, swarm)
-        _check_fits(record, swarm, folder)
-        tensors = _read_tensors(folder, swarm)
-    _load_engine(swarm, folder, None, strict)
-    restore(swarm, record, tensors)
+    with session.world.coordinator.agree("checking the checkpoint"):
+        record = _read_record(folder, session)
+        _check_fits(record, session, folder)
+        tensors = _read_tensors(folder, session)
+    _load_engine(session, folder, None, strict)
+    restore(session, record, tensors)
     return int(record["step"])
 
 
-def _load_engine(swarm: SwarmState, folder: Path, tag: str | None, strict: bool = True) -> None:
+def _load_engine(session: Session, folder: Path, tag: str | None, strict: bool = True) -> None:
     with weights_only():
-        path, _ = swarm.engine.load_checkpoint(str(folder), tag=tag, load_module_strict=strict)
+        path, _ = session.engine.load_checkpoint(str(folder), tag=tag, load_module_strict=strict)
         if path is None:
             raise CheckpointError(f"{folder}: DeepSpeed found nothing to load; the folder is incomplete")
 
 
-def _read_record(source: Path, swarm: SwarmState, or_reshape: str = "") -> dict[str, Any]:
-    path = Path(f"{rank_stem(source, swarm.world.layout.rank)}.json")
+def _read_record(source: Path, session: Session, or_reshape: str = "") -> dict[str, Any]:
+    path = Path(f"{rank_stem(source, session.world.layout.rank)}.json")
     try:
         return parse_record(path)
     except OSError as error:
         present = len(list((source / "swarm").glob("rank_*.json")))
         raise CheckpointError(
             f"{path}: cannot be read ({error.strerror}); the checkpoint holds {present} ranks and this run has "
-            f"{swarm.world.layout.world_size}: start as many as it was saved with{or_reshape}"
+            f"{session.world.layout.world_size}: start as many as it was saved with{or_reshape}"
         ) from error
 
 
-def _check_fits(record: dict[str, Any], swarm: SwarmState, source: Path, or_reshape: str = "") -> None:
+def _check_fits(record: dict[str, Any], session: Session, source: Path, or_reshape: str = "") -> None:
     remedies = {
         "num_particles": f"set swarm.particles to that number{or_reshape}",
         "particle_size": f"start that many ranks per particle{or_reshape}",
@@ -134,39 +134,39 @@ def _check_fits(record: dict[str, Any], swarm: SwarmState, source: Path, or_resh
         "zero_stage": "set zero_optimization.stage to that",
         "model": "build the model, precision and parameter groups it was saved with",
     }
-    for key, value in identity(swarm).items():
+    for key, value in identity(session).items():
         if record[key] != value:
             raise CheckpointError(
                 f"{source}: saved with {key} {record[key]}, and this run has {value}; {remedies[key]}, "
                 "or start without resuming"
             )
-    if len(record["samplers"]) != len(swarm.samplers):
+    if len(record["samplers"]) != len(session.samplers):
         raise CheckpointError(
             f"{source}: saved with {len(record['samplers'])} samplers, and this run has made "
-            f"{len(swarm.samplers)}; call swarm.sampler as often as before, and before swarm.load"
+            f"{len(session.samplers)}; call swarm.sampler as often as before, and before swarm.load"
         )
-    for sampler, state in zip(swarm.samplers, record["samplers"], strict=True):
+    for sampler, state in zip(session.samplers, record["samplers"], strict=True):
         reason = sampler.check(state)
         if reason:
             raise CheckpointError(f"{source}: {reason}; resume with the data it was saved with")
 
 
-def _read_tensors(source: Path, swarm: SwarmState) -> dict[str, Tensor]:
-    path = f"{rank_stem(source, swarm.world.layout.rank)}.safetensors"
+def _read_tensors(source: Path, session: Session) -> dict[str, Tensor]:
+    path = f"{rank_stem(source, session.world.layout.rank)}.safetensors"
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged ({error}); resume from another step_* folder") from error
-    _check_kept(tensors, own_tensors(swarm), swarm, path)
+    _check_kept(tensors, own_tensors(session), session, path)
     return tensors
 
 
-def _check_kept(tensors: dict[str, Tensor], mine: dict[str, Tensor], swarm: SwarmState, path: str | Path) -> None:
+def _check_kept(tensors: dict[str, Tensor], mine: dict[str, Tensor], session: Session, path: str | Path) -> None:
     """``tensors``: what was saved; ``mine``: what is to be restored from it."""
     expected = {key: value for key, value in mine.items() if not key.startswith("pending.")}
     found = {key: value for key, value in tensors.items() if not key.startswith(("random.", "pending."))}
     if {key: value.shape for key, value in expected.items()} != {key: value.shape for key, value in found.items()}:
         raise CheckpointError(
-            f"{path}: holds the state {sorted(found)}, and swarm.{swarm.config.sync_mode} as configured now "
+            f"{path}: holds the state {sorted(found)}, and swarm.{session.config.sync_mode} as configured now "
             f"keeps {sorted(expected)}; resume with the options it was saved with"
         )

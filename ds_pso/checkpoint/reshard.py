@@ -19,14 +19,14 @@ from ds_pso.checkpoint.deepspeed_reshard import Repartitioned, check_same_model
 from ds_pso.checkpoint.format import check_files, parse_record, rank_stem, record_of, weights_only
 from ds_pso.checkpoint.reader import SavedParticle
 from ds_pso.errors import CheckpointError
-from ds_pso.session.parts import SwarmState
+from ds_pso.session.session import Session
 from ds_pso.shards import Segment, Shards, find_shards
 from ds_pso.shards.fragments import cut_segments
 
 
-def is_of_another_shape(swarm: SwarmState, source: Path) -> bool:
+def is_of_another_shape(session: Session, source: Path) -> bool:
     """Whether checkpoint ``source`` has other P or S than this run."""
-    layout = swarm.world.layout
+    layout = session.world.layout
     return _shape(source) != (layout.num_particles, layout.particle_size)
 
 
@@ -48,14 +48,14 @@ class Reshaped:
         begins_anew: a lone particle becomes several, which have not met before.
     """
 
-    def __init__(self, swarm: SwarmState, source: Path) -> None:
+    def __init__(self, session: Session, source: Path) -> None:
         """Reads the records, and checks the files of this rank's share.
 
         Raises:
             CheckpointError: missing or damaged, or does not say where parameters lie.
         """
-        self._swarm, self._source = swarm, source
-        layout = swarm.world.layout
+        self._session, self._source = session, source
+        layout = session.world.layout
         self._P, self._S = _shape(source)
         self._old = layout.particle % self._P
         self._records = [record_of(source, self._old * self._S + rank) for rank in range(self._S)]
@@ -64,7 +64,7 @@ class Reshaped:
                 f"{source}: does not say where the parameters of its engine lie, so it cannot be brought to another "
                 "number of ranks; resume on as many as it was saved with"
             )
-        local_ranks = swarm.world.local_ranks_on_this_node
+        local_ranks = session.world.coordinator.local_ranks_on_this_node
         for record in self._records[local_ranks.index(layout.rank) :: len(local_ranks)]:
             check_files(record, source)
         self._stem = rank_stem(source, layout.rank)
@@ -75,18 +75,18 @@ class Reshaped:
             check_files({"files": {name: predecessor["files"][name]}}, source)
             random = predecessor["random"]
         self.folder = source / f"particle_{self._old}"
-        self.begins_anew = self._P == 1 and swarm.synchronizer is not None
+        self.begins_anew = self._P == 1 and session.synchronizer is not None
         self.record = self._own_record() | {"random": random}
         self._engine_part: Repartitioned | None = None
 
     # -- numbers ------------------------------------------------------------------------------
 
     def _own_record(self) -> dict[str, Any]:
-        layout = self._swarm.world.layout
+        layout = self._session.world.layout
         record = self._records[layout.shard_rank % self._S]
         samplers = record["samplers"]
-        if len(samplers) == len(self._swarm.samplers):
-            pairs = zip(self._swarm.samplers, samplers, strict=True)
+        if len(samplers) == len(self._session.samplers):
+            pairs = zip(self._session.samplers, samplers, strict=True)
             samplers = [sampler.continued(state, self._P * self._S) for sampler, state in pairs]
         numbers = {"num_particles": layout.num_particles, "particle_size": layout.particle_size, "samplers": samplers}
         if self.begins_anew:
@@ -96,7 +96,7 @@ class Reshaped:
 
     def _shared_out(self, numbers: Sequence[float]) -> float:
         """One number of each old rank of the particle -> this rank's, so that the sum over the particle stays."""
-        layout = self._swarm.world.layout
+        layout = self._session.world.layout
         return sum(numbers[layout.shard_rank :: layout.particle_size])
 
     def _window(self, windows: Sequence[Sequence[Any]]) -> list[Any]:
@@ -105,14 +105,14 @@ class Reshaped:
         return [self._shared_out(totals), self._shared_out(counts), steps[0]]
 
     def _per_particle(self, values: Sequence[Any]) -> list[Any]:
-        return [values[particle % self._P] for particle in range(self._swarm.num_particles)]
+        return [values[particle % self._P] for particle in range(self._session.num_particles)]
 
     def _meetings(self, record: Mapping[str, Any]) -> dict[str, Any] | None:
         """See ``Synchronizer.state_dict``."""
-        synchronizer = self._swarm.synchronizer
+        synchronizer = self._session.synchronizer
         if record["synchronizer"] is None or synchronizer is None:
             return None
-        per_particle = synchronizer.rule.memory_of_particles
+        per_particle = synchronizer.parts.rule.memory_of_particles
         state: dict[str, Any] = dict(record["synchronizer"])
         state["last_losses"] = self._per_particle(state["last_losses"])
         state["rule_memories"] = [
@@ -131,7 +131,7 @@ class Reshaped:
         """As one fragment, applied when the last one was due: fragments are cut from the shards of a rank."""
         record = {key: value for key, value in mine["record"].items() if not isinstance(value, list | dict)}
         record |= {key: self._per_particle(mine["record"][key]) for key in ("losses", "alive")}
-        columns = zip(*(pending["apart"] for pending in of_all), strict=True)
+        columns = zip(*(pending["distances"] for pending in of_all), strict=True)
         return {
             **mine,
             "cut_into": 1,
@@ -140,7 +140,7 @@ class Reshaped:
             "record": record,
             "lr_factors": self._per_particle(mine["lr_factors"]) if mine["lr_factors"] else [],
             "window": self._window([pending["window"] for pending in of_all]),
-            "apart": [self._shared_out(column) for column in columns],
+            "distances": [self._shared_out(column) for column in columns],
             "arrived_s": mine["arrived_s"][-1:],
         }
 
@@ -154,14 +154,14 @@ class Reshaped:
         """
         with weights_only():
             saved = SavedParticle(self._source, self._old, self._records)
-            synchronizer = self._swarm.synchronizer
-            shards = find_shards(self._swarm.engine) if synchronizer is None else synchronizer.shards
-            check_same_model(saved, self._swarm.engine, shards)
+            synchronizer = self._session.synchronizer
+            shards = find_shards(self._session.engine) if synchronizer is None else synchronizer.parts.shards
+            check_same_model(saved, self._session.engine, shards)
             self._saved, self._segments = saved, shards.segments
             self._sizes = [tensor.numel() for tensor in shards.tensors]
             if saved.stage and not self._is_partitioned_alike():
-                self._engine_part = Repartitioned(saved, self._swarm.engine, shards)
-        own = saved.own[self._swarm.world.layout.shard_rank % self._S]
+                self._engine_part = Repartitioned(saved, self._session.engine, shards)
+        own = saved.own[self._session.world.layout.shard_rank % self._S]
         tensors = {key: own.get_tensor(key) for key in own.keys() if key.startswith("buffer.")}  # noqa: SIM118
         if synchronizer is not None and not self.begins_anew:
             tensors |= self._kept(("rule", "wire"))
@@ -173,7 +173,7 @@ class Reshaped:
         return tensors
 
     def _is_partitioned_alike(self) -> bool:
-        layout = self._swarm.world.layout
+        layout = self._session.world.layout
         if layout.particle_size != self._S:
             return False
         before = self._records[layout.shard_rank]["shards"]["segments"]
@@ -207,7 +207,7 @@ class Reshaped:
             whole.append(self._like_shards(movement[: count - num_buffers], record))
             means.append(movement[count - num_buffers :])
         parts = self._saved.gather(self._segments, self._sizes, torch.float32, lambda rank, k: whole[rank][k])
-        return [*parts, *means[self._swarm.world.layout.shard_rank % self._S]]
+        return [*parts, *means[self._session.world.layout.shard_rank % self._S]]
 
     def _like_shards(self, movement: Sequence[Tensor], record: Mapping[str, Any]) -> list[Tensor]:
         """What was saved of the fragments of a rank, each where it belongs in its shards."""
@@ -219,7 +219,7 @@ class Reshaped:
         for s in segments:
             sizes[s.shard] = max(sizes[s.shard], s.shard_start + s.numel)
         whole = [torch.zeros(size) for size in sizes]
-        names = [name for name, _ in self._swarm.engine.module.named_parameters()]
+        names = [name for name, _ in self._session.engine.module.named_parameters()]
         fragments = cut_segments(segments, names, pending["cut_into"])
         parts = iter(movement)
         for place, number in enumerate(pending["numbers"]):
@@ -233,9 +233,9 @@ class Reshaped:
 
     def in_place_of_the_files(self) -> contextlib.AbstractContextManager[None]:
         """In the block ``engine.load_checkpoint`` of ``folder`` loads what this rank would have saved."""
-        if self._swarm.is_leader and self._swarm.num_particles < self._P:
+        if self._session.is_leader and self._session.num_particles < self._P:
             warnings.warn(
-                f"{self._source}: saved with {self._P} particles; what those from number {self._swarm.num_particles} "
+                f"{self._source}: saved with {self._P} particles; what those from number {self._session.num_particles} "
                 "on have learned since the last sync point is left behind",
                 stacklevel=5,
             )

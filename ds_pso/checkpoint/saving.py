@@ -12,10 +12,10 @@ from ds_pso.checkpoint.rank_state import taken
 from ds_pso.checkpoint.writer import Copies, as_checkpoint_error, complete, copying, prune, write_part
 from ds_pso.distributed.coordinator import Coordinator
 from ds_pso.errors import ConfigError
-from ds_pso.session.parts import SwarmState
+from ds_pso.session.session import Session
 
 
-def save(swarm: SwarmState, folder: Path, keep: int | None = None, *, background: bool = False) -> Path:
+def save(session: Session, folder: Path, keep: int | None = None, *, background: bool = False) -> Path:
     """Write ``folder/step_<n>`` and move ``latest`` to it. Called on all ranks, between steps.
 
     Args:
@@ -28,26 +28,26 @@ def save(swarm: SwarmState, folder: Path, keep: int | None = None, *, background
     """
     if keep is not None and keep < 1:
         raise ConfigError(f"swarm.save keep = {keep}: must be at least 1, or None to keep all")
-    swarm.writer.wait()
-    name = f"step_{swarm.engine.global_steps:08d}"
+    session.writer.wait()
+    name = f"step_{session.engine.global_steps:08d}"
     temporary, final = folder / f".{name}.tmp", folder / name
-    particle = temporary / f"particle_{swarm.particle}"
-    world = swarm.world
+    particle = temporary / f"particle_{session.particle}"
+    world = session.world
     with as_checkpoint_error(folder):
-        leads = world.leads_disk(folder)
-    with world.agree("starting a checkpoint"), as_checkpoint_error(temporary):
+        leads = world.coordinator.leads_disk(folder)
+    with world.coordinator.agree("starting a checkpoint"), as_checkpoint_error(temporary):
         if leads:
             shutil.rmtree(temporary, ignore_errors=True)
             (temporary / "swarm").mkdir(parents=True, exist_ok=True)
-    with world.agree("starting a checkpoint"), as_checkpoint_error(temporary):
-        save_model_config(swarm, particle / MODEL)
-    saving = copying(swarm.engine) if background else contextlib.nullcontext(Copies())
+    with world.coordinator.agree("starting a checkpoint"), as_checkpoint_error(temporary):
+        save_model_config(session, particle / MODEL)
+    saving = copying(session.engine) if background else contextlib.nullcontext(Copies())
     # Not inside agree: its barriers would leave the others waiting while this rank waits for them.
     with as_checkpoint_error(temporary), saving as copies:
-        swarm.engine.save_checkpoint(str(particle), tag=DEEPSPEED_TAG, save_latest=False)
-    with world.agree("copying a checkpoint"):  # nobody writes before all have seen which files are there
-        record, tensors = taken(swarm)
-        files = _my_share(particle, swarm)
+        session.engine.save_checkpoint(str(particle), tag=DEEPSPEED_TAG, save_latest=False)
+    with world.coordinator.agree("copying a checkpoint"):  # nobody writes before all have seen which files are there
+        record, tensors = taken(session)
+        files = _my_share(particle, session)
 
     def finish(coordinator: Coordinator) -> None:
         with coordinator.agree("writing a checkpoint"), as_checkpoint_error(temporary):
@@ -59,13 +59,13 @@ def save(swarm: SwarmState, folder: Path, keep: int | None = None, *, background
             prune(final, keep)
 
     if background:
-        swarm.writer.follow(world.beside(finish))
+        session.writer.follow(world.coordinator.beside(finish))
     else:
-        finish(world)
+        finish(world.coordinator)
     return final
 
 
-def save_part(swarm: SwarmState, folder: Path) -> None:
+def save_part(session: Session, folder: Path) -> None:
     """Add the swarm's part to ``folder``, into which a trainer has just written its checkpoint of this particle.
 
     Called on all ranks, between steps; a rank's JSON, its last file, says what the folder must hold.
@@ -73,14 +73,14 @@ def save_part(swarm: SwarmState, folder: Path) -> None:
     Raises:
         CheckpointError: as ``save`` does.
     """
-    with swarm.world.agree("starting a checkpoint"), as_checkpoint_error(folder):
+    with session.world.coordinator.agree("starting a checkpoint"), as_checkpoint_error(folder):
         (folder / "swarm").mkdir(exist_ok=True)
-    with swarm.world.agree("completing a checkpoint"), as_checkpoint_error(folder):
-        write_part(folder, swarm.world.layout.rank, *taken(swarm), _my_share(folder, swarm))
+    with session.world.coordinator.agree("completing a checkpoint"), as_checkpoint_error(folder):
+        write_part(folder, session.world.layout.rank, *taken(session), _my_share(folder, session))
 
 
-def _my_share(folder: Path, swarm: SwarmState) -> list[Path]:
+def _my_share(folder: Path, session: Session) -> list[Path]:
     """The files of this particle that this rank hashes, and checks when they are loaded."""
-    local_ranks = swarm.world.local_ranks_on_this_node
+    local_ranks = session.world.coordinator.local_ranks_on_this_node
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.parent != folder / "swarm")
-    return files[local_ranks.index(swarm.world.layout.rank) :: len(local_ranks)]
+    return files[local_ranks.index(session.world.layout.rank) :: len(local_ranks)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +15,21 @@ from torch import Tensor
 from ds_pso.distributed.world import World
 from ds_pso.errors import PeerError
 from ds_pso.utils.checksums import TRIES, Moved, sealed, unsealed
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Sums over all collectives of a rank so far.
+
+    Attributes:
+        bytes_received: by this rank.
+        seconds: inside collectives, waiting included.
+        repeated: collectives that were damaged on the way.
+    """
+
+    bytes_received: int
+    seconds: float
+    repeated: int
 
 
 class Collectives:
@@ -29,10 +45,18 @@ class Collectives:
     def __init__(self, world: World, *, checksums: bool = False) -> None:
         self.world = world
         self.checksums = checksums
-        self.device = world.peer_device
+        self.device = world.peers.device
         self.bytes_received = 0
         self.seconds = 0.0
         self.repeated = 0
+
+    def traffic(self) -> Traffic:
+        """Return the sums so far."""
+        return Traffic(self.bytes_received, self.seconds, self.repeated)
+
+    def count(self, received: int) -> None:
+        """Count bytes that came on another way."""
+        self.bytes_received += received
 
     @property
     def num_particles(self) -> int:
@@ -45,7 +69,7 @@ class Collectives:
     @property
     def present(self) -> Sequence[int]:
         """The particles of the peer group, in its order."""
-        return self.world.present
+        return self.world.peers.present
 
     def _run(self, what: str, start: Any, received: float, prepare: Callable[[], Moved | None]) -> None:
         """A collective, and again if it was damaged on the way.
@@ -59,7 +83,7 @@ class Collectives:
         Raises:
             PeerError: a peer was lost or is too slow, or the link damages whatever is sent.
         """
-        if self.world.peer_group is None:
+        if self.world.peers.group is None:
             assert len(self.present) == 1, "others are there, and no connections to them"
             prepare()
             return
@@ -71,7 +95,7 @@ class Collectives:
             damage = moved.damage(self._tell(what, moved.row()))
             if not damage:
                 return
-            me = self.world.describe(self.world.layout.rank)
+            me = self.world.coordinator.describe(self.world.layout.rank)
             if count == TRIES:
                 raise PeerError(
                     f"{me}: {damage} did not arrive as it was sent, {TRIES} times in a row (the {what} with its "
@@ -84,6 +108,9 @@ class Collectives:
                     f"{me}: {damage} did not arrive as it was sent; the {what} is repeated ({count} of {TRIES - 1})",
                     stacklevel=2,
                 )
+
+    def _who(self) -> str:
+        return self.world.coordinator.describe(self.world.layout.rank)
 
     def _tell(self, what: str, row: list[int]) -> list[list[int]]:
         """The checksums of all peers. Where these are damaged, too, nobody could tell who goes on and who repeats."""
@@ -98,20 +125,21 @@ class Collectives:
         lost = [i for i, row in zip(self.present, found, strict=True) if row is None]
         if lost:
             raise PeerError(
-                f"{self.world.describe(self.world.layout.rank)}: the checksums of particle {lost[0]} were damaged on "
-                "the way; a link, a network card or memory is damaged: look for which, then restart from the last "
+                f"{self._who()}: the checksums of particle {lost[0]} were damaged on the way;"
+                " a link, a network card or memory is damaged: look for which, then restart from the last "
                 "checkpoint"
             )
         return [row for row in found if row is not None]
 
     def _collect(self, what: str, start: Any, received: float) -> None:
-        group = self.world.peer_group
-        self.world.settle()
+        group = self.world.peers.group
+        self.world.background.settle()
         begin = time.perf_counter()
         try:
             work = start(group)
             if self.device.type == "cuda":
-                work.wait(timedelta(seconds=self.world.timeout_s))  # blocks, unlike NCCL's wait without a timeout
+                # Blocks, unlike NCCL's wait without a timeout.
+                work.wait(timedelta(seconds=self.world.coordinator.timeout_s))
                 torch.cuda.current_stream().synchronize()
             else:
                 work.wait()
@@ -119,10 +147,10 @@ class Collectives:
             raise
         except RuntimeError as error:
             layout = self.world.layout
-            peers = "; ".join(self.world.describe(rank) for rank in layout.peers if rank != layout.rank)
+            peers = "; ".join(self.world.coordinator.describe(rank) for rank in layout.peers if rank != layout.rank)
             raise PeerError(
-                f"{self.world.describe(layout.rank)}: the {what} with its peers broke ({error}); one of these was "
-                f"lost or is slower than swarm.timeout_s: {peers}. Look at their logs, then restart "
+                f"{self._who()}: the {what} with its peers broke ({error}); one of these was lost"
+                f" or is slower than swarm.timeout_s: {peers}. Look at their logs, then restart "
                 "from the last checkpoint"
             ) from error
         self.seconds += time.perf_counter() - begin

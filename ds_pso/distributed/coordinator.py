@@ -1,12 +1,13 @@
-"""Everybody in the job: roll calls, small values from all to all, and agreement, over one store.
+"""The ranks of one launch: barriers, small values from all to all, and agreement, over one key-value store.
 
-Every wait ends within the timeout and says who was missing.
+Every wait ends within a time limit and says who was missing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import queue
 import socket
 import threading
@@ -15,95 +16,38 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Protocol, TypeVar
 
 import torch.distributed as dist
 
 from ds_pso.distributed.layout import Layout
 from ds_pso.errors import PeerError, SwarmError
+from ds_pso.utils.background_task import Background, Task
 
 LINGER_S = 5.0  # how much later than the timeout another rank may still give up
 
 Answer = TypeVar("Answer")
+Value = TypeVar("Value")
+log = logging.getLogger(__name__)
 
 
-class Coordinator:
-    """The ranks of a launcher's world, as this one of them sees them.
+class Coordinator(Protocol):
+    """The decisions that the ranks of a launch make together: over a store, or between threads of a simulation."""
 
-    Args:
-        ranks: of the swarm that this launcher has started; all of them unless each particle is a job of its own.
-    """
-
-    def __init__(self, layout: Layout, timeout_s: float, ranks: Sequence[int] | None = None) -> None:
-        self.layout = layout
-        self.timeout_s = timeout_s
-        self.ranks = range(layout.world_size) if ranks is None else ranks
-        self.store: dist.Store | None = None  # None: a world of one rank
-        self._turns: dict[str, int] = {}  # of each label
-        self._hosts = [""] * layout.world_size  # by rank, once known
-        self._frozen = False  # the host of the store does not answer
-
-    def open(self, store: dist.Store) -> None:
-        """Meet the others on ``store``, and learn which machine each runs on."""
-        self.store = store
-        store.set(f"host/{self.layout.rank}", socket.gethostname())
-        self.barrier("start", self.ranks)
-        hosts = store.multi_get([f"host/{rank}" for rank in self.ranks])
-        for rank, host in zip(self.ranks, hosts, strict=True):
-            self._hosts[rank] = host.decode()
-
-    def second_connection(self) -> Coordinator:
-        """The same ranks on a connection of their own, for a thread beside this one. Called alike on all ranks."""
-        other = Coordinator(self.layout, self.timeout_s, self.ranks)
-        other._hosts = self._hosts
-        store: Any = self.store
-        if store is not None:
-            # One TCPStore answers one question at a time: a thread that waits would hold this one up.
-            other.store = dist.PrefixStore(f"second_connection/{self.turn('second_connection')}", store.clone())
-        return other
+    layout: Layout
+    timeout_s: float
+    ranks: Sequence[int]  # of the launcher's world, that take part
 
     @property
     def is_leader(self) -> bool:
-        """True on one rank of the launcher's world: the first."""
-        return self.layout.rank == self.ranks[0]
-
-    def _on_this_node(self, ranks: Iterable[int]) -> list[int]:
-        return [rank for rank in ranks if self._hosts[rank] == self._hosts[self.layout.rank]]
+        """True on the first of ``ranks``."""
 
     @property
     def local_ranks_on_this_node(self) -> list[int]:
         """Launcher's ranks of this particle that share this rank's machine."""
-        return self._on_this_node(self.layout.local_ranks)
-
-    @property
-    def is_node_leader(self) -> bool:
-        """True on the lowest rank of each machine: the one that makes and renames folders."""
-        return self._on_this_node(self.ranks)[0] == self.layout.rank
-
-    def leads_disk(self, folder: Path) -> bool:
-        """True on one rank for each disk that ``folder`` lies on; made if missing. Called on all ranks.
-
-        Nodes may share the disk or have one each: the lowest rank whose mark is seen there leads.
-        """
-        mark = f".leader-{self.gather('the name of a mark', uuid.uuid4().hex)[0]}-"
-        with self.agree("finding who shares a disk"):
-            if self.is_node_leader:
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / f"{mark}{self.layout.rank:06d}").touch()
-        leads = False
-        with self.agree("finding who shares a disk"):
-            if self.is_node_leader:
-                leads = min(folder.glob(f"{mark}*")).name == f"{mark}{self.layout.rank:06d}"
-        with self.agree("finding who shares a disk"):
-            if self.is_node_leader:
-                (folder / f"{mark}{self.layout.rank:06d}").unlink()
-        return leads
 
     def describe(self, rank: int) -> str:
-        """``particle 1, rank 0 (rank 2 on host gpu-07)``"""
-        layout = Layout(rank, self.layout.world_size, self.layout.num_particles)
-        host = f" on host {self._hosts[rank]}" if self._hosts[rank] else ""
-        return f"particle {layout.particle}, rank {layout.shard_rank} (rank {rank}{host})"
+        """Name a rank: ``particle 1, rank 0 (rank 2 on host gpu-07)``."""
 
     def barrier(self, label: str, ranks: Iterable[int]) -> None:
         """Say that this rank has arrived at ``label``, and wait for ``ranks``.
@@ -111,32 +55,155 @@ class Coordinator:
         Raises:
             PeerError: after ``timeout_s``; it names who is missing.
         """
-        if self.store is None:
-            return
-        self.settle()
-        self.store.set(f"at/{label}/{self.layout.rank}", "1")
-        expected = list(ranks)
-        self._wait([f"at/{label}/{rank}" for rank in expected], expected, label)
 
-    def settle(self) -> None:
-        """Wait for what goes on in the background: ranks must do in one order what they do together."""
+    def barrier_with_local_ranks(self, label: str, ranks: Iterable[int]) -> None:
+        """Do as ``barrier``; where a rank of the particle waits in vain, its local ranks raise what it raises."""
 
     def turn(self, label: str) -> int:
-        """How often this was asked before with this label; so that keys of the store are used once."""
+        """Count how often this was asked before with this label."""
+
+    def forget(self, label: str) -> None:
+        """Drop this rank's marks at ``label``, once everybody is known to have passed it."""
+
+    def gather(self, label: str, value: Value) -> list[Value]:
+        """Return one small JSON value of every rank, in the order of ranks, on every rank."""
+
+    def agree(self, label: str) -> contextlib.AbstractContextManager[None]:
+        """Run the block on every rank; if it raises on any, raise the first error on all.
+
+        So a file that only one rank finds damaged stops everybody with the same words.
+        """
+
+    def leads_disk(self, folder: Path) -> bool:
+        """True on one rank for each disk that ``folder`` lies on; made if missing. Called on all ranks.
+
+        Nodes may share the disk or have one each: the lowest rank whose mark is seen there leads.
+        """
+
+    def beside(self, job: Callable[[Coordinator], None]) -> Task | None:
+        """Start a job in a thread, which meets the other ranks on a connection of its own. Called alike on all.
+
+        Returns:
+            The thread's task; None: the job is done already.
+        """
+
+    def second_connection(self, timeout_s: float | None = None) -> StoreCoordinator:
+        """Return a coordinator of the same ranks, for a thread beside this one. Called alike on all ranks."""
+
+    def confine(self, store: dist.Store, patience_s: float) -> None:
+        """Count only this particle's ranks from now on, after peers were lost, and find them on ``store``.
+
+        Raises:
+            PeerError: not all of them are here within ``patience_s``.
+        """
+
+    def leave(self, patience: timedelta) -> None:
+        """Wait until nobody needs this rank's store any more."""
+
+    def disconnect(self) -> None:
+        """Use the store no more."""
+
+
+class StoreCoordinator:
+    """A ``Coordinator`` over a ``torch.distributed.Store``.
+
+    Args:
+        background: settled before ranks do something together, so that they do it in one order.
+        ranks: of the swarm that this launcher has started; all of them unless each particle is a job of its own.
+    """
+
+    def __init__(
+        self, layout: Layout, timeout_s: float, background: Background, ranks: Sequence[int] | None = None
+    ) -> None:
+        self.layout = layout
+        self.timeout_s = timeout_s
+        self.background = background
+        self.ranks: Sequence[int] = range(layout.world_size) if ranks is None else ranks
+        self.store: dist.Store | None = None  # None: a world of one rank
+        self._turns: dict[str, int] = {}  # of each label
+        self._hosts = [""] * layout.world_size  # by rank, once known
+        self._frozen = False  # the host of the store does not answer
+
+    def open(self, store: dist.Store) -> None:
+        """Find the others on ``store``, and learn which machine each runs on."""
+        self.store = store
+        store.set(f"host/{self.layout.rank}", socket.gethostname())
+        self.barrier("start", self.ranks)
+        hosts = store.multi_get([f"host/{rank}" for rank in self.ranks])
+        for rank, host in zip(self.ranks, hosts, strict=True):
+            self._hosts[rank] = host.decode()
+
+    def second_connection(self, timeout_s: float | None = None) -> StoreCoordinator:
+        # One TCPStore answers one question at a time: a thread that waits would hold this one up.
+        other = StoreCoordinator(self.layout, timeout_s or self.timeout_s, Background(), self.ranks)
+        other._hosts = self._hosts
+        if self.store is not None:
+            prefix = f"second_connection/{self.turn('second_connection')}"
+            other.store = dist.PrefixStore(prefix, self.store.clone())  # type: ignore[attr-defined]
+        return other
+
+    def beside(self, job: Callable[[Coordinator], None]) -> Task | None:
+        connection = self.second_connection()
+        return Task(lambda: job(connection))
+
+    def confine(self, store: dist.Store, patience_s: float) -> None:
+        self.ranks, self.store, self._turns, self._frozen = self.layout.local_ranks, store, {}, False
+        label = "those who are left"
+        store.set(f"at/{label}/{self.layout.rank}", "1")
+        self.wait([f"at/{label}/{rank}" for rank in self.ranks], self.ranks, label, patience_s)
+
+    @property
+    def is_leader(self) -> bool:
+        return self.layout.rank == self.ranks[0]
+
+    def _on_this_node(self, ranks: Iterable[int]) -> list[int]:
+        return [rank for rank in ranks if self._hosts[rank] == self._hosts[self.layout.rank]]
+
+    @property
+    def local_ranks_on_this_node(self) -> list[int]:
+        return self._on_this_node(self.layout.local_ranks)
+
+    def leads_disk(self, folder: Path) -> bool:
+        mark = f".leader-{self.gather('the name of a mark', uuid.uuid4().hex)[0]}-"
+        mine = folder / f"{mark}{self.layout.rank:06d}"
+        is_node_leader = self._on_this_node(self.ranks)[0] == self.layout.rank
+        with self.agree("finding who shares a disk"):
+            if is_node_leader:
+                folder.mkdir(parents=True, exist_ok=True)
+                mine.touch()
+        leads = False
+        with self.agree("finding who shares a disk"):
+            if is_node_leader:
+                leads = min(folder.glob(f"{mark}*")).name == mine.name
+        with self.agree("finding who shares a disk"):
+            if is_node_leader:
+                mine.unlink()
+        return leads
+
+    def describe(self, rank: int) -> str:
+        layout = Layout(rank, self.layout.world_size, self.layout.num_particles)
+        host = f" on host {self._hosts[rank]}" if self._hosts[rank] else ""
+        return f"particle {layout.particle}, rank {layout.shard_rank} (rank {rank}{host})"
+
+    def barrier(self, label: str, ranks: Iterable[int]) -> None:
+        if self.store is None:
+            return
+        self.background.settle()
+        self.store.set(f"at/{label}/{self.layout.rank}", "1")
+        expected = [rank for rank in ranks if rank in self.ranks]
+        self.wait([f"at/{label}/{rank}" for rank in expected], expected, label)
+
+    def turn(self, label: str) -> int:
         self._turns[label] = self._turns.get(label, -1) + 1
         return self._turns[label]
 
     def forget(self, label: str) -> None:
-        """Drop this rank's marks at ``label``, once everybody is known to have passed it."""
         if self.store is not None:
             self.store.delete_key(f"at/{label}/{self.layout.rank}")
             self.store.delete_key(f"met/{label}/{self.layout.rank}")
 
     def barrier_with_local_ranks(self, label: str, ranks: Iterable[int]) -> None:
-        """As ``barrier``; where a rank of the particle waits in vain, its local ranks raise what it raises.
-
-        Else they would go on, and wait for it inside the particle.
-        """
+        # Else the local ranks would go on, and wait for the one that raised inside the particle.
         local_ranks, store = self.layout.local_ranks, self.store
         expected = sorted({*ranks, *local_ranks})
         if store is None or len(local_ranks) == 1:
@@ -148,28 +215,36 @@ class Coordinator:
         except PeerError as error:
             text = str(error)
             with contextlib.suppress(dist.DistError, RuntimeError, TimeoutError):  # the store may be what was lost
-                self._ask(lambda: store.set(f"{mark}/{self.layout.rank}", text))
+                self._ask(lambda: store.set(f"{mark}/{self.layout.rank}", text), self.timeout_s)
             raise
         store.set(f"{mark}/{self.layout.rank}", "")
         keys = [f"{mark}/{rank}" for rank in local_ranks]
-        self._wait(keys, local_ranks, label)
+        self.wait(keys, local_ranks, label)
         lost = next((text for text in store.multi_get(keys) if text), None)
         if lost is not None:
             raise PeerError(lost.decode())
 
-    def _wait(self, keys: list[str], ranks: list[int], label: str) -> None:
-        store = self.store
+    def wait(self, keys: Sequence[str], ranks: Sequence[int], label: str, timeout_s: float | None = None) -> None:
+        """Wait for keys of the store, one of each of ``ranks``.
+
+        Args:
+            timeout_s: instead of the coordinator's.
+
+        Raises:
+            PeerError: they did not come; it names whose.
+        """
+        store, limit_s = self.store, self.timeout_s if timeout_s is None else timeout_s
         assert store is not None
         try:
-            self._ask(lambda: store.wait(keys, timedelta(seconds=self.timeout_s)))
+            self._ask(lambda: store.wait(list(keys), timedelta(seconds=limit_s)), limit_s)
         except (dist.DistError, RuntimeError, TimeoutError) as error:
-            text = f"{self._who_is_missing(keys, ranks, label)} ({type(error).__name__})"
+            text = f"{self._who_is_missing(keys, ranks, label, limit_s)} ({type(error).__name__})"
             if self.is_leader:
-                time.sleep(min(LINGER_S, self.timeout_s))  # those who give up a little later ask this rank's store
+                time.sleep(min(LINGER_S, limit_s))  # those who give up a little later ask this rank's store
             raise PeerError(text) from error
 
-    def _ask(self, question: Callable[[], Answer]) -> Answer:
-        """The store's answer. TCPStore's own timeouts wait for its host to confirm them, frozen or not.
+    def _ask(self, question: Callable[[], Answer], limit_s: float) -> Answer:
+        """Return the store's answer. TCPStore's own timeouts wait for its host to confirm them, frozen or not.
 
         Raises:
             TimeoutError: the host is frozen; the store must not be used again.
@@ -184,22 +259,23 @@ class Coordinator:
 
         if self._frozen:
             raise TimeoutError
-        threading.Thread(target=ask, daemon=True).start()
+        threading.Thread(target=ask, daemon=True, name="ds_pso store").start()
         try:
-            answer, error = answers.get(timeout=self.timeout_s + LINGER_S)
+            answer, error = answers.get(timeout=limit_s + LINGER_S)
         except queue.Empty:
             self._frozen = True
+            log.warning("the store has not answered for %g s", limit_s + LINGER_S)
             raise TimeoutError from None
         if error is not None:
             raise error
         return answer  # type: ignore[return-value]
 
-    def _who_is_missing(self, keys: list[str], ranks: list[int], label: str) -> str:
+    def _who_is_missing(self, keys: Sequence[str], ranks: Sequence[int], label: str, limit_s: float) -> str:
         me = self.describe(self.layout.rank)
         store = self.store
         assert store is not None
         try:
-            there = self._ask(lambda: [store.check([key]) for key in keys])
+            there = self._ask(lambda: [store.check([key]) for key in keys], limit_s)
         except (dist.DistError, RuntimeError, TimeoutError):
             return (
                 f"{me}: the store of rank 0 no longer answers, waiting for {label}; rank 0 was lost or hangs: "
@@ -207,23 +283,22 @@ class Coordinator:
             )
         missing = [rank for rank, is_there in zip(ranks, there, strict=True) if not is_there]
         return (
-            f"{me}: waited {self.timeout_s:g} s for {label}, and these did not arrive: "
+            f"{me}: waited {limit_s:g} s for {label}, and these did not arrive: "
             f"{'; '.join(self.describe(rank) for rank in missing) or 'nobody is missing any more'}. "
             "Look at their logs, or raise swarm.timeout_s if they are only slow"
         )
 
-    def gather(self, label: str, value: Any) -> list[Any]:
-        """One small JSON value of every rank, in the order of ranks, on every rank."""
+    def gather(self, label: str, value: Value) -> list[Value]:
         if self.store is None:
             return [json.loads(json.dumps(value))]
-        self.settle()
+        self.background.settle()
         turn = self.turn(label)
         key = f"gather/{label}/{turn}"
         ranks = list(self.ranks)
         keys = [f"{key}/{rank}" for rank in ranks]
         self.store.set(f"{key}/{self.layout.rank}", json.dumps(value))
         if self.is_leader:
-            self._wait(keys, ranks, label)
+            self.wait(keys, ranks, label)
             everything = [json.loads(item) for item in self.store.multi_get(keys)]
             self.store.set(f"{key}/all", json.dumps(everything))
             for item in [*keys, f"gather/{label}/{turn - 1}/all"]:  # who is here has read the last turn's
@@ -231,29 +306,48 @@ class Coordinator:
             return everything
         store = self.store
         try:
-            self._ask(lambda: store.wait([f"{key}/all"], timedelta(seconds=self.timeout_s)))
+            self._ask(lambda: store.wait([f"{key}/all"], timedelta(seconds=self.timeout_s)), self.timeout_s)
         except (dist.DistError, RuntimeError, TimeoutError) as error:
-            raise PeerError(self._who_is_missing(keys, ranks, label)) from error
+            raise PeerError(self._who_is_missing(keys, ranks, label, self.timeout_s)) from error
         return list(json.loads(self.store.get(f"{key}/all")))
 
-    @contextlib.contextmanager
-    def agree(self, label: str) -> Iterator[None]:
-        """Run the block on every rank; if it raises on any, raise the first error on all.
+    def agree(self, label: str) -> contextlib.AbstractContextManager[None]:
+        return agreement(self, label)
 
-        So a file that only one rank finds damaged stops everybody with the same words.
-        """
-        failure: SwarmError | None = None
-        try:
-            yield
-        except SwarmError as error:
-            failure = error
-        except OSError as error:
-            failure = SwarmError(f"{error.filename or label}: {error.strerror or error}")
-        except Exception as error:  # whatever it is, the others must not wait for this rank
-            failure = SwarmError(f"{label}: {type(error).__name__}: {error}")
-            failure.__cause__ = error
-        messages = self.gather(label, None if failure is None else [type(failure).__name__, str(failure)])
-        first = next((item for item in messages if item), None)
-        if first is not None:
-            kinds = {kind.__name__: kind for kind in SwarmError.__subclasses__()}
-            raise kinds.get(first[0], SwarmError)(first[1], agreed=True) from failure
+    def leave(self, patience: timedelta) -> None:
+        layout, store = self.layout, self.store
+        if store is None:
+            return
+        if layout.shard_rank == 0 and layout.particle_size > 1:
+            store.wait([f"left/{rank}" for rank in layout.local_ranks[1:]], patience)
+        if not self.is_leader:
+            store.set(f"left/{layout.rank}", "1")
+            if layout.shard_rank == 0:
+                time.sleep(0.05)  # lets the message leave before the socket closes
+            return
+        firsts = self.ranks[:: layout.particle_size][1:]
+        if firsts:
+            store.wait([f"left/{rank}" for rank in firsts], patience)
+
+    def disconnect(self) -> None:
+        self.store = None
+
+
+@contextlib.contextmanager
+def agreement(coordinator: Coordinator, label: str) -> Iterator[None]:
+    """Carry out ``Coordinator.agree`` by means of its ``gather``."""
+    failure: SwarmError | None = None
+    try:
+        yield
+    except SwarmError as error:
+        failure = error
+    except OSError as error:
+        failure = SwarmError(f"{error.filename or label}: {error.strerror or error}")
+    except Exception as error:  # whatever it is, the others must not wait for this rank
+        failure = SwarmError(f"{label}: {type(error).__name__}: {error}")
+        failure.__cause__ = error
+    messages = coordinator.gather(label, None if failure is None else [type(failure).__name__, str(failure)])
+    first = next((item for item in messages if item), None)
+    if first is not None:
+        kinds = {kind.__name__: kind for kind in SwarmError.__subclasses__()}
+        raise kinds.get(first[0], SwarmError)(first[1], agreed=True) from failure

@@ -27,7 +27,7 @@ class FullDuplexGloo(dist.ProcessGroupGloo):
         input_split_sizes: Sequence[int],
         *_: Any,
     ) -> _Works:
-        """Of flat tensors: the parts of ``input`` to each rank, those of ``output`` from each."""
+        """Send the parts of flat ``input`` to each rank, and receive those of ``output`` from each."""
         received, sent = output.split(list(output_split_sizes)), input.split(list(input_split_sizes))
         return self._swap(received, sent)
 

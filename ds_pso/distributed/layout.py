@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from ds_pso.errors import ConfigError
@@ -49,9 +50,14 @@ class Layout:
         first = self.particle * self.particle_size
         return list(range(first, first + self.particle_size))
 
+    def particle_folder(self, folder: Path) -> Path:
+        """Return the folder in ``folder`` that is this particle's alone."""
+        own = f"particle_{self.particle}"
+        return folder if own in folder.parts else folder / own
+
 
 def read_layout(particles: int | Literal["node"], env: Mapping[str, str]) -> Layout:
-    """Layout from the launcher's environment, before anything is built.
+    """Read the launcher's environment, before anything is built.
 
     Raises:
         ConfigError: P does not divide W, or the environment is incomplete.

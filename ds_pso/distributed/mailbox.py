@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -16,14 +17,16 @@ from torch import Tensor
 
 from ds_pso.utils.checksums import checksum, sealed, unsealed
 
+log = logging.getLogger(__name__)
+
 _FOR_EVER = timedelta(days=3650)  # only threads that nobody waits for wait so long
-_FAREWELL_S = 2.0
-_GOODBYE = -1  # in place of an index
+_CLOSE_S = 2.0
+_CLOSING = -1  # in place of an index
 
 
 @dataclass(frozen=True)
 class Message:
-    """What a peer sent."""
+    """State of a peer, as it was when it was sent."""
 
     sender: int  # particle
     index: int  # how many sync points the sender had behind it
@@ -35,7 +38,7 @@ class Mailbox(ABC):
 
     @abstractmethod
     def busy(self, peer: int) -> bool:
-        """Whether the last message to this peer is still on its way."""
+        """True while the last message to this peer is on its way."""
 
     @abstractmethod
     def send(self, tensors: Sequence[Tensor], index: int, peer: int) -> None:
@@ -43,7 +46,7 @@ class Mailbox(ABC):
 
     @abstractmethod
     def newest(self) -> Message | None:
-        """Of the messages that have come since the last one was dropped, the one with the highest index."""
+        """Return the message with the highest index of those that have come since the last one was dropped."""
 
     @abstractmethod
     def drop(self, message: Message) -> None:
@@ -52,7 +55,7 @@ class Mailbox(ABC):
     @property
     @abstractmethod
     def bytes_received(self) -> int:
-        """Of all messages that have come so far."""
+        """Bytes of all messages that have come so far."""
 
     def close(self) -> None:  # noqa: B027
         """Send and receive no more."""
@@ -113,23 +116,31 @@ class GlooMailbox(Mailbox):
             return self._received
 
     def close(self) -> None:
-        """Say goodbye; then wait a little for the threads: one whose peer is gone or silent stays where it is."""
+        """Tell the peers; then wait a little for the threads: one whose peer is gone or silent stays where it is."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        deadline = time.monotonic() + _FAREWELL_S
+        deadline = time.monotonic() + _CLOSE_S
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
+    @contextlib.contextmanager
+    def _until_it_is_gone(self, peer: int) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if not self._closed:
+                log.info("no messages any more with particle %d: %s", peer, str(error).splitlines()[0])
+
     def _deliver(self, peer: int) -> None:
-        with contextlib.suppress(RuntimeError):  # the peer is gone: busy for ever
+        with self._until_it_is_gone(peer):  # then it is busy for ever
             while True:
                 with self._changed:
                     self._changed.wait_for(lambda: self._closed or peer in self._outgoing)
-                    index, flat = (_GOODBYE, torch.empty(0)) if self._closed else self._outgoing[peer]
+                    index, flat = (_CLOSING, torch.empty(0)) if self._closed else self._outgoing[peer]
                 header = sealed([index, flat.numel(), checksum(flat)])
                 self._group.send([torch.tensor(header)], peer, 0).wait(_FOR_EVER)
-                if index == _GOODBYE:
+                if index == _CLOSING:
                     return
                 for chunk in flat.split(self._chunk):
                     self._group.send([chunk], peer, 1).wait(_FOR_EVER)
@@ -139,11 +150,14 @@ class GlooMailbox(Mailbox):
 
     def _collect(self, peer: int) -> None:
         header = torch.tensor(sealed([0, 0, 0]))
-        with contextlib.suppress(RuntimeError):  # the peer is gone
+        with self._until_it_is_gone(peer):
             while not self._closed:
                 self._group.recv([header], peer, 0).wait(_FOR_EVER)
                 known = unsealed(header.tolist())
-                if known is None or known[0] == _GOODBYE:  # nobody could say where the next message begins
+                if known is None:
+                    log.warning("a header from particle %d was damaged: nothing more is read from it", peer)
+                    return  # nobody could say where the next message begins
+                if known[0] == _CLOSING:
                     return
                 index, numel, expected = known
                 flat = torch.empty(numel)

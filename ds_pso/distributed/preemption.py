@@ -30,8 +30,7 @@ class Preemption:
 
     def __init__(self, coordinator: Coordinator, step: int) -> None:
         self._me = coordinator.layout.rank
-        self._coordinator = coordinator.second_connection()
-        self._coordinator.timeout_s = min(_PATIENCE_S, coordinator.timeout_s)
+        self._coordinator = coordinator.second_connection(min(_PATIENCE_S, coordinator.timeout_s))
         self._signalled = False
         self._changed = threading.Condition()
         self._last = step  # the last step at which ``due`` has said no
@@ -50,7 +49,7 @@ class Preemption:
         atexit.register(self.close)  # no thread may be inside a store while the interpreter goes down
 
     def due(self, step: int) -> bool:
-        """Whether to save and stop after ``step``; the same on all ranks. Called once a step.
+        """Return whether to save and stop after ``step``; the same on all ranks. Called once a step.
 
         Raises:
             PeerError: the signal came, and a rank did not answer in time.

@@ -39,7 +39,7 @@ def host(address: str, port: int = 0, *, timeout_s: float = 300.0) -> dist.TCPSt
 
 
 def reach(address: str, port: int, *, timeout_s: float) -> dist.TCPStore:
-    """Somebody else's.
+    """Connect to a TCPStore hosted elsewhere.
 
     Raises:
         RuntimeError: it is not there within ``timeout_s``.

@@ -1,4 +1,4 @@
-"""Where the threads of a simulation meet: one has the turn, and what a process has one of is then its own."""
+"""Threads that take turns: one runs at a time, and what a process has one of is then its own."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ds_pso.distributed.mailbox import Message
 from ds_pso.errors import PeerError
 
 
-class Room:
-    """Where P threads meet. One has the turn and runs; the others wait for theirs."""
+class ThreadScheduler:
+    """P threads, of which one has the turn and runs; the others wait for theirs at an exchange or a pause."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -26,30 +26,30 @@ class Room:
         self.message_bytes: Counter[tuple[int, int]] = Counter()  # of all, likewise
         self._turn = threading.Condition()
         self._running = 0
-        self._waiting: dict[int, Any] = {}  # what those brought who wait for the meeting to be complete
+        self._waiting: dict[int, Any] = {}  # what those brought who wait for an exchange to be complete
         self._gone: set[int] = set()
         self._stopped = False
-        self._meetings = 0  # that were completed
+        self._completed = 0  # that were completed
         self._result: Any = None
 
-    def meet(self, me: int, value: Any, combine: Callable[[list[Any]], Any] = list) -> Any:
-        """``combine`` of the values of all, in the order of particles; made once and shared.
+    def exchange(self, me: int, value: Any, combine: Callable[[list[Any]], Any] = list) -> Any:
+        """Return ``combine`` of the values of all, in the order of particles; made once and shared.
 
         Raises:
-            PeerError: another particle has ended, so the meeting will never be complete.
+            PeerError: another particle has ended, so the exchange will never be complete.
         """
         with self._turn:
             self._waiting[me] = value
             if len(self._waiting) == self.size:
                 self._result = combine([self._waiting[i] for i in range(self.size)])
-                self._meetings += 1
+                self._completed += 1
                 self._waiting.clear()
                 return self._result
-            meetings = self._meetings
+            completed = self._completed
             self._hand_over(me)
             if self._stopped:
                 raise PeerError(f"particle {me}: the simulation was stopped")
-            if self._meetings == meetings:
+            if self._completed == completed:
                 raise PeerError(
                     f"particle {me} waits for particles {sorted(self._gone)}, which have ended; "
                     "all must reach the same sync points"
@@ -57,7 +57,7 @@ class Room:
             return self._result
 
     def pause(self, me: int) -> None:
-        """Let the others run up to their next meeting or pause.
+        """Let the others run up to their next exchange or pause.
 
         Raises:
             PeerError: the simulation has been stopped.
@@ -68,7 +68,7 @@ class Room:
                 raise PeerError(f"particle {me}: the simulation was stopped")
 
     def stop(self) -> None:
-        """Every thread ends at its next meeting or pause."""
+        """Let every thread end at its next exchange or pause."""
         with self._turn:
             self._stopped = True
 
@@ -100,7 +100,7 @@ class Room:
 
 
 def process_state() -> tuple[Any, ...]:
-    """What a process has one of, and each particle shall have for itself: random numbers, and the main module."""
+    """Return what a process has one of, and each particle shall have for itself: random numbers, the main module."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda, sys.modules["__main__"]
 

@@ -1,4 +1,4 @@
-"""Where this process stands in an elastic swarm: what ``ds-pso launch`` has put into the environment."""
+"""The environment variables by which ``ds-pso launch`` says where a process stands in an elastic swarm."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ LIGHTHOUSE, PARTICLE, PARTICLES, START, ATTEMPT, HOST = (
 
 
 @dataclass(frozen=True)
-class Place:
-    """Of one rank.
+class Launch:
+    """The launcher's word to a rank.
 
     Attributes:
         lighthouse: URL.
@@ -35,12 +35,12 @@ class Place:
 
 
 def is_launched(env: Mapping[str, str]) -> bool:
-    """Whether ``ds-pso launch`` has started this process."""
+    """True if ``ds-pso launch`` has started this process."""
     return LIGHTHOUSE in env
 
 
-def read_place(particles: int | Literal["node"], env: Mapping[str, str]) -> Place:
-    """From the environment, before anything is built.
+def read_launch(particles: int | Literal["node"], env: Mapping[str, str]) -> Launch:
+    """Read the environment, before anything is built.
 
     Args:
         particles: what the config says.
@@ -61,7 +61,7 @@ def read_place(particles: int | Literal["node"], env: Mapping[str, str]) -> Plac
     if not 0 <= particle < places:
         raise ConfigError(f"{PARTICLE} = {particle}: must lie between 0 and {PARTICLES} - 1 = {places - 1}")
     rank, size = read_int(env, "RANK", 0), read_int(env, "WORLD_SIZE", 1)
-    return Place(
+    return Launch(
         env[LIGHTHOUSE],
         Layout(particle * size + rank, places * size, places),
         read_int(env, START, places),

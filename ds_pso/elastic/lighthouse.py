@@ -1,4 +1,4 @@
-"""A particle's line to torchft's lighthouse: gives signs of life, and asks who has come to a sync point.
+"""A particle's line to torchft's lighthouse: heartbeats, and requests for a quorum.
 
 Of torchft only the lighthouse and its client are used. Its ``Manager`` would also open a port on every network that
 ends the process when told to, and send checkpoints over one that hands them to everybody.
@@ -7,6 +7,7 @@ ends the process when told to, and send checkpoints over one that hands them to 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import threading
 import time
@@ -15,21 +16,23 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 from ds_pso.elastic.config import ElasticConfig
-from ds_pso.elastic.quorum import Meeting, Member
+from ds_pso.elastic.quorum import ElasticQuorum, QuorumMember
 from ds_pso.errors import ConfigError, PeerError
 
 _SLICE_S = 2.0
 _PAUSE_S = 0.3
 
-
-class Row(Protocol):
-    """What a particle says of itself, given its name and whether it still waits for more to begin."""
-
-    def __call__(self, name: str, *, waits: bool) -> Member: ...
+log = logging.getLogger(__name__)
 
 
-class Membership:
-    """Of one particle; lives in its first rank.
+class Standing(Protocol):
+    """A function of a particle's name and of whether it still waits for more to begin; returns its standing."""
+
+    def __call__(self, name: str, *, waits: bool) -> QuorumMember: ...
+
+
+class QuorumClient:
+    """The line of one particle; lives in its first rank.
 
     Args:
         url: of the lighthouse.
@@ -53,23 +56,23 @@ class Membership:
         self._refusal = ""  # its last one
         self._rename()
         self._known: set[int] = {particle}
-        self._sign = self._heard = time.monotonic()  # of this particle; the lighthouse
-        self._asked_first = math.inf
+        self._alive = self._heard = time.monotonic()  # of this particle; of the lighthouse
+        self._first_request_s = math.inf
         self._stop = threading.Event()
 
-    def sign_of_life(self) -> None:
-        """The particle gets on with its work."""
-        self._sign = time.monotonic()
+    def heartbeat(self) -> None:
+        """Note that the particle gets on with its work."""
+        self._alive = time.monotonic()
 
     def close(self) -> None:
-        """No more signs of life."""
+        """Send no more heartbeats."""
         self._stop.set()
 
-    def ask(self, row: Row, *, fresh: bool) -> Meeting:
-        """Wait for those who will come.
+    def request_quorum(self, standing: Standing, *, fresh: bool) -> ElasticQuorum:
+        """Wait for those that will come.
 
         Args:
-            row: what this particle says of itself.
+            standing: what this particle says of itself.
             fresh: whether it has just been started. Then it waits until the others come, however long they train.
 
         Raises:
@@ -78,53 +81,54 @@ class Membership:
         options, begin = self._options, time.monotonic()
         self._let_others_wait(begin)
         patience = self._timeout_s if options.straggler == "wait" else options.straggler_s
-        # The lighthouse waits for stragglers from the oldest question on. A particle that is waiting for the next sync
-        # point of the others, because it has just been started or has missed one, asks again and again: else the first
-        # of them to come would meet without those a moment behind.
+        # The lighthouse waits for stragglers from the oldest request on. A particle that waits for the next sync of the
+        # others, because it has just been started or has missed one, requests again and again: else the first of them
+        # to come would go on without those a moment later.
         short = min(_SLICE_S, patience / 4)
         slice_s = short if fresh else patience + short
         deadline = begin + patience + 2 * options.heartbeat_s
         self._refusal, self._heard = "no answer", begin
         while True:
             self._check_lighthouse()
-            self.sign_of_life()
+            self.heartbeat()
             left = deadline - time.monotonic()
             if left <= 0 and not fresh and self._has_been_heard():
                 break
-            waits = time.monotonic() - self._asked_first < self._timeout_s
+            waits = time.monotonic() - self._first_request_s < self._timeout_s
             try:
-                meeting = self._question(
-                    row(self.name, waits=waits), slice_s if fresh else min(slice_s, max(0.1, left))
+                quorum = self._request(
+                    standing(self.name, waits=waits), slice_s if fresh else min(slice_s, max(0.1, left))
                 )
             except TimeoutError:
                 slice_s = short
                 continue
             except (RuntimeError, ConnectionError, OSError) as error:
                 self._refusal = str(error).splitlines()[0][:200]
+                log.info("particle %d: the lighthouse refused: %s", self._particle, self._refusal)
                 self._client, self._was_lost = None, True
                 time.sleep(_PAUSE_S)
                 continue
             self._heard = time.monotonic()
-            if self.name in meeting.strangers:
-                raise PeerError(f"particle {self._particle}: {meeting.strangers[self.name]}", agreed=True)
-            if len(meeting.members) >= options.min_particles and not meeting.waits_for_more:
-                self._known.update(meeting.present)
-                return meeting
+            if self.name in quorum.rejected:
+                raise PeerError(f"particle {self._particle}: {quorum.rejected[self.name]}", agreed=True)
+            if len(quorum.members) >= options.min_particles and not quorum.waits_for_more:
+                self._known.update(quorum.present)
+                return quorum
             # There are too few, and more may be on their way.
             deadline = begin + self._timeout_s + 2 * options.heartbeat_s
-            if time.monotonic() >= deadline and not meeting.waits_for_more:
+            if time.monotonic() >= deadline and not quorum.waits_for_more:
                 break
             time.sleep(_PAUSE_S)
-        return self._without_others(row, begin)
+        return self._without_others(standing, begin)
 
     def _let_others_wait(self, now: float) -> None:
-        """From the first question on."""
-        if self._asked_first == math.inf:
-            self._asked_first = now
+        """Begin to send heartbeats, at the first request."""
+        if self._first_request_s == math.inf:
+            self._first_request_s = now
             threading.Thread(target=self._beat, daemon=True, name="ds_pso heartbeat").start()
 
-    def _without_others(self, row: Row, begin: float) -> Meeting:
-        """A meeting of one, if the config allows it.
+    def _without_others(self, standing: Standing, begin: float) -> ElasticQuorum:
+        """Return a quorum of one, if the config allows it.
 
         Raises:
             PeerError: it does not.
@@ -137,7 +141,7 @@ class Membership:
                 f"{sorted(self._known)}. Look at the logs of the others, or lower it",
                 agreed=True,
             )
-        return self._meeting(f"{self.name}-{time.time_ns()}", [row(self.name, waits=False)])
+        return self._quorum(f"{self.name}-{time.time_ns()}", [standing(self.name, waits=False)])
 
     def _check_lighthouse(self) -> None:
         if time.monotonic() - self._heard > max(self._timeout_s, 2 * self._options.heartbeat_s):
@@ -149,17 +153,17 @@ class Membership:
             )
 
     def _has_been_heard(self) -> bool:
-        """Whether the lighthouse has answered, or taken a sign of life, just now."""
+        """True if the lighthouse has answered, or taken a heartbeat, just now."""
         return time.monotonic() - self._heard <= self._options.heartbeat_s
 
-    def _question(self, mine: Member, timeout_s: float) -> Meeting:
+    def _request(self, mine: QuorumMember, timeout_s: float) -> ElasticQuorum:
         if self._client is None:
             self._client = self._client_type(self._url, timedelta(seconds=min(timeout_s, 5.0)))
             if self._was_lost:
-                # It knows of nobody yet: who asks at once would meet without those who have not been heard of.
+                # It knows of nobody yet: a request at once would leave out those not heard of yet.
                 time.sleep(self._options.heartbeat_s / 2)
                 self._was_lost = False
-        quorum = self._client.quorum(
+        answer = self._client.quorum(
             self.name,
             timedelta(seconds=timeout_s),
             address=mine.store,
@@ -170,18 +174,18 @@ class Membership:
             data=mine.as_json(),
         )
         everybody = []
-        for participant in quorum.participants:
+        for participant in answer.participants:
             with contextlib.suppress(TypeError):  # of another ds_pso, or no particle at all
-                everybody.append(Member(**participant.data))
-        return self._meeting(f"{quorum.created.seconds}.{quorum.created.nanos:09d}", everybody)
+                everybody.append(QuorumMember(**participant.data))
+        return self._quorum(f"{answer.created.seconds}.{answer.created.nanos:09d}", everybody)
 
-    def _meeting(self, number: str, everybody: list[Member]) -> Meeting:
-        return Meeting.of(number, everybody, late_counts=self._options.straggler == "async")
+    def _quorum(self, number: str, everybody: list[QuorumMember]) -> ElasticQuorum:
+        return ElasticQuorum.of(number, everybody, late_counts=self._options.straggler == "async")
 
     def _beat(self) -> None:
         client: Any = None
         while not self._stop.wait(self._options.heartbeat_s / 4):
-            if time.monotonic() - self._sign > self._timeout_s:
+            if time.monotonic() - self._alive > self._timeout_s:
                 continue  # stalled: the others shall go on
             with contextlib.suppress(TimeoutError, RuntimeError, ConnectionError, OSError):
                 client = client or self._client_type(self._url, timedelta(seconds=5))
@@ -191,7 +195,7 @@ class Membership:
             client = None
 
     def _rename(self) -> None:
-        """A new life, as far as the others can tell; what is left of a question must not bring them to a meeting."""
+        """Become a new process, as far as the others can tell: what is left of a request must not make a quorum."""
         self.name, self.born = f"particle_{self._particle}:{uuid.uuid4().hex[:12]}", time.time_ns()
 
 

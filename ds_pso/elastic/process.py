@@ -20,7 +20,7 @@ from ds_pso.elastic import launch_env
 
 @dataclass
 class Child:
-    """What to start, and what has become of it so far.
+    """A command to start, and what has become of it so far.
 
     Args:
         command: its words; asked each time, for a port may be taken the second time.
@@ -105,5 +105,5 @@ def echo(text: str, end: str = "\n") -> None:
 
 
 def reason(code: int) -> str:
-    """Of an exit."""
+    """Exit code or signal as text."""
     return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"

@@ -1,4 +1,4 @@
-"""Who meets at a sync point, and who of them needs the state of another: plain arithmetic on what all have said."""
+"""The particles of a sync, and which of them need the state of another: plain arithmetic on what all have said."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Member:
-    """What a particle says of itself when it comes to a sync point.
+class QuorumMember:
+    """A particle's standing, as it says it when it comes to a sync point.
 
     Attributes:
         particle: its place.
         name: of this life of it; a process that takes its place has another.
         born: when that began, in ns.
         index: sync points that it has been through.
-        last: the number of the last meeting that it has been through; where it is another's, so is the state.
-        met: how many were there.
+        last: the number of the last quorum that it has been through; where it is another's, so is the state.
+        met: how many were in that.
         fresh: it has just been started, and knows nothing.
         in_background: it goes on training meanwhile.
         joined: this life of it has met others; what it knows is not from its own disk alone.
         start: how many a new swarm waits for, and whether it still ``waits``.
-        connected: the number of the meeting for which its present connections were made; empty: it has none.
+        connected: the number of the quorum for which its present connections were made; empty: it has none.
         store: ``host:port`` of the store that its first rank hosts.
         model: a fingerprint of the model and the config, which must be equal.
     """
@@ -48,40 +48,40 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Meeting:
+class ElasticQuorum:
     """Those who have come, alike on each of them.
 
     Attributes:
-        number: of this meeting; no other has it.
+        number: of this quorum; no other has it.
         members: one for each place, in the order of particles.
-        strangers: who was sent away, with the reason, by name.
-        late_counts: whether the work of who has missed a sync point counts at the next.
+        rejected: why members were sent away, by their names.
+        late_counts: whether the work of a particle that has missed a sync point counts at the next.
     """
 
     number: str
-    members: tuple[Member, ...]
-    strangers: dict[str, str]
+    members: tuple[QuorumMember, ...]
+    rejected: dict[str, str]
     late_counts: bool = False
 
     @classmethod
-    def of(cls, number: str, everybody: Sequence[Member], *, late_counts: bool = False) -> Meeting:
-        """Of two who claim a place the younger stays; of two models that of most, and then of the most advanced."""
-        strangers: dict[str, str] = {}
-        places: dict[int, Member] = {}
+    def of(cls, number: str, everybody: Sequence[QuorumMember], *, late_counts: bool = False) -> ElasticQuorum:
+        """Find it. Of two that claim a place the younger stays; of models that of most, then of the most advanced."""
+        rejected: dict[str, str] = {}
+        places: dict[int, QuorumMember] = {}
         for member in sorted(everybody, key=lambda m: (m.born, m.name)):
             if member.particle in places:
-                strangers[places[member.particle].name] = "a younger process has taken its place in the swarm"
+                rejected[places[member.particle].name] = "a younger process has taken its place in the swarm"
             places[member.particle] = member
         there = [places[particle] for particle in sorted(places)]
         models = Counter(member.model for member in there)
         leader = max(there, key=lambda m: (models[m.model], *_standing(m)))
         for member in there:
             if member.model != leader.model:
-                strangers[member.name] = (
+                rejected[member.name] = (
                     f"its model or config is not that of particle {leader.particle}; start all particles with one "
                     "script and one JSON"
                 )
-        return cls(number, tuple(m for m in there if m.name not in strangers), strangers, late_counts)
+        return cls(number, tuple(m for m in there if m.name not in rejected), rejected, late_counts)
 
     @property
     def present(self) -> tuple[int, ...]:
@@ -89,23 +89,23 @@ class Meeting:
 
     @property
     def is_start(self) -> bool:
-        """Nobody knows anything yet."""
+        """True if nobody knows anything yet."""
         return all(member.fresh for member in self.members)
 
     @property
     def waits_for_more(self) -> bool:
-        """A swarm that has not begun waits until enough are there, or one of them has lost its patience."""
+        """True for a swarm that has not begun: until enough are there, or one of them has lost its patience."""
         enough = len(self.members) >= min(member.start for member in self.members)
         return self.is_start and not enough and all(member.waits for member in self.members)
 
     @property
     def connected(self) -> str:
-        """The number of the meeting for which all have the connections that they have now; empty: not all the same."""
+        """The number of the quorum for which all have the connections that they have now; empty: not all the same."""
         numbers = {member.connected for member in self.members}
         return numbers.pop() if len(numbers) == 1 else ""
 
     @property
-    def behind(self) -> tuple[int, ...]:
+    def recovering(self) -> tuple[int, ...]:
         """Particles that must take over the state of another; at a start, all but the first."""
         if self.is_start:
             return self.present[1:]
@@ -119,30 +119,30 @@ class Meeting:
         """Particles that have missed sync points, and whose work counts all the same."""
         if self.is_start:
             return ()
-        return tuple(m.particle for m in self.members if m.particle not in self.behind and self._is_elsewhere(m))
+        return tuple(m.particle for m in self.members if m.particle not in self.recovering and self._is_elsewhere(m))
 
-    def _is_elsewhere(self, member: Member) -> bool:
-        """Others have met without it, or it alone without them."""
+    def _is_elsewhere(self, member: QuorumMember) -> bool:
+        """True if others have synced without it, or it without them."""
         return member.last != max(self.members, key=_standing).last
 
     def sources(self, num_particles: int) -> tuple[int, ...]:
-        """Whose state each particle takes, shape (P,); its own unless it is behind. Those who give take turns."""
-        found, givers = list(range(num_particles)), self.givers
-        for number, particle in enumerate(self.behind):
-            found[particle] = givers[number % len(givers)]
+        """The particle whose state each takes, shape (P,); its own unless it recovers. Donors take turns."""
+        found, donors = list(range(num_particles)), self.donors
+        for number, particle in enumerate(self.recovering):
+            found[particle] = donors[number % len(donors)]
         return tuple(found)
 
     @property
-    def givers(self) -> list[int]:
+    def donors(self) -> list[int]:
         """Particles that have missed nothing."""
-        return [p for p in self.present if p not in self.behind and p not in self.overdue]
+        return [p for p in self.present if p not in self.recovering and p not in self.overdue]
 
     @property
     def is_mixed(self) -> bool:
-        """Some wait, and some go on training: they cannot meet like this."""
+        """True if some wait and some go on training: they cannot exchange like this."""
         return len({member.in_background for member in self.members}) > 1
 
 
-def _standing(member: Member) -> tuple[bool, int, int, int]:
-    """Whose state counts: of who has been through most, and of these those who were more together."""
+def _standing(member: QuorumMember) -> tuple[bool, int, int, int]:
+    """Sort key of those whose state counts: who has been through most syncs, and of these those that were more."""
     return (not member.fresh, member.index, member.met, -member.particle)

@@ -84,7 +84,7 @@ class Supervisor:
     log_dir: Path | None = None
     _children: dict[int, Child] = field(default_factory=dict)
     _stop_by: float | None = None  # when those who have not ended are killed
-    _asked: set[int] = field(default_factory=set)  # pids of ranks that have been told to end
+    _asked: set[int] = field(default_factory=set)  # pids of ranks that have been asked to end
 
     def run(self) -> int:
         """Returns 0 if the training came to its end; else the exit code of a particle that was stopped or failed."""
@@ -139,7 +139,7 @@ class Supervisor:
         if code == 0:
             _say(f"{child.name} has finished")
         elif code == EXIT_PREEMPTED and self._stop_by is None:
-            _say(f"{child.name} was told to end, and has left the swarm")
+            _say(f"{child.name} was asked to end, and has left the swarm")
         elif self._stop_by is not None:
             _say(f"{child.name} has ended with {reason(code)}")
         elif any(other.code == 0 for other in self._children.values()):

@@ -18,15 +18,16 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ds_pso.distributed.local_group import local_device
 from ds_pso.errors import ConfigError
-from ds_pso.session.parts import SwarmState
+from ds_pso.session.session import Session
 from ds_pso.shards import Segment, Shards, find_shards
 from ds_pso.utils.atomic_io import move_files
 
 Choice = Literal["consensus", "best"]
 
 
-def export(swarm: SwarmState, folder: Path, which: Choice = "consensus", tokenizer: Any = None) -> Path:
+def export(session: Session, folder: Path, which: Choice = "consensus", tokenizer: Any = None) -> Path:
     """Write the model to ``folder``; ``from_pretrained(folder)`` opens it. Called on all ranks.
 
     Files of the same names are replaced; whatever else is in the folder stays.
@@ -38,17 +39,17 @@ def export(swarm: SwarmState, folder: Path, which: Choice = "consensus", tokeniz
     """
     if which not in ("consensus", "best"):
         raise ConfigError(f'export which = {which!r}: must be "consensus" or "best"')
-    if swarm.synchronizer is not None:
-        shards = swarm.synchronizer.shards
-        tensors, buffers = swarm.synchronizer.consensus.collect(which)
+    if session.synchronizer is not None:
+        shards = session.synchronizer.parts.shards
+        tensors, buffers = session.synchronizer.consensus.collect(which)
     else:
-        shards = find_shards(swarm.engine)
+        shards = find_shards(session.engine)
         tensors, buffers = shards.tensors, [buffer for _, buffer in shards.buffers()]
-    state_dict = _state_dict(swarm, shards, tensors, buffers)
-    with swarm.world.agree("exporting the model"):
-        if swarm.is_leader:
+    state_dict = _state_dict(session, shards, tensors, buffers)
+    with session.world.coordinator.agree("exporting the model"):
+        if session.is_leader:
             with replacing_model(folder) as temporary:
-                _write(swarm.engine.module, state_dict, temporary)
+                _write(session.engine.module, state_dict, temporary)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(temporary)
     return folder
@@ -83,23 +84,23 @@ def _decides(path: Path) -> int:
     return names.get(path.name, 0 if path.suffix == ".safetensors" else 1)
 
 
-def _state_dict(swarm: SwarmState, shards: Shards, tensors: list[Tensor], buffers: list[Tensor]) -> dict[str, Tensor]:
+def _state_dict(session: Session, shards: Shards, tensors: list[Tensor], buffers: list[Tensor]) -> dict[str, Tensor]:
     """The whole model in its working dtype on the leader; empty elsewhere."""
     state_dict: dict[str, Tensor] = {}
-    for name, tensor in _parameters(swarm, shards, tensors):
-        if swarm.is_leader:
+    for name, tensor in _parameters(session, shards, tensors):
+        if session.is_leader:
             state_dict[name] = tensor.cpu()
     for (name, buffer), values in zip(shards.buffers(), buffers, strict=True):
-        if swarm.is_leader:
+        if session.is_leader:
             state_dict[name] = values.view(buffer.shape).cpu()
-    if swarm.is_leader:
+    if session.is_leader:
         names = shards.module.state_dict().keys()
         counters = {name: b for name, b in shards.module.named_buffers() if not b.is_floating_point() and name in names}
         state_dict.update({name: buffer.cpu() for name, buffer in counters.items()})
     return state_dict
 
 
-def _parameters(swarm: SwarmState, shards: Shards, tensors: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _parameters(session: Session, shards: Shards, tensors: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Full parameters, one at a time, right on rank 0 of each particle."""
     pieces: dict[str, list[Segment]] = {}
     for segment in shards.segments:
@@ -110,11 +111,11 @@ def _parameters(swarm: SwarmState, shards: Shards, tensors: list[Tensor]) -> Ite
             yield name, _frozen(parameter)
             continue
         shape = getattr(parameter, "ds_shape", parameter.shape)
-        full = torch.zeros(shape.numel(), dtype=torch.float32, device=swarm.world.particle_device)
+        full = torch.zeros(shape.numel(), dtype=torch.float32, device=local_device())
         for s in pieces.get(name, []):
             values = tensors[s.shard][s.shard_start : s.shard_start + s.numel]
             full[s.param_start : s.param_start + s.numel].copy_(values)
-        if swarm.world.layout.particle_size > 1:
+        if session.world.layout.particle_size > 1:
             dist.reduce(full, 0)  # an element is zero on all ranks but its owner
         yield name, full.view(shape).to(parameter.dtype)
 

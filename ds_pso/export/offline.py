@@ -32,7 +32,8 @@ from ds_pso.rules import SyncPoint
 from ds_pso.shards import Segment
 from ds_pso.shards.base import square_of_norm
 from ds_pso.shards.replicated import equal_parts
-from ds_pso.sync.health import Health, Limits, judge
+from ds_pso.sync.fitness import ParticleReport
+from ds_pso.sync.health import Limits, judge
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,9 @@ def _weights(source: Path, particles: Sequence[_Particle | None], which: str | i
     """Of each particle in the model; they sum to one."""
     there = {i: particle for i, particle in enumerate(particles) if particle is not None}
     limits = Limits(norm=next(iter(there.values())).norm_limit)
-    reasons = judge([Health(particle.loss, 0.0, particle.norm(), math.nan) for particle in there.values()], limits)
+    reasons = judge(
+        [ParticleReport(particle.loss, 0, particle.norm(), math.nan) for particle in there.values()], limits
+    )
     left_out = {i for number, i in enumerate(there) if number in reasons}
     alive = tuple(i in there and i not in left_out for i in range(len(particles)))
     if not any(alive):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
+
+from ds_pso.metrics.records import SyncRecord
 
 _NUMBERS = (
     *("drift", "staleness", "next_interval"),
@@ -22,9 +23,10 @@ def give_each_a_folder(ds_config: dict[str, Any], particle: int) -> None:
             section["job_name"] = f"{section.get('job_name', 'DeepSpeedJobName')}/particle_{particle}"
 
 
-def events(record: Mapping[str, Any], samples: int) -> list[tuple[str, float, int]]:
+def events(record: SyncRecord, samples: int) -> list[tuple[str, float, int]]:
     """A record of a sync point as DeepSpeed's monitors want it: (name, value, samples so far)."""
-    found = [(f"Swarm/{name}", record[name]) for name in _NUMBERS if record.get(name) is not None]
+    values = record.to_json()
+    found = [(f"Swarm/{name}", values[name]) for name in _NUMBERS if values.get(name) is not None]
     for key, name in _OF_PARTICLES.items():
-        found += [(f"Swarm/{name}/particle_{i}", value) for i, value in enumerate(record.get(key) or ())]
+        found += [(f"Swarm/{name}/particle_{i}", value) for i, value in enumerate(values.get(key) or ())]
     return [(name, float(value), samples) for name, value in found if math.isfinite(value)]

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-_OPTIONAL = ("left_out", "repeated", "lr_factors", "present", "recovered", "fragments_staleness", "fragments_s")
-_STREAMED = ("fragment", "abandoned")
+_OPTIONAL = ("left_out", "repeated", "lr_factors", "fragments_staleness", "fragments_s")
+_UNSET = ("present", "recovered", "fragment", "abandoned")
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class SyncRecord:
     bandwidth_mbit_s: float = math.nan
     repeated: int = 0
     lr_factors: Sequence[float] = ()
-    present: Sequence[int] = ()
-    recovered: Sequence[int] = ()
+    present: Sequence[int] | None = None
+    recovered: Sequence[int] | None = None
     fragment: int | None = None
     abandoned: bool | None = None
     fragments_staleness: Sequence[int] = ()
@@ -68,5 +68,5 @@ class SyncRecord:
     def to_json(self) -> dict[str, Any]:
         """Return it flat, without what has no meaning here; NaN stays NaN."""
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "note"}
-        unset = {name for name in _OPTIONAL if not values[name]} | {name for name in _STREAMED if values[name] is None}
+        unset = {name for name in _OPTIONAL if not values[name]} | {name for name in _UNSET if values[name] is None}
         return {name: value for name, value in values.items() if name not in unset} | dict(self.note)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from ds_pso.sync.health import Health
 
 
 class FitnessWindow:
@@ -44,7 +43,7 @@ class FitnessWindow:
         self._sum, self.count, self.steps = total, count, steps
 
     def give_back(self, total: float, count: int, steps: int) -> None:
-        """Count again what ``state`` said before the window was emptied."""
+        """Count again what ``state`` returned before the window was emptied."""
         self.restore(self.total + total, self.count + count, self.steps + steps)
 
     def clear_losses(self) -> None:
@@ -54,15 +53,93 @@ class FitnessWindow:
         self.restore(0.0, 0, 0)
 
 
-def combine(rows: Sequence[Sequence[float]]) -> Health:
-    """Reduce (sum of losses, number of losses, sum of the squares of the weights, first loss) of a particle's ranks.
+@dataclass(frozen=True)
+class RankReport:
+    """The part of one rank in a ``ParticleReport``; travels inside the particle as a row of float64.
 
-    Returns:
-        The mean loss, NaN if there was none, the norm of all weights, and the mean of the first losses as the highest
-        so far. Rows are added in the order of ranks, so every rank computes the same bits.
+    Attributes:
+        loss_sum: of its micro-batches since the last sync.
+        num_losses: how many these were.
+        square_norm: sum of the squares of the weights and buffers that it holds.
+        first_loss: the first one of all; NaN if there was none.
+        step_s: seconds of an optimizer step; 0 if not known.
+        held_up_s: how long the last sync held training up.
     """
-    total = sum(row[0] for row in rows)
-    count = sum(row[1] for row in rows)
-    loss = total / count if count else math.nan
-    heard = float(count) if not count or math.isfinite(loss) else -1.0
-    return Health(loss, heard, math.sqrt(sum(row[2] for row in rows)), sum(row[3] for row in rows) / len(rows))
+
+    loss_sum: float
+    num_losses: float
+    square_norm: float
+    first_loss: float
+    step_s: float = 0.0
+    held_up_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class ParticleReport:
+    """A particle's fitness, health and pace, as it says them at a sync; travels as a row of seven float64.
+
+    Attributes:
+        loss: mean since the last sync; NaN if there is none.
+        num_losses: of how many it is the mean; 0: of none, and ``loss`` is older.
+        norm: of all weights and buffers; NaN or infinite if one of them is.
+        highest_loss: of those that the particle had at syncs before, and of its very first one.
+        steps: optimizer steps since the last sync.
+        step_s: seconds of an optimizer step on its slowest rank; 0 if not known.
+        held_up_s: how long the last sync held training up.
+        loss_is_finite: false if a loss was heard, and it is no number.
+        recovers: it has just taken over the state of another, and its numbers must not count.
+    """
+
+    loss: float
+    num_losses: int
+    norm: float
+    highest_loss: float
+    steps: int = 0
+    step_s: float = 0.0
+    held_up_s: float = 0.0
+    loss_is_finite: bool = True
+    recovers: bool = False
+
+    @classmethod
+    def of_recovering(cls) -> ParticleReport:
+        """Return the report of a particle that recovers."""
+        return cls(math.nan, 0, 0.0, math.nan, held_up_s=math.inf, recovers=True)
+
+    @classmethod
+    def unknown(cls) -> ParticleReport:
+        """Return the report of a particle of which nothing is known."""
+        return cls(math.nan, 0, 0.0, math.nan, held_up_s=math.inf)
+
+    @classmethod
+    def combined(cls, ranks: Sequence[RankReport], steps: int) -> ParticleReport:
+        """Reduce the reports of a particle's ranks, in their order, so that every rank computes the same bits.
+
+        The highest loss is the mean of the ranks' first ones.
+        """
+        total = sum(rank.loss_sum for rank in ranks)
+        count = sum(rank.num_losses for rank in ranks)
+        loss = total / count if count else math.nan
+        return cls(
+            loss,
+            int(count),
+            math.sqrt(sum(rank.square_norm for rank in ranks)),
+            sum(rank.first_loss for rank in ranks) / len(ranks),
+            steps,
+            max(rank.step_s for rank in ranks),
+            max(rank.held_up_s for rank in ranks),
+            loss_is_finite=not count or math.isfinite(loss),
+        )
+
+    def to_row(self) -> list[float]:
+        """Write it as float64."""
+        heard = -2.0 if self.recovers else float(self.num_losses) if self.loss_is_finite else -1.0
+        return [self.loss, heard, self.norm, self.highest_loss, float(self.steps), self.step_s, self.held_up_s]
+
+    @classmethod
+    def from_row(cls, row: Sequence[float]) -> ParticleReport:
+        """Read what ``to_row`` has written; NaN stand for a particle that is absent."""
+        loss, heard, norm, highest, steps, step_s, held_up_s = row
+        if math.isnan(heard):
+            return cls.unknown()
+        count = max(0, int(heard))
+        return cls(loss, count, norm, highest, int(steps), step_s, held_up_s, heard >= 0 or heard == -2, heard == -2)

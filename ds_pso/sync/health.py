@@ -1,4 +1,4 @@
-"""Which particles are left out of a sync point, and why: judged from a table that every rank holds alike."""
+"""The particles that are left out of a sync, and why: judged from a table that every rank holds alike."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+
+from ds_pso.metrics.records import SyncRecord
+from ds_pso.sync.fitness import ParticleReport
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How many times the median of the others is too much; None: nothing is."""
+    """Multiples of the median of the others that are too much; None: nothing is."""
 
     loss: float | None = 4.0
     norm: float | None = 10.0
@@ -20,26 +22,8 @@ class Limits:
 USUAL = Limits()
 
 
-@dataclass(frozen=True)
-class Health:
-    """What the ranks of a particle found together.
-
-    Attributes:
-        loss: NaN if there is none.
-        heard: of how many losses since the last sync point it is the mean; 0: of none, and ``loss`` is older;
-            -1: it is not finite.
-        norm: of all weights and buffers; NaN or infinite if one of them is.
-        highest: of the losses that the particle had at sync points before, and of its very first one.
-    """
-
-    loss: float
-    heard: float
-    norm: float
-    highest: float
-
-
-def judge(table: Sequence[Health], limits: Limits) -> dict[int, str]:
-    """Why each particle that must be left out must be.
+def judge(table: Sequence[ParticleReport], limits: Limits) -> dict[int, str]:
+    """Return why each particle that must be left out must be.
 
     What is not finite is; then whose norm is more than ``limits.norm`` times the median of the others'. Then whose
     loss is, with l_i the mean of n losses, h_i the highest so far of particle i or the median of these if that is
@@ -54,19 +38,19 @@ def judge(table: Sequence[Health], limits: Limits) -> dict[int, str]:
     are not compared.
     """
     reasons: dict[int, str] = {}
-    for i, health in enumerate(table):
-        ill = [what for what, well in _parts(health) if not well]
+    for i, report in enumerate(table):
+        ill = [what for what, well in _parts(report) if not well]
         if ill:
             reasons[i] = f"its {' and its '.join(ill)} not finite"
     living = [i for i in range(len(table)) if i not in reasons]
     norms = {i: table[i].norm for i in living}
     for i, others in _above(norms, limits.norm, dict.fromkeys(norms, 0.0)).items():
         reasons[i] = f"its weights' norm {norms[i]:.4g} is {norms[i] / others:.3g} times the others' {others:.4g}"
-    new = [i for i in living if i not in reasons and table[i].heard > 0]
-    highest = {i: table[i].highest for i in new if table[i].loss > 0 and table[i].highest > 0}
+    new = [i for i in living if i not in reasons and table[i].num_losses > 0]
+    highest = {i: table[i].highest_loss for i in new if table[i].loss > 0 and table[i].highest_loss > 0}
     usual = median(highest.values()) if highest else math.nan
     grown = {i: table[i].loss / max(high, usual) for i, high in highest.items()}
-    floors = {i: 1 / 2 + 16 / table[i].heard for i in grown}
+    floors = {i: 1 / 2 + 16 / table[i].num_losses for i in grown}
     for i, others in _above(grown, limits.loss, floors).items():
         reasons[i] = (
             f"its loss {table[i].loss:.4g} is {grown[i]:.3g} times the highest so far, the others' {others:.3g}"
@@ -74,12 +58,12 @@ def judge(table: Sequence[Health], limits: Limits) -> dict[int, str]:
     return reasons
 
 
-def _parts(health: Health) -> tuple[tuple[str, bool], ...]:
-    return ("loss is", health.heard >= 0), ("weights are", math.isfinite(health.norm))
+def _parts(report: ParticleReport) -> tuple[tuple[str, bool], ...]:
+    return ("loss is", report.loss_is_finite), ("weights are", math.isfinite(report.norm))
 
 
 def _above(values: Mapping[int, float], limit: float | None, floors: Mapping[int, float]) -> dict[int, float]:
-    """Whose value is above ``limit`` times the median of the others', and above its floor; with that median."""
+    """Return those above ``limit`` times the median of the others, and above their floor; with that median."""
     found: dict[int, float] = {}
     left = dict(values)
     while limit is not None and len(left) > 1:
@@ -92,15 +76,11 @@ def _above(values: Mapping[int, float], limit: float | None, floors: Mapping[int
     return found
 
 
-def warning(record: Mapping[str, Any], last: Mapping[str, Any]) -> str | None:
-    """One line about the particles that this sync point has left out, and the one before had not.
-
-    Args:
-        record, last: of the two, as they are logged; ``left_out`` is there if anybody was.
-    """
-    before = last.get("left_out", {})
-    new = {i: reason for i, reason in record.get("left_out", {}).items() if i not in before}
+def warning(record: SyncRecord, before: SyncRecord | None) -> str | None:
+    """Return one line about the particles that this sync has left out, and the one ``before`` had not."""
+    known = {} if before is None else before.left_out
+    new = {i: reason for i, reason in record.left_out.items() if i not in known}
     if not new:
         return None
     who = "; ".join(f"particle {i}: {reason}" for i, reason in new.items())
-    return f"sync point {record['sync']}: left out, and restarted from the others if any is well: {who}"
+    return f"sync point {record.sync}: left out, and restarted from the others if any is well: {who}"

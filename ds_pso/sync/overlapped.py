@@ -1,115 +1,241 @@
-"""Sync points in the background: begun after one step, and applied after later ones."""
+"""Syncs in the background: begun after one optimizer step, and applied after later ones."""
 
 from __future__ import annotations
 
+import math
 import threading
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
+from ds_pso.comm.collectives import Traffic
 from ds_pso.comm.exchange import fill
-from ds_pso.errors import SwarmError
+from ds_pso.errors import PeerError, SwarmError
+from ds_pso.metrics.records import SyncRecord
 from ds_pso.rules import SyncPoint
-from ds_pso.shards import replace
+from ds_pso.shards import replace as replace_all
 from ds_pso.shards.fragments import Fragment
-from ds_pso.sync.fitness import FitnessWindow
-from ds_pso.sync.parts import Meetings
-from ds_pso.sync.pending import Pending
+from ds_pso.sync.fitness import FitnessWindow, ParticleReport
+from ds_pso.sync.parts import UNKNOWN_PACE, Pace, SyncParts
+from ds_pso.sync.rollback import Snapshot, residuals, shared_state
+
+_SAVED = ("begun", "delay", "cut_into", "numbers", "applied", "held_up_s", "background_s")
+_ALSO_SAVED = ("broken_off", "lr_factors", "window", "distances", "arrived_s")
 
 
-class LateMeetings(Meetings):
-    """Works on copies of the shards, in a thread, while the particle's own ranks go on training."""
+@dataclass
+class PendingSync:
+    """A sync that goes on while training does.
 
-    def begin(self, window: FitnessWindow, step: int, delay: int) -> None:
-        """Meet the other particles in the background, and empty the window. Called alike on all ranks.
+    Attributes:
+        begun: optimizer step.
+        delay: steps until the last fragment is due.
+        cut_into: fragments that the shards consist of.
+        numbers: of those that are on their way.
+        movement: copies of the fragments' ranges, one after the other, and of the flat buffers, as they were at the
+            beginning. In the end: how far they shall move, or where they shall be if the particle was not alive; and
+            the mean of the buffers, which are statistics (a variance that was corrected could become negative).
+        applied: fragments.
+        record: what is known of the sync so far.
+        broken_off: a particle was lost, or needs the whole model: nothing comes of it.
+        window: what ``FitnessWindow.state`` said before it was emptied.
+        distances: see ``Assessor.distances``.
+        arrived_s: of each fragment, after the beginning.
+        held_up_s: for which training was held up, to begin it and to apply what has come.
+        settled_s: what ``Background.settled_s`` was at the beginning.
+        waited_s: what that has grown by in ``held_up_s``.
+        arrived: set when a fragment has come.
+    """
+
+    begun: int
+    delay: int
+    cut_into: int
+    numbers: Sequence[int]
+    movement: list[Tensor]
+    settled_s: float
+    record: SyncRecord
+    applied: int = 0
+    broken_off: bool = False
+    lr_factors: Sequence[float] = ()
+    window: Sequence[Any] = ()
+    distances: Sequence[float] = (0.0, 0.0)
+    pace: Pace = UNKNOWN_PACE
+    arrived_s: list[float] = field(default_factory=list)
+    held_up_s: float = 0.0
+    background_s: float = 0.0
+    waited_s: float = 0.0
+    arrived: list[threading.Event] = field(default_factory=list)
+
+    @property
+    def fragments(self) -> int:
+        """How many are on their way."""
+        return len(self.numbers)
+
+    @property
+    def is_void(self) -> bool:
+        """True if nothing is applied: broken off, or a fragment that has to wait for a sync of the whole model."""
+        return self.broken_off or bool(self.record.abandoned)
+
+    def due(self, fragment: int) -> int:
+        """Return the optimizer step after which a fragment is applied: spread over the delay."""
+        return self.begun + math.ceil(self.delay * (fragment + 1) / self.fragments)
+
+    def due_by(self, step: int) -> int:
+        """Return how many fragments are due."""
+        return sum(step >= self.due(fragment) for fragment in range(self.fragments))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all but the tensors, once the exchange is over; JSON values."""
+        values = {name: getattr(self, name) for name in (*_SAVED, *_ALSO_SAVED)}
+        return values | {"record": asdict(self.record), "pace": asdict(self.pace)}
+
+
+class Overlap:
+    """Works on copies of the shards, in a thread, while the particle's own ranks go on training.
+
+    Attributes:
+        pending: the sync that is on its way, if one is.
+        needs_whole: a sync came to nothing, so that the next one is of the whole model, and waited for.
+    """
+
+    def __init__(self, parts: SyncParts) -> None:
+        self._parts = parts
+        self.pending: PendingSync | None = None
+        self.needs_whole = False
+
+    def begin(self, window: FitnessWindow, step: int) -> None:
+        """Begin to exchange in the background, and empty the window. Called alike on all ranks.
 
         Args:
-            step: the optimizer step that has just been made.
-            delay: ``advance`` will be called after each of so many following steps.
+            step: the optimizer step that has just been made; ``advance`` is to be called after the following ones.
 
         Raises:
-            SwarmError: as ``sync`` does.
+            As ``Synchronizer.sync`` does.
         """
         assert self.pending is None, "finish what is pending first"
-        self.shards.check_present()
+        parts, options = self._parts, self._parts.options
+        parts.shards.check_present()
         begin = time.perf_counter()
-        self.schedule.begin(step)
-        self._wait_for(self.world.layout.local_ranks)
-        self.shards.zero_padding()
-        numbers = list(range(self.fragments))
-        if self.streaming:
-            numbers = [(step // self.schedule.interval - 1) % self.fragments]
-        row, losses = self._own_row(window), window.state()
+        parts.schedule.begin(step)
+        parts.membership.wait_for_local_ranks()
+        parts.shards.zero_padding()
+        numbers: Sequence[int] = range(options.fragments)
+        if options.streaming:
+            numbers = [parts.schedule.fragment_at(step, options.fragments)]
+        report, losses = parts.report(window), window.state()
         window.clear()
-        pending = self.pending = Pending(step, delay, self.fragments, numbers, [], settled_s=self.world.settled_s)
-        pending.movement, pending.window = [t.clone() for t in self._touched(pending)], losses
-        pending.arrived = [threading.Event() for _ in range(pending.fragments)]
+        pending = self.pending = PendingSync(
+            step,
+            options.delay,
+            options.fragments,
+            list(numbers),
+            [],
+            settled_s=parts.world.background.settled_s,
+            record=SyncRecord(parts.assessor.index, (), ()),
+            window=losses,
+            arrived=[threading.Event() for _ in numbers],
+        )
+        pending.movement = [t.clone() for t in self._touched(pending)]
         pending.held_up_s = time.perf_counter() - begin
-        self.world.in_background(lambda: self._meet(pending, row))
+        parts.world.background.run(lambda: self._exchange(pending, report))
 
-    def _meet(self, pending: Pending, row: list[float]) -> None:
-        """What peers do together, on copies of the shards; the particle's own ranks are busy training."""
-        begin, traffic = time.perf_counter(), self._traffic()
-        waited = self._wait_for(self.world.layout.peers)
-        point = self.assessor.of_all(row, self.schedule.progress(pending.begun))
-        pending.pace = self._pace()
-        # Whoever waits for the first fragment reads it.
-        pending.record = self.assessor.record_of(point) | {"waited_s": waited}
-        if self.streaming:
-            pending.record |= {"fragment": pending.numbers[0], "abandoned": not all(point.alive)}
-        if any(point.alive) and not pending.record.get("abandoned"):
-            self.is_torn = True
-            pending.record |= self._move(pending, point, begin)
-            self.is_torn = False
-        pending.record |= self._traffic_since(traffic)
+    def _exchange(self, pending: PendingSync, report: ParticleReport) -> None:
+        """Do in the background what peers do together; the particle's own ranks are busy training."""
+        parts, membership, updater = self._parts, self._parts.membership, self._parts.updater
+        begin, before = time.perf_counter(), parts.exchange.traffic()
+        memories, step_s, highest = list(parts.memories), parts.assessor.step_s, parts.assessor.highest_loss
+        snapshot = Snapshot([*shared_state(updater), *residuals(updater)]) if membership.can_fail else None
+        error = None
+        try:
+            quorum = membership.start_quorum(parts.assessor.index, in_background=True)
+            if quorum.recovering or quorum.overdue or quorum.is_mixed:
+                self._break_off(pending, before)
+                return
+            point = parts.assessor.gather(report, parts.schedule.progress(pending.begun))
+            pending.pace = parts.pace()
+            # Whoever waits for the first fragment reads it.
+            pending.record = replace(parts.record_of(point), waited_s=membership.waited_s)
+            if membership.can_fail:
+                pending.record = replace(pending.record, present=quorum.present, recovered=())
+            if parts.options.streaming:
+                abandoned = not all(point.alive)
+                pending.record = replace(pending.record, fragment=pending.numbers[0], abandoned=abandoned)
+            if any(point.alive) and not pending.is_void:
+                parts.is_torn = True
+                note = self._move(pending, point, begin)
+                parts.is_torn = False
+                pending.record = replace(pending.record, note=note)
+        except PeerError as failure:
+            error = failure
+        if not membership.should_commit(error):
+            assert snapshot is not None
+            snapshot.restore()
+            parts.memories, parts.is_torn = memories, False
+            parts.assessor.step_s, parts.assessor.highest_loss = step_s, highest
+            self._break_off(pending, before)
+            return
+        pending.record = replace(pending.record, **parts.traffic_since(before))
         pending.background_s = time.perf_counter() - begin
 
-    def _move(self, pending: Pending, point: SyncPoint, begin: float) -> dict[str, Any]:
-        """Turn the copies into what ``Pending.movement`` says, one fragment after the other.
+    def _break_off(self, pending: PendingSync, before: Traffic) -> None:
+        """Let nothing come of it. The whole model is synced next."""
+        parts = self._parts
+        alive = [particle in parts.exchange.present for particle in range(parts.exchange.num_particles)]
+        record = SyncRecord(parts.assessor.index, parts.assessor.losses, alive, waited_s=parts.membership.waited_s)
+        pending.record = replace(record, **parts.traffic_since(before))
+        # Some ranks may have seen more of it than others: the schedule learns nothing from it.
+        pending.broken_off, pending.distances, pending.pace, pending.lr_factors = True, (0.0, 0.0), UNKNOWN_PACE, ()
+
+    def _move(self, pending: PendingSync, point: SyncPoint, begin: float) -> Mapping[str, Any]:
+        """Turn the copies into what ``PendingSync.movement`` says, one fragment after the other.
 
         Returns:
-            What to log of it.
+            What the rule noted.
         """
+        parts = self._parts
         copies, buffers = self._split(pending)
-        fill(buffers, self.exchange.weighted_mean(buffers, point.mean_weights()))
-        memory = pending.numbers[0] if self.streaming else 0
-        plan = self.rule.plan(point, self.memories[memory])
+        fill(buffers, parts.exchange.weighted_mean(buffers, point.mean_weights()))
+        memory = pending.numbers[0] if parts.options.streaming else 0
+        plan = parts.rule.plan(point, parts.memories[memory])
         if plan.score:
             raise SwarmError(
                 "swarm.delay: the rule scores weights before it settles, and training has gone on meanwhile; let its "
-                "uses_probe be true, so that this is told at once, or use 0",
+                "uses_probe be true, so that this is said at once, or use 0",
                 agreed=True,
             )
-        note, squares = {}, []
+        note: Mapping[str, Any] = {}
+        squares = []
         for fragment, own, arrived in zip(self._fragments_of(pending), copies, pending.arrived, strict=True):
-            updater = self.updater.of(fragment)
-            note = updater.displace(plan, own, alive=point.alive[self.exchange.particle])
+            updater = parts.updater.of(fragment)
+            note = updater.displace(plan, own, alive=point.alive[parts.exchange.particle])
             squares.append(updater.take_distance())
             pending.arrived_s.append(time.perf_counter() - begin)
             arrived.set()
-        self.memories[memory] = plan.memory
+        parts.memories[memory] = plan.memory
         pending.lr_factors = plan.lr_factors
-        pending.apart = self._apart(squares, point)
+        pending.distances = parts.assessor.distances([sum(column) for column in zip(*squares, strict=True)], point)
         return note
 
-    def _fragments_of(self, pending: Pending) -> list[Fragment]:
-        return [self._cut(pending.cut_into)[number] for number in pending.numbers]
+    def _fragments_of(self, pending: PendingSync) -> list[Fragment]:
+        return [self._parts.fragments(pending.cut_into)[number] for number in pending.numbers]
 
-    def _touched(self, pending: Pending) -> list[Tensor]:
-        """What the sync point is about, in the order of ``Pending.movement``."""
-        shards = self.shards.tensors
+    def _touched(self, pending: PendingSync) -> list[Tensor]:
+        """Return what the sync is about, in the order of ``PendingSync.movement``."""
+        shards = self._parts.shards.tensors
         ranges = [r.of(shards) for fragment in self._fragments_of(pending) for r in fragment]
-        return [*ranges, *(buffer.reshape(-1) for _, buffer in self.shards.buffers())]
+        return [*ranges, *(buffer.reshape(-1) for _, buffer in self._parts.shards.buffers())]
 
-    def _split(self, pending: Pending) -> tuple[list[list[Tensor]], list[Tensor]]:
-        """``Pending.movement``: of each fragment the tensors of its ranges; and those of the buffers."""
+    def _split(self, pending: PendingSync) -> tuple[list[list[Tensor]], list[Tensor]]:
+        """Split ``PendingSync.movement``: of each fragment the tensors of its ranges; and those of the buffers."""
         tensors = iter(pending.movement)
         ranges = [[next(tensors) for _ in fragment] for fragment in self._fragments_of(pending)]
         return ranges, list(tensors)
 
-    def advance(self, window: FitnessWindow, step: int, *, to_the_end: bool = False) -> dict[str, Any] | None:
-        """Apply what is due of the meeting that was begun, and wait for it if need be. Called alike on all ranks.
+    def advance(self, window: FitnessWindow, step: int, *, to_the_end: bool = False) -> SyncRecord | None:
+        """Apply what is due of the pending sync, and wait for it if need be. Called alike on all ranks.
 
         The correction of multi-step delayed updates: x <- result + (x now - x when it began).
 
@@ -120,56 +246,63 @@ class LateMeetings(Meetings):
             to_the_end: also what is not due yet.
 
         Returns:
-            What to log of it, once all is applied.
+            The record, once all is applied.
 
         Raises:
-            As ``sync`` does.
+            As ``Synchronizer.sync`` does.
         """
-        self.shards.check_present()
-        begin, pending = time.perf_counter(), self.pending
-        assert pending is not None
+        pending = self.pending
+        if pending is None:
+            return None
+        parts, background = self._parts, self._parts.world.background
+        parts.shards.check_present()
+        begin = time.perf_counter()
         end = pending.fragments if to_the_end else pending.due_by(step)
         if end == 0:
             return None
-        settled_before = self.world.settled_s
+        settled_before = background.settled_s
         if pending.arrived and end < pending.fragments:
-            self.world.wait_for_task(pending.arrived[end - 1])
+            background.wait(pending.arrived[end - 1])
         else:
-            self.world.settle()
-        if pending.record.get("abandoned"):
+            background.settle()
+        if pending.is_void:
             window.give_back(*pending.window)
             self.needs_whole = True
         elif pending.applied < end:
             self._apply(pending, end, window)
-            self.shards.publish()
-        pending.waited_s += self.world.settled_s - settled_before
+            parts.shards.publish()
+        pending.waited_s += background.settled_s - settled_before
         if end < pending.fragments:
             pending.held_up_s += time.perf_counter() - begin
             return None
 
         self.pending = None
-        self.assessor.losses = tuple(pending.record["losses"])
-        drift = self.assessor.drift(pending.apart)
-        waited = self.world.settled_s - pending.settled_s
-        # An evaluation or a checkpoint may have had to wait for it before.
-        seconds = pending.held_up_s + waited - pending.waited_s + time.perf_counter() - begin
-        overlapped = max(0.0, pending.background_s - waited)
-        self.totals.overlapped_s += overlapped
-        staleness, pace = step - pending.begun, (pending.pace[0], pending.pace[1])
-        record = self._conclude(pending.record, pending.begun, drift, pace, staleness=staleness, seconds=seconds)
+        parts.assessor.losses = tuple(pending.record.losses)
+        waited = background.settled_s - pending.settled_s
+        due: Sequence[int] = ()
         if pending.fragments > 1:
             due = [min(step, pending.due(fragment)) - pending.begun for fragment in range(pending.fragments)]
-            record |= {"fragments_staleness": due, "fragments_s": pending.arrived_s}
-        return record | {"overlapped_s": overlapped}
+        record = replace(
+            pending.record,
+            drift=parts.assessor.drift(pending.distances),
+            staleness=step - pending.begun,
+            # An evaluation or a checkpoint may have had to wait for it before.
+            seconds=pending.held_up_s + waited - pending.waited_s + time.perf_counter() - begin,
+            overlapped_s=max(0.0, pending.background_s - waited),
+            fragments_staleness=due,
+            fragments_s=pending.arrived_s if due else (),
+        )
+        # Where it was broken off, others may have got through: then this particle recovers next.
+        return parts.conclude(record, pending.begun, pending.pace, counts=not pending.broken_off)
 
-    def _apply(self, pending: Pending, end: int, window: FitnessWindow) -> None:
+    def _apply(self, pending: PendingSync, end: int, window: FitnessWindow) -> None:
         """Make the movement of the fragments before ``end``, and with the last one what is not theirs."""
-        me, shards = self.exchange.particle, self.shards.tensors
+        parts, me = self._parts, self._parts.exchange.particle
+        shards, alive = parts.shards.tensors, pending.record.alive
         moved, mean = self._split(pending)
-        alive = pending.record["alive"]
         if not alive[me]:
             # Half a particle would not live either.
-            self.world.settle()
+            parts.world.background.settle()
             end = pending.fragments
             window.clear_losses()
         if any(alive):
@@ -181,11 +314,29 @@ class LateMeetings(Meetings):
                     else:
                         r.of(shards).copy_(movement)
         if any(alive) and end == pending.fragments:
-            with self.shards.flat_buffers() as buffers:
-                replace(buffers, mean)
+            with parts.shards.flat_buffers() as buffers:
+                replace_all(buffers, mean)
             if pending.lr_factors:
-                self.shards.lr_factor = pending.lr_factors[me]
-                pending.record["lr_factors"] = pending.lr_factors
-            if self.optimizer_state == "reset" or not alive[me]:
-                self.shards.reset_optimizer_state()
+                parts.shards.lr_factor = pending.lr_factors[me]
+                pending.record = replace(pending.record, lr_factors=pending.lr_factors)
+            if parts.options.optimizer_state == "reset" or not alive[me]:
+                parts.shards.reset_optimizer_state()
         pending.applied = end
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return what is pending, without its tensors; JSON values."""
+        return None if self.pending is None else self.pending.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any] | None, movement: Sequence[Tensor] = ()) -> None:
+        """Go on from there.
+
+        Args:
+            movement: see ``PendingSync``.
+        """
+        self.pending = None
+        if not state:
+            return
+        state = {**state, "record": SyncRecord(**state["record"]), "pace": Pace(**state["pace"])}
+        pending = PendingSync(movement=[], settled_s=self._parts.world.background.settled_s, **state)
+        pending.movement = [values.to(t) for t, values in zip(self._touched(pending), movement, strict=True)]
+        self.pending = pending

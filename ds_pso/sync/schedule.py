@@ -1,4 +1,4 @@
-"""When the particles meet: the optimizer steps after which there is a sync point."""
+"""The optimizer steps after which there is a sync point."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ class ScheduleConfig(StrictModel):
         description="The interval stays `sync_interval`; or begins with it and follows the drift between the "
         "particles; or follows the clock.",
     )
-    warmup_steps: int = Field(default=0, ge=0, description="Meet after each of the first so many optimizer steps.")
+    warmup_steps: int = Field(default=0, ge=0, description="Sync after each of the first so many optimizer steps.")
     min_interval: int = Field(default=1, ge=1, description="Fewest steps between two sync points, after the warm-up.")
     max_interval: int = Field(default=1024, ge=1, description="Most steps between two sync points.")
     drift: float = Field(
         default=0.1,
         gt=0,
-        description="`adaptive`: how far the particles shall be apart when they meet: root mean square of their "
+        description="`adaptive`: how far the particles shall be apart at a sync point: root mean square of their "
         "distances to what they receive, relative to its norm.",
     )
     compute_share: float = Field(
         default=0.9,
         ge=0,
         lt=1,
-        description="`adaptive`: never meet so often that less than this share of the time is left for training; "
+        description="`adaptive`: never sync so often that less than this share of the time is left for training; "
         "0: however long it takes.",
     )
     seconds: float = Field(
@@ -59,13 +59,13 @@ class ScheduleConfig(StrictModel):
         return self
 
     def resolved(self) -> dict[str, Any]:
-        """What has a meaning, every default filled in, as JSON types."""
+        """Return what has a meaning with this type, every default filled in, as JSON types."""
         return self.model_dump(mode="json", include={"type"} | _OF_TYPE[self.type])
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What a sync point has shown; the same numbers on every rank of the swarm."""
+    """Measurements of a sync; the same numbers on every rank of the swarm."""
 
     drift: float  # see ScheduleConfig.drift
     step_s: float  # seconds of an optimizer step, of the slowest particle; NaN if not known
@@ -73,7 +73,7 @@ class Observed:
 
 
 class Schedule:
-    """A fixed interval, after a warm-up in which the particles meet at every step.
+    """A fixed interval, after a warm-up in which the particles sync after every step.
 
     Every rank asks with the same numbers and gets the same answers; nothing here communicates.
     """
@@ -82,10 +82,10 @@ class Schedule:
         self.options = options
         self.interval = interval
         self.total_steps = total_steps
-        self._begun = 0  # the step of the last sync point
+        self._begun = 0  # the step of the last sync
 
     def is_due(self, step: int) -> bool:
-        """Whether the particles meet after optimizer step ``step``, counted from 1."""
+        """True if there is a sync point after optimizer step ``step``, counted from 1."""
         return step <= self.options.warmup_steps or step % self.interval == 0
 
     def next_after(self, step: int) -> int:
@@ -116,14 +116,19 @@ class Schedule:
         return min(1.0, step / self.last) if self.last else None
 
     def in_warmup(self, step: int) -> bool:
+        """True while the particles sync after every step."""
         return step <= self.options.warmup_steps
 
+    def fragment_at(self, step: int, fragments: int) -> int:
+        """Return the number of the fragment whose turn it is after ``step``, where they sync one after another."""
+        return (step // self.interval - 1) % fragments
+
     def begin(self, step: int) -> None:
-        """The particles begin to meet after ``step``."""
+        """Take note that a sync begins after ``step``."""
         self._begun = step
 
     def observe(self, observed: Observed) -> None:
-        """What the last sync point has shown."""
+        """Learn from the last sync."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"begun": self._begun}
@@ -185,7 +190,7 @@ class VaryingSchedule(Schedule, ABC):
 class AdaptiveSchedule(VaryingSchedule):
     """Longer while the particles stay together, shorter where they drift apart; never so short that it costs too much.
 
-    n <- max(n clip(target / drift, 1/2, 2), the n with which meeting takes no more than 1 - compute_share).
+    n <- max(n clip(target / drift, 1/2, 2), the n with which syncs take no more than 1 - compute_share).
     """
 
     def _wish(self, observed: Observed) -> float:
@@ -199,7 +204,7 @@ class AdaptiveSchedule(VaryingSchedule):
 
 
 class WallTimeSchedule(VaryingSchedule):
-    """As many steps as the slowest particle makes in so many seconds."""
+    """An interval of as many steps as the slowest particle makes in so many seconds."""
 
     def _wish(self, observed: Observed) -> float:
         return self.options.seconds / observed.step_s if observed.step_s > 0 else self._wanted

@@ -1,177 +1,325 @@
-"""Sync points that training waits for: agree on fitness, plan, exchange, update, publish. And what is saved of all."""
+"""The order of things at a sync: a quorum, recovery, agreement on fitness, the rule, a commit, and the new weights."""
 
 from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from ds_pso.comm.exchange import fill
-from ds_pso.distributed.mailbox import Mailbox
+from ds_pso.distributed.membership import Quorum
+from ds_pso.errors import PeerError
+from ds_pso.metrics.records import SyncRecord
 from ds_pso.rules import SyncPoint
-from ds_pso.shards import replace
-from ds_pso.sync.fitness import FitnessWindow
-from ds_pso.sync.overlapped import LateMeetings
-from ds_pso.sync.parts import SyncTotals
-from ds_pso.sync.pending import Pending
+from ds_pso.sync.consensus import Consensus
+from ds_pso.sync.fitness import FitnessWindow, ParticleReport
+from ds_pso.sync.gossip import Gossip
+from ds_pso.sync.overlapped import Overlap
+from ds_pso.sync.parts import SyncParts, SyncTotals
+from ds_pso.sync.progress import TrainingProgress
+from ds_pso.sync.recovery import Recovery
+from ds_pso.sync.rollback import Snapshot, residuals, shared_state
+
+_ATTEMPTS = 20  # each without somebody who was lost in the one before
+_PAUSE_S = 0.2
 
 
-class Synchronizer(LateMeetings):
-    """Knows the order of things at a sync point; leaves each of them to its own layer."""
+@dataclass
+class _Attempt:
+    """A sync that this rank has got through, and that has still to be committed.
 
-    def sync(self, window: FitnessWindow, step: int) -> dict[str, Any]:
-        """Meet the other particles, and empty the window. Called alike on all ranks.
+    Attributes:
+        quorum: None where nobody waits for the others.
+        point: None at the start of a swarm.
+        resets: whether the optimizer's moments begin anew.
+        distances: see ``Assessor.distances``.
+    """
+
+    step: int
+    quorum: Quorum | None = None
+    point: SyncPoint | None = None
+    note: Mapping[str, Any] = field(default_factory=dict)
+    lr_factors: Sequence[float] = ()
+    resets: bool = False
+    distances: Sequence[float] = (0.0, 0.0)
+
+
+class Synchronizer:
+    """Syncs this rank with its peers. It knows the order of things, and leaves each of them to a part.
+
+    Attributes:
+        parts: what the kinds of sync share.
+        overlap: syncs in the background.
+        recovery: gives state to particles that lack it.
+        gossip: syncs that wait for nobody; None: the rule waits.
+        consensus: the model that the particles are together.
+    """
+
+    def __init__(self, parts: SyncParts, progress: TrainingProgress) -> None:
+        self.parts = parts
+        self.overlap = Overlap(parts)
+        self.recovery = Recovery(parts, progress, self)
+        self.consensus = Consensus(parts)
+        self.gossip: Gossip | None = None
+
+    def start(self, window: FitnessWindow, step: int) -> None:
+        """Take part in the swarm: begin with the weights of particle 0, or with the state of one that is running.
+
+        Called alike on all ranks.
+
+        Raises:
+            SwarmError: the particles hold different models.
+            PeerError: somebody did not come.
+        """
+        parts = self.parts
+        parts.membership.introduce(parts.shards.fingerprint(), parts.options.section)
+        self._sync(window, step)
+        if parts.rule.max_staleness is not None:
+            self.gossip = Gossip(parts, parts.world.open_mailbox(), parts.rule.max_staleness)
+
+    def after_step(self, window: FitnessWindow, step: int) -> list[SyncRecord]:
+        """Do what is due after an optimizer step; returns the records of the syncs that have ended.
+
+        Raises:
+            As ``sync`` does.
+        """
+        parts, overlap = self.parts, self.overlap
+        parts.timer.tick()
+        parts.membership.heartbeat()
+        records = [overlap.advance(window, step)]
+        if overlap.needs_whole or parts.schedule.is_due(step):
+            # After resuming with a shorter interval it may begin before the last one is due.
+            records.append(overlap.advance(window, step, to_the_end=True))
+            if self._waits(step):
+                records.append(self.sync(window, step))
+            else:
+                overlap.begin(window, step)
+        parts.timer.skip()
+        return [record for record in records if record is not None]
+
+    def _waits(self, step: int) -> bool:
+        parts = self.parts
+        if parts.options.delay == 0 or self.overlap.needs_whole:
+            return True
+        return parts.schedule.in_warmup(step) or parts.schedule.progress(step) == 1
+
+    def sync(self, window: FitnessWindow, step: int) -> SyncRecord:
+        """Sync now, while training waits, and empty the window. Called alike on all ranks.
+
+        Where a particle is lost meanwhile, and the membership allows it, those who are left try again.
 
         Args:
             step: the optimizer step that has just been made.
 
-        Returns:
-            What to log of it.
-
         Raises:
-            PeerError: somebody did not come within the timeout; names who.
+            PeerError: somebody did not come within the timeout, and names who; or too few particles are left.
             SwarmError: the shards were offloaded, or the rule needs a loss and saw none.
         """
-        assert self.pending is None, "finish what is pending first"
-        self.shards.check_present()
-        begin, traffic = time.perf_counter(), self._traffic()
-        self.schedule.begin(step)
-        self.needs_whole = False
-        # Mates too: a frozen one would be waited for without a word inside the particle.
-        waited = self._wait_for(self.world.layout.peers, together=True) if self._mailbox is None else 0.0
-        self.shards.zero_padding()
-        mine = self._own_row(window)
-        count = self.assessor.of_all if self._mailbox is None else self.assessor.of_one
-        point = count(mine, self.schedule.progress(step))
-        note: dict[str, Any] = {}
-        apart: Sequence[float] = (0.0, 0.0)
-        if self._mailbox is not None:
-            note = self._take_message(self._mailbox, point)
-            apart = self.updater.take_distance()  # of this particle alone
-        elif any(point.alive):
-            self.is_torn = True
-            note, apart = self._follow_rule(point)
-            self.is_torn = False
-        self._publish()
-        window.clear()
-        self.assessor.losses = point.fitness
-        drift = self.assessor.drift(apart)
-        record = self.assessor.record_of(point) | note | {"waited_s": waited, **self._traffic_since(traffic)}
-        seconds = time.perf_counter() - begin
-        return self._conclude(record, step, drift, self._pace(), staleness=0, seconds=seconds)
+        assert self.overlap.pending is None, "finish what is pending first"
+        record = self._sync(window, step)
+        assert record is not None, "the swarm has started"
+        return record
 
-    def _follow_rule(self, point: SyncPoint) -> tuple[dict[str, Any], Sequence[float]]:
-        """Carry out the rule's plans, one after the other; returns what to log of them, and what ``_apart`` says."""
-        self._average_buffers(point)
-        shards, note, distances = self.shards.tensors, dict[str, Any](), []
-        parts = [(self.updater, shards)]
-        if self.streaming:
-            parts = [(self.updater.of(part), [r.of(shards) for r in part]) for part in self._cut(self.fragments)]
-        for number, (updater, x) in enumerate(parts):
-            plan = self.rule.plan(point, self.memories[number])
+    def _sync(self, window: FitnessWindow, step: int) -> SyncRecord | None:
+        """Return the record; None at the start of a swarm, when all take the weights of one."""
+        parts, membership = self.parts, self.parts.membership
+        for _ in range(_ATTEMPTS):
+            snapshot = Snapshot(self._all_tensors(), window, self.state_dict()) if membership.can_fail else None
+            begin, before = time.perf_counter(), parts.exchange.traffic()
+            attempt, error = _Attempt(step), None
+            try:
+                self._try(attempt, window)
+            except PeerError as failure:
+                error = failure
+            if membership.should_commit(error):
+                record = self._commit(attempt, window)
+                if record is None:
+                    return None
+                seconds = time.perf_counter() - begin
+                record = replace(record, seconds=seconds, **parts.traffic_since(before))
+                return parts.conclude(record, attempt.step, parts.pace())
+            assert snapshot is not None
+            self._roll_back(snapshot, error)
+        raise PeerError(
+            f"particle {parts.exchange.particle}: {_ATTEMPTS} attempts to sync have failed, each because a particle "
+            "was lost meanwhile; look at the network and at the logs of the others",
+            agreed=True,
+        )
+
+    def _try(self, attempt: _Attempt, window: FitnessWindow) -> None:
+        parts = self.parts
+        parts.shards.check_present()
+        parts.shards.zero_padding()
+        if self.gossip is None:
+            quorum = attempt.quorum = self._start_quorum()
+            self.recovery.recover(quorum, window)
+            attempt.step = self.recovery.step(attempt.step)
+            if quorum.is_start:
+                return
+        self.overlap.needs_whole = False
+        parts.schedule.begin(attempt.step)
+        done = parts.schedule.progress(attempt.step)
+        if self.gossip is not None:
+            point = attempt.point = parts.assessor.alone(parts.report(window), done)
+            attempt.note = self.gossip.sync(point)
+            attempt.distances = parts.updater.take_distance()  # of this particle alone
+            return
+        recovers = parts.exchange.particle in quorum.recovering
+        report = ParticleReport.of_recovering() if recovers else parts.report(window)
+        point = attempt.point = parts.assessor.gather(report, done)
+        if any(point.alive):
+            parts.is_torn = True
+            self._follow_rule(attempt, point)
+            parts.is_torn = False
+
+    def _start_quorum(self) -> Quorum:
+        parts = self.parts
+        quorum = parts.membership.start_quorum(parts.assessor.index)
+        while quorum.is_mixed:  # the others have learned from it that somebody waits
+            time.sleep(_PAUSE_S)
+            quorum = parts.membership.start_quorum(parts.assessor.index)
+        return quorum
+
+    def _follow_rule(self, attempt: _Attempt, point: SyncPoint) -> None:
+        """Carry out the rule's plans, one after the other."""
+        parts, options, note, distances = self.parts, self.parts.options, dict[str, Any](), []
+        # Statistics are no parameters: whatever the rule, they become the mean of the living.
+        with parts.shards.flat_buffers() as buffers:
+            fill(buffers, parts.exchange.weighted_mean(buffers, point.mean_weights()))
+        shards = parts.shards.tensors
+        pieces = [(parts.updater, shards)]
+        if options.streaming:
+            fragments = parts.fragments(options.fragments)
+            pieces = [(parts.updater.of(fragment), [r.of(shards) for r in fragment]) for fragment in fragments]
+        for number, (updater, x) in enumerate(pieces):
+            plan = parts.rule.plan(point, parts.memories[number])
             note |= updater.carry_out(plan, x)
             while plan.score:
-                self._publish(tentative=True)
-                plan = self.rule.proceed(plan, self.assessor.score())
+                parts.membership.confirm_local_ranks()
+                parts.shards.publish()
+                plan = parts.rule.proceed(plan, parts.assessor.score())
                 note |= updater.carry_out(plan, x)
             updater.agree_on(x)
-            self.memories[number] = plan.memory
+            parts.memories[number] = plan.memory
             distances.append(updater.take_distance())
         if plan.lr_factors:
-            self.shards.lr_factor = plan.lr_factors[self.exchange.particle]
-            note["lr_factors"] = plan.lr_factors
-        self._treat_optimizer_state(point)
-        return note, self._apart(distances, point)
+            parts.shards.lr_factor = plan.lr_factors[parts.exchange.particle]
+            attempt.lr_factors = plan.lr_factors
+        attempt.note = note
+        alive = point.alive[parts.exchange.particle]
+        if options.optimizer_state == "average":
+            attempt.resets = not self._average_moments(point) and not alive
+        else:
+            attempt.resets = options.optimizer_state == "reset" or not alive
+        attempt.distances = parts.assessor.distances([sum(column) for column in zip(*distances, strict=True)], point)
 
-    def _take_message(self, mailbox: Mailbox, point: SyncPoint) -> dict[str, Any]:
-        """Send the particle's state to a peer, and use what came meanwhile.
+    def _average_moments(self, point: SyncPoint) -> bool:
+        """Let the moments of every particle, the dead included, become the mean of those of the living.
 
-        Waits for no other particle, nor for the store: that may lie in a process that is frozen or gone.
+        Returns:
+            False: a particle whose every step was skipped has none yet, and nothing was done.
         """
-        me, shards = self.exchange.particle, self.shards.tensors
-        others = self.exchange.num_particles - 1
-        peer = (me + 1 + point.index % others) % (others + 1)  # each in turn
-        with self.shards.flat_buffers() as buffers:
-            tensors = [*shards, *buffers]
-            # Whatever the ranks of a particle do with a message, they do together.
-            busy = any(row[0] for row in self.world.particle_gather([float(mailbox.busy(peer))]))
-            if point.alive[me] and not busy:
-                mailbox.send(tensors, point.index, peer)
-            message = mailbox.newest()
-            mine = [-1.0, -1.0] if message is None else [float(message.sender), float(message.index)]
-            rows = self.world.particle_gather(mine)
-            self.exchange.bytes_received += mailbox.bytes_received - self._message_bytes
-            self._message_bytes = mailbox.bytes_received
-            if message is None or any(row != mine for row in rows):
-                return {"from": None}  # the same message will have come to all by the next sync point, or a newer one
-            mailbox.drop(message)
-            assert self.rule.max_staleness is not None
-            if point.index - message.index > self.rule.max_staleness:
-                return {"from": None}
-            parts = message.flat.split([t.numel() for t in tensors])
-            plan = self.rule.plan(point, self.memories[0])
-            self.updater.carry_out(plan, shards, parts[: len(shards)])
-            self.memories[0] = plan.memory
-            if not point.alive[me]:
-                replace(buffers, parts[len(shards) :])
-                self.shards.reset_optimizer_state()
-        return {"from": message.sender, "age": point.index - message.index, **plan.note}
+        parts = self.parts
+        moments = parts.shards.moments()
+        counts = parts.exchange.all_gather([float(len(moments))])
+        alike = len({counts[particle][0] for particle in parts.exchange.present}) == 1  # peers, not local ranks
+        if not all(row[0] for row in parts.world.local.gather([float(alike)])):
+            return False
+        fill(moments, parts.exchange.weighted_mean(moments, point.mean_weights()))
+        parts.membership.confirm_local_ranks()
+        parts.shards.publish_moments()
+        return True
 
-    def _treat_optimizer_state(self, point: SyncPoint) -> None:
-        if self.optimizer_state == "average":
-            self._average_moments(point)
-        elif self.optimizer_state == "reset" or not point.alive[self.exchange.particle]:
-            self._reset_optimizer_state()
+    def _commit(self, attempt: _Attempt, window: FitnessWindow) -> SyncRecord | None:
+        """Let the result count, for the particle's own ranks and for training."""
+        parts = self.parts
+        if self.recovery.commit() or attempt.resets:
+            parts.shards.reset_optimizer_state()
+        parts.shards.publish()
+        if attempt.point is None:
+            return None
+        window.clear()
+        parts.assessor.losses = attempt.point.fitness
+        record = replace(
+            parts.record_of(attempt.point),
+            drift=parts.assessor.drift(attempt.distances),
+            lr_factors=attempt.lr_factors,
+            note=attempt.note,
+        )
+        if attempt.quorum is not None:
+            record = replace(record, waited_s=parts.membership.waited_s)
+            if parts.membership.can_fail:
+                record = replace(record, present=attempt.quorum.present, recovered=attempt.quorum.recovering)
+        return record
 
-    def _average_moments(self, point: SyncPoint) -> None:
-        """The moments of every particle, the dead included, become the mean of those of the living."""
-        moments = self.shards.moments()
-        counts = self.exchange.all_gather([float(len(moments))])
-        alike = len({counts[particle][0] for particle in self.exchange.present}) == 1  # peers, not local ranks
-        if not all(row[0] for row in self.world.particle_gather([float(alike)])):
-            # A particle whose every step was skipped has none yet.
-            if not point.alive[self.exchange.particle]:
-                self._reset_optimizer_state()
-            return
-        fill(moments, self.exchange.weighted_mean(moments, point.mean_weights()))
-        self._stay_together()
-        self.shards.publish_moments()
+    def _all_tensors(self) -> list[Tensor]:
+        shards, updater = self.parts.shards, self.parts.updater
+        moments = shards.moments() if self.parts.options.optimizer_state == "average" else []
+        buffers = [buffer for _, buffer in shards.buffers()]
+        return [*shards.tensors, *buffers, *moments, *shared_state(updater), *residuals(updater)]
 
-    def _average_buffers(self, point: SyncPoint) -> None:
-        """Statistics are no parameters: whatever the rule, they become the mean of the living."""
-        with self.shards.flat_buffers() as buffers:
-            fill(buffers, self.exchange.weighted_mean(buffers, point.mean_weights()))
+    def _roll_back(self, snapshot: Snapshot, error: PeerError | None) -> None:
+        parts = self.parts
+        snapshot.restore()
+        parts.updater.take_distance()
+        self.load_state_dict(snapshot.numbers)
+        parts.is_torn = False
+        if parts.world.is_leader:
+            why = error or "a peer was lost before it could commit"
+            warnings.warn(f"sync point {parts.assessor.index} was broken off: {why}", stacklevel=2)
+
+    def finish_pending(self, window: FitnessWindow, step: int) -> SyncRecord | None:
+        """Apply now what a sync in the background still has to bring, if one is pending; returns its record."""
+        return self.overlap.advance(window, step, to_the_end=True)
+
+    def begin_anew(self, step: int) -> None:
+        """Forget all syncs: the particles are equal, and what is remembered follows from the weights as they are."""
+        parts = self.parts
+        parts.world.background.settle()
+        parts.shards.zero_padding()
+        parts.start_state()
+        self.overlap.pending, self.overlap.needs_whole = None, False
+        parts.shards.lr_factor = 1.0
+        parts.totals = SyncTotals()
+        parts.assessor.losses, parts.assessor.index = (math.nan,) * parts.exchange.num_particles, 0
+        parts.schedule.begin(step)
 
     def state_dict(self) -> dict[str, Any]:
-        """What is equal on all ranks of a particle, or small; JSON values."""
+        """Return what is equal on all ranks of a particle, or small; JSON values."""
+        parts = self.parts
         return {
-            "rule_memories": self.memories,
-            "lr_factor": self.shards.lr_factor,
-            "last_losses": self.assessor.losses,
-            "highest_loss": self.assessor.highest_loss,
-            "norm_limit": self.assessor.limits.norm,  # for who reads the checkpoint without a swarm
-            "totals": asdict(self.totals),
-            "schedule": self.schedule.state_dict(),
-            "held_up_s": self._held_up_s,
-            "step_s": self.assessor.step_s,
-            "pending": None if self.pending is None else self.pending.state_dict(),
+            "rule_memories": parts.memories,
+            "lr_factor": parts.shards.lr_factor,
+            "last_losses": parts.assessor.losses,
+            "highest_loss": parts.assessor.highest_loss,
+            "norm_limit": parts.options.limits.norm,  # for who reads the checkpoint without a swarm
+            "totals": asdict(parts.totals),
+            "schedule": parts.schedule.state_dict(),
+            "held_up_s": parts.held_up_s,
+            "step_s": parts.assessor.step_s,
+            "pending": self.overlap.state_dict(),
+            **parts.membership.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], movement: Sequence[Tensor] = ()) -> None:
-        """``movement``: of the meeting that was pending, if there was one."""
-        self.pending = None
-        if state["pending"]:
-            pending = self.pending = Pending(movement=[], settled_s=self.world.settled_s, **state["pending"])
-            pending.movement = [values.to(t) for t, values in zip(self._touched(pending), movement, strict=True)]
-        self.memories = list(state["rule_memories"])
-        self.shards.lr_factor = state["lr_factor"]
-        self.assessor.losses = tuple(state["last_losses"])
-        self.assessor.highest_loss = state.get("highest_loss", math.nan)  # of an older ds_pso there is none
-        self.totals = SyncTotals(**state["totals"])
-        self.assessor.index = self.totals.count
-        self.schedule.load_state_dict(state["schedule"])
-        self._held_up_s, self.assessor.step_s = state["held_up_s"], state["step_s"]
+        """Go on from there.
+
+        Args:
+            movement: of the sync that was pending, if there was one.
+        """
+        parts = self.parts
+        self.overlap.load_state_dict(state["pending"], movement)
+        parts.memories = list(state["rule_memories"])
+        parts.shards.lr_factor = state["lr_factor"]
+        parts.assessor.losses = tuple(state["last_losses"])
+        parts.assessor.highest_loss = state["highest_loss"]
+        parts.totals = SyncTotals(**state["totals"])
+        parts.assessor.index = parts.totals.count
+        parts.schedule.load_state_dict(state["schedule"])
+        parts.held_up_s, parts.assessor.step_s = state["held_up_s"], state["step_s"]
+        parts.membership.load_state_dict(state)

@@ -113,7 +113,7 @@ class Updater:
             self.rule.update(x, received, state, plan, Place(self.exchange.particle, name))
 
     def take_distance(self) -> tuple[float, float]:
-        """Of this rank's elements, how far they were from what arrived first since this was last asked.
+        """Return how far this rank's elements were from what arrived first, since this was last called.
 
         Returns:
             The sums of the squares of the differences, and of what arrived.

@@ -20,7 +20,6 @@ from ds_pso.errors import CheckpointError, ConfigError, PeerError
 from ds_pso.metrics import log
 from ds_pso.report import write_loss_picture, write_report
 from ds_pso.swarm import Swarm
-from ds_pso.sync.elastic import ElasticSynchronizer
 from ds_pso.training.arguments import fill_auto, parse_arguments, read_deepspeed_config
 from ds_pso.training.closing import generate_sample, summary
 from ds_pso.training.model import HeldOut, build_model, causal_loss, load_tokenizer
@@ -44,20 +43,22 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(swarm: Swarm, arguments: argparse.Namespace) -> bool:
     """Data, model, engine, loop, export. Returns whether training is done; SIGTERM ends it earlier."""
-    assert swarm.run_dir is not None
-    arguments.output_dir = run_dir = swarm.run_dir
+    assert swarm.session.run_dir is not None
+    arguments.output_dir = run_dir = swarm.session.run_dir
     arguments.resume = arguments.resume or _was_started_before(run_dir)
     _prepare_run_dir(swarm, arguments)
     fill_auto(swarm.ds_config, arguments.steps)
     _say(swarm, f"{swarm.describe()}; run folder {run_dir}")
 
-    with swarm.world.agree("loading the tokenizer"):
+    with swarm.world.coordinator.agree("loading the tokenizer"):
         tokenizer = load_tokenizer(arguments.model)
     corpus = load_corpus(swarm, arguments.dataset, run_dir / "data", arguments.seq_length, tokenizer)
     torch.manual_seed(arguments.seed)
-    with swarm.world.agree("building the model"):
+    with swarm.world.coordinator.agree("building the model"):
         model = build_model(arguments.model, corpus.tokenizer, arguments.seq_length, swarm.ds_config)
-    with swarm.world.agree("deepspeed.initialize"):  # which has its own words for what is wrong with the config
+    with swarm.world.coordinator.agree(
+        "deepspeed.initialize"
+    ):  # which has its own words for what is wrong with the config
         engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=swarm.ds_config)
     batch_size = engine.train_micro_batch_size_per_gpu()
     held_out = HeldOut(swarm, corpus.held_out, batch_size, engine.device)
@@ -84,7 +85,7 @@ def train(swarm: Swarm, arguments: argparse.Namespace) -> bool:
     try:
         done = _loop(swarm, engine, loader, held_out, arguments, first_step)
     except PeerError:
-        rescued = swarm.rescue(swarm.world.particle_folder(run_dir) / "checkpoints")
+        rescued = swarm.rescue(swarm.world.layout.particle_folder(run_dir) / "checkpoints")
         if rescued is not None and swarm.world.layout.shard_rank == 0:
             print(f"particle {swarm.particle} has saved {rescued}", flush=True)
         raise
@@ -97,7 +98,7 @@ def train(swarm: Swarm, arguments: argparse.Namespace) -> bool:
 
 def _joins(swarm: Swarm) -> bool:
     """Whether the others are there already; perhaps they have come to the end."""
-    return isinstance(swarm.synchronizer, ElasticSynchronizer) and swarm.synchronizer.came_late
+    return swarm.world.membership.has_newer_state
 
 
 def _was_started_before(run_dir: Path) -> bool:
@@ -212,7 +213,7 @@ def _first_held_out(path: Path) -> float:
 def _prepare_run_dir(swarm: Swarm, arguments: argparse.Namespace) -> None:
     """Keep what an earlier run left, unless it is to be continued; write the resolved config."""
     run_dir: Path = arguments.output_dir
-    with swarm.world.agree("preparing the run folder"):
+    with swarm.world.coordinator.agree("preparing the run folder"):
         if not swarm.is_leader:
             return
         if arguments.resume and not (run_dir / "checkpoints").is_dir():

@@ -59,12 +59,12 @@ def load_corpus(swarm: Swarm, dataset: str, folder: Path, seq_length: int, token
     """
     from transformers import AutoTokenizer
 
-    leads = swarm.world.leads_disk(folder)
-    with swarm.world.agree("preparing the data"):
+    leads = swarm.world.coordinator.leads_disk(folder)
+    with swarm.world.coordinator.agree("preparing the data"):
         if leads:
             _prepare_once(dataset, folder, tokenizer)
     splits = []
-    with swarm.world.agree("reading the data"):
+    with swarm.world.coordinator.agree("reading the data"):
         for name in ("train", "held_out"):
             blocks = Blocks(np.load(folder / f"{name}.npy", mmap_mode="r"), seq_length)
             if not len(blocks):

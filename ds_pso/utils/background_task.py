@@ -1,9 +1,10 @@
-"""A job that goes on while training does."""
+"""Jobs that go on while training does."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -12,7 +13,7 @@ _LOOK_S = 0.1
 
 
 class Task:
-    """Runs ``job`` in a thread of its own, behind what the device has been given to do so far."""
+    """A job in a thread of its own, behind what the device has been given to do so far."""
 
     def __init__(self, job: Callable[[], None]) -> None:
         self._error: BaseException | None = None
@@ -31,11 +32,11 @@ class Task:
 
     @property
     def is_mine(self) -> bool:
-        """Whether the caller is the job."""
+        """True inside the job."""
         return threading.current_thread() is self._thread
 
     def wait(self, until: threading.Event | None = None) -> None:
-        """Until it is done, or has set the event; raises what it raised."""
+        """Wait until it is done, or has set the event; raise what it raised."""
         if until is None:
             self._thread.join()
         else:
@@ -45,6 +46,47 @@ class Task:
             raise self._error
 
 
+class Background:
+    """The one job that goes on beside training, such as an overlapped sync; at most one at a time.
+
+    Args:
+        inline: do each job at once, in the caller's thread, where nothing is gained by waiting.
+
+    Attributes:
+        settled_s: seconds for which callers have waited for such jobs so far.
+    """
+
+    def __init__(self, *, inline: bool = False) -> None:
+        self._inline = inline
+        self._task: Task | None = None
+        self.settled_s = 0.0
+
+    def run(self, job: Callable[[], None]) -> None:
+        """Start a job, when the last one is over. Called alike on all ranks: it talks to peers."""
+        self.settle()
+        if self._inline:
+            job()
+        else:
+            self._task = Task(job)
+
+    def settle(self) -> None:
+        """Wait until nothing goes on; raise what the job raised. The job itself does not wait for itself."""
+        if self._task is not None and not self._task.is_mine:
+            self.wait()
+            self._task = None
+
+    def wait(self, until: threading.Event | None = None) -> None:
+        """Wait until the job is over, or has set the event; raise what it raised."""
+        if self._task is not None and not self._task.is_mine:
+            begin = time.perf_counter()
+            self._task.wait(until)
+            self.settled_s += time.perf_counter() - begin
+
+    def forget(self) -> None:
+        """Forget the job: what it raised is known."""
+        self._task = None
+
+
 class Writer:
     """The checkpoint that is being written beside training: at most one."""
 
@@ -52,10 +94,11 @@ class Writer:
         self._task: Task | None = None
 
     def follow(self, task: Task | None) -> None:
+        """Remember the task that writes; None: it is written already."""
         self._task = task
 
     def wait(self) -> None:
-        """Until it is complete; raises what it raised, once."""
+        """Wait until it is complete; raise what it raised, once."""
         task, self._task = self._task, None
         if task is not None:
             task.wait()

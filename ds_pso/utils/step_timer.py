@@ -1,4 +1,4 @@
-"""How long an optimizer step takes, whatever else happens between two of them."""
+"""The time that an optimizer step takes, whatever else happens between two of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import statistics
 import time
 
 
-class StepClock:
+class StepTimer:
     """Times the steps since the last sync point, on one rank.
 
     The median counts, so that an evaluation or a checkpoint now and then is no step.
@@ -17,17 +17,17 @@ class StepClock:
         self._steps: list[float] = []
 
     def tick(self) -> None:
-        """A step has just been made."""
+        """Note that a step has just been made."""
         now = time.perf_counter()
         if self._since is not None:
             self._steps.append(now - self._since)
         self._since = now
 
-    def go_on(self) -> None:
-        """What the rank did since the last step was none."""
+    def skip(self) -> None:
+        """Time no step that began before now: what this rank did since the last one was none."""
         self._since = time.perf_counter()
 
     def take(self) -> float:
-        """Seconds of a step since this was last asked; 0 if none was timed."""
+        """Return the seconds of a step since this was last called; 0 if none was timed."""
         steps, self._steps = self._steps, []
         return statistics.median(steps) if steps else 0.0

@@ -304,18 +304,18 @@ def test_what_nobody_else_has_asked_for_is_not_sent(particles):
     sent = []
 
     def job(exchange: Exchange) -> None:
-        group = exchange.world.peer_group
+        group = exchange.world.peers.group
 
         class Spy:
             def alltoall_base(self, arrived: Tensor, given: Tensor, *splits: Any) -> Any:
                 sent.append((exchange.particle, given.numel(), arrived.numel()))
                 return group.alltoall_base(arrived, given, *splits)
 
-        exchange.world.peer_group = Spy()
+        exchange.world.peers.group = Spy()
         try:
             list(exchange.from_each([torch.zeros(10)], [0, 1, 1]))
         finally:
-            exchange.world.peer_group = group
+            exchange.world.peers.group = group
 
     particles.run(3, 4096, job)
     assert sorted(sent) == [(0, 0, 0), (1, 10, 0), (2, 0, 10)]

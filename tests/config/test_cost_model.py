@@ -177,11 +177,11 @@ def held(particles: int) -> list[tuple[int, int]]:
     def life(swarm: Any, step: Any) -> tuple[int, int]:
         for _ in range(swarm.steps_to_sync):
             step()
-        synchronizer = swarm.synchronizer
-        tensors = [t for state in synchronizer.updater.state for t in state.values()]
-        if synchronizer.updater.differences:
-            tensors += synchronizer.updater.differences.common + synchronizer.updater.differences.residual
-        pending = synchronizer.pending.movement if synchronizer.pending else []
+        synchronizer = swarm.session.synchronizer
+        tensors = [t for state in synchronizer.parts.updater.state for t in state.values()]
+        if synchronizer.parts.updater.differences:
+            tensors += synchronizer.parts.updater.differences.common + synchronizer.parts.updater.differences.residual
+        pending = synchronizer.overlap.pending.movement if synchronizer.overlap.pending else []
         return sum(t.nbytes for t in tensors), sum(t.nbytes for t in pending)
 
     return [lives[0] for lives in each_simulated(KEEPS, particles, 4, life)]

@@ -16,8 +16,8 @@ from pool import Pool
 from torch import Tensor
 
 from ds_pso.distributed.mailbox import GlooMailbox, Mailbox, Message
-from ds_pso.distributed.simulated_world import SimulatedWorld
-from ds_pso.distributed.thread_scheduler import Room
+from ds_pso.distributed.simulated_world import simulated_world
+from ds_pso.distributed.thread_scheduler import ThreadScheduler
 
 PATIENCE_S = 30.0  # longest wait for what should happen at once, on a machine that may be busy
 
@@ -281,13 +281,13 @@ def test_closing_after_a_peer_was_lost(pool: Pool):
 
 def in_a_room(*bodies: Callable[[Mailbox], Any]) -> list[Any]:
     """Each body gets the mailbox of a particle and runs when it has the turn; what they return."""
-    room = Room(len(bodies))
+    room = ThreadScheduler(len(bodies))
     results: list[Any] = [None] * len(bodies)
 
     def live(me: int) -> None:
         room.enter(me)
         try:
-            results[me] = bodies[me](SimulatedWorld(room, me, PATIENCE_S).open_mailbox())
+            results[me] = bodies[me](simulated_world(room, me, PATIENCE_S).open_mailbox())
         except BaseException as error:
             results[me] = error
             room.stop()
@@ -369,8 +369,8 @@ def test_all_simulated_letters_that_have_come_are_counted():
 
 def test_a_new_simulated_mailbox_is_empty():
     """As a real one, whose connections are new: the letters of an earlier swarm are of another training."""
-    room = Room(1)
-    earlier, later = (SimulatedWorld(room, 0, PATIENCE_S) for _ in range(2))
+    room = ThreadScheduler(1)
+    earlier, later = (simulated_world(room, 0, PATIENCE_S) for _ in range(2))
     earlier.open_mailbox().send([torch.zeros(3)], 0, 0)
     assert later.open_mailbox().newest() is None
 

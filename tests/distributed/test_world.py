@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_pso.distributed.layout import Layout, read_layout
-from ds_pso.distributed.world import World
+from ds_pso.distributed.static_world import carve
 from ds_pso.errors import ConfigError, SwarmError
 
 relaxed = settings(deadline=None)
@@ -168,22 +168,21 @@ def test_any_environment_gives_a_layout_or_a_config_error(particles, env):
 def lonely(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    world = World.carve(1)
+    world = carve(1)
     yield world
     world.close()  # it has changed the environment
 
 
 def test_a_world_of_one_rank_needs_no_store_and_talks_to_itself(lonely):
-    assert lonely.store is None
-    assert lonely.peer_group is None
+    assert lonely.coordinator.store is None
+    assert lonely.peers.group is None
     assert lonely.is_leader
-    assert lonely.is_node_leader
-    assert lonely.local_ranks_on_this_node == [0]
-    assert lonely.gather("anything", {"a": [1, None]}) == [{"a": [1, None]}]
-    assert lonely.particle_gather([1.0, 2.0]) == [[1.0, 2.0]]
-    lonely.barrier("anywhere", [0])
-    lonely.gather("anywhere", None)
-    lonely.forget("anywhere")
+    assert lonely.coordinator.local_ranks_on_this_node == [0]
+    assert lonely.coordinator.gather("anything", {"a": [1, None]}) == [{"a": [1, None]}]
+    assert lonely.local.gather([1.0, 2.0]) == [[1.0, 2.0]]
+    lonely.coordinator.barrier("anywhere", [0])
+    lonely.coordinator.gather("anywhere", None)
+    lonely.coordinator.forget("anywhere")
     lonely.close()
     lonely.close()
 
@@ -193,7 +192,7 @@ def test_carving_after_torch_is_up_is_refused(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     with pytest.raises(ConfigError, match="already initialised"):
-        World.carve(2)
+        carve(2)
 
 
 @pytest.mark.parametrize(

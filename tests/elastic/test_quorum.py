@@ -1,4 +1,4 @@
-"""Who meets, who is behind and who gives: decided alike by all from what all have said."""
+"""Who takes part, who recovers and who donates: decided alike by all from what all have said."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_pso.elastic.quorum import Meeting, Member
+from ds_pso.elastic.quorum import ElasticQuorum, QuorumMember
 
 
-def member(particle: int, index: int = 5, **more: object) -> Member:
+def member(particle: int, index: int = 5, **more: object) -> QuorumMember:
     """As it is in a swarm in which all who have been through as much have been there together."""
     values = {
         "name": f"p{particle}",
@@ -24,13 +24,13 @@ def member(particle: int, index: int = 5, **more: object) -> Member:
         "connected": "",
         "met": 3,
     } | more
-    values = {"last": f"meeting {index}"} | values
-    return Member(particle=particle, index=index, store="here:1", model="m", **values)  # type: ignore[arg-type]
+    values = {"last": f"quorum {index}"} | values
+    return QuorumMember(particle=particle, index=index, store="here:1", model="m", **values)  # type: ignore[arg-type]
 
 
 members = st.lists(
     st.builds(
-        Member,
+        QuorumMember,
         particle=st.integers(0, 5),
         name=st.text("abcdef", min_size=6, max_size=6),
         born=st.integers(0, 3),
@@ -53,93 +53,93 @@ members = st.lists(
 
 
 @given(members)
-def test_all_decide_alike_and_somebody_gives(everybody: list[Member]) -> None:
-    meeting = Meeting.of("1", everybody)
+def test_all_decide_alike_and_somebody_donates(everybody: list[QuorumMember]) -> None:
+    quorum = ElasticQuorum.of("1", everybody)
     for order in itertools.islice(itertools.permutations(everybody), 10):
-        assert Meeting.of("1", order) == meeting
-    assert meeting.members, "the most advanced always stays"
-    assert len(set(meeting.present)) == len(meeting.present)
-    assert {m.name for m in meeting.members} | set(meeting.strangers) == {m.name for m in everybody}
-    sources = meeting.sources(6)
-    assert set(meeting.behind) < set(meeting.present)
-    for particle in meeting.present:
+        assert ElasticQuorum.of("1", order) == quorum
+    assert quorum.members, "the most advanced always stays"
+    assert len(set(quorum.present)) == len(quorum.present)
+    assert {m.name for m in quorum.members} | set(quorum.rejected) == {m.name for m in everybody}
+    sources = quorum.sources(6)
+    assert set(quorum.recovering) < set(quorum.present)
+    for particle in quorum.present:
         gives = sources[particle]
-        assert gives == particle if particle not in meeting.behind else gives not in meeting.behind
-    known = [m for m in meeting.members if not m.fresh]
+        assert gives == particle if particle not in quorum.recovering else gives not in quorum.recovering
+    known = [m for m in quorum.members if not m.fresh]
     if known:
         first = max(known, key=lambda m: (m.index, m.met, -m.particle))
-        assert set(meeting.behind) == {m.particle for m in meeting.members if m.fresh or m.last != first.last}
+        assert set(quorum.recovering) == {m.particle for m in quorum.members if m.fresh or m.last != first.last}
 
 
 def test_the_younger_process_keeps_the_place() -> None:
-    meeting = Meeting.of("1", [member(0), member(1, name="old", born=1), member(1, name="young", born=2)])
-    assert [m.name for m in meeting.members] == ["p0", "young"]
-    assert "younger" in meeting.strangers["old"]
+    quorum = ElasticQuorum.of("1", [member(0), member(1, name="old", born=1), member(1, name="young", born=2)])
+    assert [m.name for m in quorum.members] == ["p0", "young"]
+    assert "younger" in quorum.rejected["old"]
 
 
 def test_the_model_of_the_most_advanced_counts() -> None:
-    meeting = Meeting.of("1", [replace(member(0), model="other"), member(1, index=6), member(2)])
-    assert meeting.present == (1, 2)
-    assert "not that of particle 1" in meeting.strangers["p0"]
+    quorum = ElasticQuorum.of("1", [replace(member(0), model="other"), member(1, index=6), member(2)])
+    assert quorum.present == (1, 2)
+    assert "not that of particle 1" in quorum.rejected["p0"]
 
 
 def test_the_model_of_most_counts() -> None:
     """However far one that runs with another has come."""
-    meeting = Meeting.of("1", [member(0), member(1), replace(member(2, index=9), model="other")])
-    assert meeting.present == (0, 1)
-    assert list(meeting.strangers) == ["p2"]
+    quorum = ElasticQuorum.of("1", [member(0), member(1), replace(member(2, index=9), model="other")])
+    assert quorum.present == (0, 1)
+    assert list(quorum.rejected) == ["p2"]
 
 
 def test_a_new_swarm_waits_for_enough() -> None:
     def waits(*them: tuple[int, bool]) -> bool:
         new = [member(i, 0, fresh=True, start=start, waits=waits) for i, (start, waits) in enumerate(them)]
-        return Meeting.of("1", new).waits_for_more
+        return ElasticQuorum.of("1", new).waits_for_more
 
     assert waits((3, True), (3, True))
     assert not waits((3, True), (3, True), (3, True))
     assert not waits((3, True), (3, False)), "one has lost its patience"
     assert not waits((2, True), (3, True)), "one of them was told that two are enough"
-    assert not Meeting.of("1", [member(0, start=3), member(1, 0, fresh=True, start=3)]).waits_for_more
+    assert not ElasticQuorum.of("1", [member(0, start=3), member(1, 0, fresh=True, start=3)]).waits_for_more
 
 
 def test_connections_are_kept_if_all_have_the_same() -> None:
     def connected(*numbers: str) -> str:
-        return Meeting.of("1", [member(i, connected=number) for i, number in enumerate(numbers)]).connected
+        return ElasticQuorum.of("1", [member(i, connected=number) for i, number in enumerate(numbers)]).connected
 
     assert connected("7", "7") == "7"
     assert connected("7", "8") == connected("7", "") == ""
 
 
-def test_givers_take_turns() -> None:
-    meeting = Meeting.of("1", [member(0, 7), member(1, 3), member(2, 7), member(3, 0, fresh=True), member(4, 6)])
-    assert meeting.behind == (1, 3, 4)
-    assert meeting.sources(5) == (0, 0, 2, 2, 0)
+def test_donors_take_turns() -> None:
+    quorum = ElasticQuorum.of("1", [member(0, 7), member(1, 3), member(2, 7), member(3, 0, fresh=True), member(4, 6)])
+    assert quorum.recovering == (1, 3, 4)
+    assert quorum.sources(5) == (0, 0, 2, 2, 0)
 
 
-def test_who_met_alone_gives_way_to_those_who_met_together() -> None:
+def test_who_synced_alone_gives_way_to_those_who_synced_together() -> None:
     """Both have counted a sync point; their states are not the same."""
-    meeting = Meeting.of("1", [member(0, last="alone", met=1), member(1, met=2), member(2, met=2)])
-    assert meeting.behind == (0,)
-    assert set(meeting.sources(3)[:1]) <= {1, 2}
+    quorum = ElasticQuorum.of("1", [member(0, last="alone", met=1), member(1, met=2), member(2, met=2)])
+    assert quorum.recovering == (0,)
+    assert set(quorum.sources(3)[:1]) <= {1, 2}
 
 
 def test_late_work_may_count() -> None:
     members = [member(0, 7), member(1, 5), member(2, 0, fresh=True)]
-    meeting = Meeting.of("1", members, late_counts=True)
-    assert (meeting.behind, meeting.overdue, meeting.givers) == ((2,), (1,), [0])
-    assert meeting.sources(3) == (0, 1, 0)
-    assert Meeting.of("1", members).behind == (1, 2)
+    quorum = ElasticQuorum.of("1", members, late_counts=True)
+    assert (quorum.recovering, quorum.overdue, quorum.donors) == ((2,), (1,), [0])
+    assert quorum.sources(3) == (0, 1, 0)
+    assert ElasticQuorum.of("1", members).recovering == (1, 2)
     # What comes from the particle's own disk alone is no work of this swarm.
     from_disk = [member(0, 7), member(1, 5, joined=False)]
-    assert Meeting.of("1", from_disk, late_counts=True).behind == (1,)
+    assert ElasticQuorum.of("1", from_disk, late_counts=True).recovering == (1,)
 
 
 def test_at_a_start_all_take_the_state_of_the_first() -> None:
-    meeting = Meeting.of("1", [member(2, 0, fresh=True), member(1, 0, fresh=True), member(4, 0, fresh=True)])
-    assert meeting.is_start
-    assert meeting.sources(5) == (0, 1, 1, 3, 1)
+    quorum = ElasticQuorum.of("1", [member(2, 0, fresh=True), member(1, 0, fresh=True), member(4, 0, fresh=True)])
+    assert quorum.is_start
+    assert quorum.sources(5) == (0, 1, 1, 3, 1)
 
 
-def test_who_trains_on_cannot_meet_who_waits() -> None:
-    assert Meeting.of("1", [member(0), member(1, in_background=True)]).is_mixed
-    assert not Meeting.of("1", [member(0, in_background=True), member(1, in_background=True)]).is_mixed
+def test_who_trains_on_cannot_sync_with_who_waits() -> None:
+    assert ElasticQuorum.of("1", [member(0), member(1, in_background=True)]).is_mixed
+    assert not ElasticQuorum.of("1", [member(0, in_background=True), member(1, in_background=True)]).is_mixed

@@ -88,7 +88,7 @@ def test_who_dies_too_often_is_given_up(
 def test_who_is_told_to_end_leaves(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code, _ = supervise(tmp_path, "time.sleep(1 if n == '0' else 0)\nsys.exit(75 if n == '1' else 0)")
     assert code == 0
-    assert "particle 1 was told to end, and has left the swarm" in capfd.readouterr().out
+    assert "particle 1 was asked to end, and has left the swarm" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("obeys", [True, False])

@@ -21,7 +21,7 @@ CASES = [
 def job(case: Case) -> Any:
     with swarm_of(case) as (swarm, engine):
         records: list[dict[str, Any]] = []
-        swarm.log = lambda event, **values: event == "sync" and records.append(values)
+        swarm.on_sync(lambda record: records.append(record.to_json()))
         train(case, engine)
         swarm.finish_pending()
         return working_weights(engine), records, engine.global_steps

@@ -48,11 +48,11 @@ def good(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def everything(swarm: Swarm, engine: Any) -> str:
     """All that a load changes."""
-    rule = [{k: v.tolist() for k, v in state.items()} for state in swarm.synchronizer.updater.state]
+    rule = [{k: v.tolist() for k, v in state.items()} for state in swarm.session.synchronizer.parts.updater.state]
     weights = {name: value.tolist() for name, value in working_weights(engine).items()}
     moments = {name: value.tolist() for name, value in optimizer_state(engine).items()}
-    samplers = [sampler.state_dict() for sampler in swarm.samplers]
-    rest = [swarm.window.total, swarm.totals, swarm.last_losses, engine.global_steps, random.getstate()]
+    samplers = [sampler.state_dict() for sampler in swarm.session.samplers]
+    rest = [swarm.session.window.total, swarm.totals, swarm.last_losses, engine.global_steps, random.getstate()]
     return repr([rule, weights, moments, samplers, rest, torch.get_rng_state().tolist()])
 
 

@@ -31,13 +31,13 @@ def at_once(cases: list[tuple[Case, str]], damaged: bool) -> list[Any]:
         warnings.simplefilter("always")
         swarms = one_after_the_other([case for case, _ in cases])
         for (_, collective), (case, swarm, engine) in zip(cases, swarms, strict=True):
-            group, records = swarm.world.peer_group, []
-            swarm.log = lambda event, records=records, **values: event == "sync" and records.append(values)
+            group, records = swarm.world.peers.group, []
+            swarm.on_sync(lambda record, records=records: records.append(record.to_json()))
             if damaged and swarm.world.layout.rank == 3:
-                swarm.world.peer_group = Damaging(group, collective, 30, 2)
+                swarm.world.peers.group = Damaging(group, collective, 30, 2)
             train(case, engine, range(5))
             swarm.finish_pending()
-            swarm.world.peer_group = group
+            swarm.world.peers.group = group
             found.append((working_weights(engine), [record.get("repeated", 0) for record in records]))
     return [found, [str(w.message) for w in caught if "did not arrive" in str(w.message)]]
 

@@ -55,14 +55,14 @@ def job(case: Case, spoil: Spoil) -> Any:
     """Six steps, three sync points; the particle goes mad before the second."""
     records: list[dict[str, Any]] = []
     with swarm_of(case) as (swarm, engine):
-        swarm.log = lambda event, **values: event == "sync" and records.append(values)
+        swarm.on_sync(lambda record: records.append(record.to_json()))
         applied = []
         for step in range(6):
             train(case, engine, range(step, step + 1), spoil=spoil)
             applied.append(engine.was_step_applied())
             if step == 3:
                 at_sync = working_weights(engine)
-        state = {k: v.numpy().copy() for s in swarm.synchronizer.updater.state for k, v in s.items()}
+        state = {k: v.numpy().copy() for s in swarm.session.synchronizer.parts.updater.state for k, v in s.items()}
         return records, at_sync, working_weights(engine), optimizer_state(engine), state, applied
 
 
@@ -131,8 +131,8 @@ def mad_weights(case: Case, mad: int, what: float) -> Any:
         particle, rank, _ = place(case)
         before = working_weights(engine)
         if (particle, rank) == (mad, 1):
-            segment = swarm.synchronizer.shards.segments[-1]  # a real element, not padding
-            swarm.synchronizer.shards.tensors[segment.shard][segment.shard_start] = what
+            segment = swarm.session.synchronizer.parts.shards.segments[-1]  # a real element, not padding
+            swarm.session.synchronizer.parts.shards.tensors[segment.shard][segment.shard_start] = what
         swarm.sync()
         after = working_weights(engine)
         train(case, engine, range(1, 2))

@@ -20,7 +20,7 @@ from elastic.swarms import elastic, lighthouse, particle, places
 from integration.jobs import Case, assert_equal, swarm_of, train, working_weights
 from pool import Outcome, Pool, free_port
 
-from ds_pso.elastic.lighthouse import Membership
+from ds_pso.elastic.lighthouse import QuorumClient
 from ds_pso.swarm import Swarm
 from ds_pso.utils.atomic_io import write_atomically
 
@@ -37,7 +37,7 @@ def url() -> Iterator[str]:
 
 def listen(swarm: Swarm) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
-    swarm.log = lambda event, **values: event == "sync" and records.append(values)
+    swarm.on_sync(lambda record: records.append(record.to_json()))
     return records
 
 
@@ -68,16 +68,16 @@ def lose_one(case: Case, lost: int, where: str, how: str, ranks: tuple[int, ...]
             if where == "steps":
                 leave(how)
             if where == "exchange":
-                weighted_mean = swarm.exchange.weighted_mean
+                weighted_mean = swarm.session.exchange.weighted_mean
 
                 def half(*arguments: Any) -> Iterator[Any]:
                     for piece in weighted_mean(*arguments):
                         yield piece
                         leave(how)
 
-                swarm.exchange.weighted_mean = half
+                swarm.session.exchange.weighted_mean = half
             if where == "vote":
-                swarm.synchronizer._vote = lambda: leave(how)
+                swarm.world.membership._vote = lambda: leave(how)
         train(case, engine, range(3, 4))
         took = time.monotonic() - begin
         train(case, engine, range(4, case.steps))
@@ -182,14 +182,14 @@ def come_late(case: Case, late: int, folder: Path) -> Any:
     """Particle ``late`` starts when the others have been through two sync points, and they wait for it at the third."""
     if particle() == late:
         wait_for(*(folder / f"go {p}" for p in range(late)))
-    ask = Membership.ask
+    ask = QuorumClient.request_quorum
 
     def ask_and_tell(*arguments: Any, **options: Any) -> Any:
         threading.Timer(0.5, (folder / "asks").touch).start()
         return ask(*arguments, **options)
 
     if particle() == late:
-        Membership.ask = ask_and_tell  # type: ignore[method-assign]
+        QuorumClient.request_quorum = ask_and_tell  # type: ignore[method-assign]
     with swarm_of(case) as (swarm, engine):
         records, data = listen(swarm), swarm.sampler(range(1000))
         at = engine.global_steps
@@ -226,7 +226,7 @@ def test_a_particle_comes_late(pool: Pool, url: str, tmp_path: Path, case: Case)
         assert (data["epoch"], data["batch"]) == (0, case.steps)
         # With a delay it breaks off what the others have begun in the background, and meets them a step later.
         assert at == (6 + case.swarm.get("delay", 0) if rank // size == late else 0)
-        healed = [list(record.get("healed", [])) for record in records]
+        healed = [list(record.get("recovered", [])) for record in records]
         assert [late] in healed or rank // size == late
         assert all(np.isfinite(value).all() for value in weights.values())
         if case.sync_mode != "pso":  # its particles stay apart
@@ -259,7 +259,7 @@ def test_a_stalled_particle(pool: Pool, url: str, tmp_path: Path, for_s: float, 
     present = [list(record["present"]) for record in ranks[0][0]]
     assert present[0] == present[-1] == [0, 1, 2]
     assert ([0, 2] in present) == left_out
-    assert ([1] in [list(record["healed"]) for record in ranks[0][0]]) == left_out
+    assert ([1] in [list(record["recovered"]) for record in ranks[0][0]]) == left_out
     for _, weights, data in ranks:
         assert_equal(weights, ranks[0][1])
         assert (data["epoch"], data["batch"]) == (0, case.steps)
@@ -292,7 +292,7 @@ def test_nobody_waits_long_for_a_straggler(pool: Pool, tmp_path: Path, policy: s
         ranks = pool.run(be_slow, case, missed, tmp_path, world_size=3, env=places(url, 3, 1), timeout=LIMIT_S)
     present = [list(record["present"]) for record in ranks[0][0]]
     assert present == [*[[0, 1, 2]] * missed, [0, 2], [0, 1, 2]]
-    healed = [list(record["healed"]) for record in ranks[0][0]]
+    healed = [list(record["recovered"]) for record in ranks[0][0]]
     assert healed == [*[[]] * missed, [], [] if counts else [1]]
     alive = [list(record["alive"]) for record in ranks[0][0]]
     assert alive[-1] == [True, counts, True]
@@ -307,25 +307,25 @@ def lose_the_giver(case: Case, folder: Path) -> Any:
     """Particle 1 misses a sync point; at the next, particle 0 is killed when it has given its state."""
     with swarm_of(case) as (swarm, engine):
         train(case, engine, range(3))
-        synchronizer = swarm.synchronizer
+        synchronizer = swarm.session.synchronizer
         assert synchronizer is not None
         if particle() == 0:
             train(case, engine, range(3, 4))
             (folder / "met without it").touch()
             time.sleep(3)
-            synchronizer._vote = lambda: leave("killed")  # type: ignore[attr-defined]
+            swarm.world.membership._vote = lambda: leave("killed")  # type: ignore[attr-defined]
             return train(case, engine, range(4, 6))
         wait_for(folder / "met without it")
         sync, seen = synchronizer.sync, []
 
         def watched(*arguments: Any) -> Any:
-            seen.append([moment.clone().numpy() for moment in synchronizer.shards.moments()])
+            seen.append([moment.clone().numpy() for moment in synchronizer.parts.shards.moments()])
             return sync(*arguments)
 
         synchronizer.sync = watched  # type: ignore[method-assign]
         train(case, engine, range(3, 4))
-        seen.append([moment.clone().numpy() for moment in synchronizer.shards.moments()])
-        return seen, swarm.last_sync
+        seen.append([moment.clone().numpy() for moment in synchronizer.parts.shards.moments()])
+        return seen, swarm.last_sync.to_json()
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def lose_in_the_exchange(case: Case, lost: int, how: str) -> Any:
     """After the roll call: the lost rank has said that it is there."""
     with swarm_of(case) as (swarm, _):
         if swarm.world.layout.rank == lost:
-            swarm.exchange.weighted_mean = lambda *_: leave(how)
+            swarm.session.exchange.weighted_mean = lambda *_: leave(how)
         swarm.sync()
 
 
@@ -74,8 +74,8 @@ def lose_in_the_background(case: Case, lost: int, how: str) -> Any:
         train(case, engine, range(1))
         if swarm.world.layout.rank == lost:
             leave(how)
-        swarm.synchronizer.begin(swarm.window, step=1, delay=1)
-        swarm.synchronizer.advance(swarm.window, step=2)
+        swarm.session.synchronizer.overlap.begin(swarm.session.window, step=1, delay=1)
+        swarm.session.synchronizer.overlap.advance(swarm.session.window, step=2)
 
 
 def assert_named(outcomes: list[Outcome], lost: int, waiting: list[int]) -> None:
@@ -151,7 +151,11 @@ def lose_between_plans(case: Case, lost: int, how: str, where: str) -> Any:
     with swarm_of(case) as (swarm, engine):
         train(case, engine, range(1))
         if swarm.particle == lost:
-            setattr(swarm.synchronizer.assessor if where == "score" else swarm.exchange, where, lambda *_: leave(how))
+            setattr(
+                swarm.session.synchronizer.parts.assessor if where == "score" else swarm.session.exchange,
+                where,
+                lambda *_: leave(how),
+            )
         swarm.sync()
 
 

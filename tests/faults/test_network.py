@@ -68,7 +68,7 @@ def test_a_link_is_cut_and_restored(tmp_path: Path) -> None:
     present = [record["present"] for record in syncs(folder, 0)]
     assert [0] in present
     assert present[-1] == [0, 1]
-    assert [1] in [record["healed"] for record in syncs(folder, 0)]
+    assert [1] in [record["recovered"] for record in syncs(folder, 0)]
     assert len(soak.ends(folder)) == 2
     assert len({end["loss"] for end in soak.ends(folder)}) == 1
 

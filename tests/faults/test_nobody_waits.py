@@ -34,7 +34,7 @@ def wait_for(*paths: Path) -> None:
 
 def listen(swarm: Any) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
-    swarm.log = lambda event, **values: event == "sync" and records.append(values)
+    swarm.on_sync(lambda record: records.append(record.to_json()))
     return records
 
 
@@ -133,18 +133,18 @@ def exchange_letters(case: Case, wanted: int, folder: Path) -> Any:
     particle, rank, size = place(case)
     with swarm_of(case) as (swarm, _):
         records = listen(swarm)
-        shards = swarm.synchronizer.shards
+        shards = swarm.session.synchronizer.parts.shards
         start = np.concatenate([values for _, _, values in master_pieces(swarm)])
         for tensor in shards.tensors:
             tensor.add_(particle)
         shards.publish()
-        before = swarm.exchange.bytes_received
+        before = swarm.session.exchange.bytes_received
         everybody = [folder / f"{p} {r}" for p in range(int(case.particles)) for r in range(size)]
         seen = []
         while True:
             # All ranks of a particle must leave the loop at the same turn.
             enough = all(path.exists() for path in everybody)
-            if all(row[0] for row in swarm.world.particle_gather([float(enough)])):
+            if all(row[0] for row in swarm.world.local.gather([float(enough)])):
                 break
             swarm.sync()
             values = np.concatenate([values for _, _, values in master_pieces(swarm)]) - start
@@ -154,7 +154,7 @@ def exchange_letters(case: Case, wanted: int, folder: Path) -> Any:
             time.sleep(0.005)
         letters = [(record["from"], record["age"]) for record in records if record["from"] is not None]
         shard_bytes = sum(4 * tensor.numel() for tensor in shards.tensors)
-        return seen, letters, swarm.exchange.bytes_received - before, shard_bytes
+        return seen, letters, swarm.session.exchange.bytes_received - before, shard_bytes
 
 
 @pytest.mark.parametrize(("stage", "particles", "size"), [(1, 4, 1), (3, 2, 2)])
@@ -224,13 +224,13 @@ def heal_by_letter(case: Case, folder: Path) -> Any:
     with swarm_of(case) as (swarm, engine):
         records = listen(swarm)
         train(case, engine, range(2))
-        tensors = swarm.synchronizer.shards.tensors
+        tensors = swarm.session.synchronizer.parts.shards.tensors
         if particle == 1:
             for tensor in tensors:
                 tensor.fill_(math.nan)
         while True:
             healed = [path.exists() for path in (folder / "healed 0", folder / "healed 1")]
-            if all(all(row) for row in swarm.world.particle_gather([float(value) for value in healed])):
+            if all(all(row) for row in swarm.world.local.gather([float(value) for value in healed])):
                 break
             swarm.sync()
             if particle == 1 and all(bool(tensor.isfinite().all()) for tensor in tensors):

@@ -35,7 +35,7 @@ def at_once(cases: list[Case], spoils: list[Spoil]) -> list[Any]:
     found = []
     for spoil, (case, swarm, engine) in zip(spoils, one_after_the_other(cases), strict=True):
         records: list[dict[str, Any]] = []
-        swarm.log = lambda event, records=records, **values: event == "sync" and records.append(values)
+        swarm.on_sync(lambda record, records=records: records.append(record.to_json()))
         train(case, engine, range(4), spoil=spoil)
         at_sync = working_weights(engine)
         train(case, engine, range(4, 6), spoil=spoil)
@@ -80,7 +80,7 @@ def test_every_rule_treats_it_as_a_dead_one(pool: Pool, stage: int) -> None:
 def one_explodes(case: Case, lr: float) -> Any:
     records: list[dict[str, Any]] = []
     case, swarm, engine = next(one_after_the_other([case]))
-    swarm.log = lambda event, **values: event == "sync" and records.append(values)
+    swarm.on_sync(lambda record: records.append(record.to_json()))
     if place(case)[0] == MAD:
         engine.optimizer.param_groups[0]["lr"] = lr
     train(case, engine, range(4))
@@ -118,7 +118,7 @@ VALUE = 0.02  # as weights of real models are
 def flip_bits(case: Case) -> Any:
     """One element of one shard of the mad particle, before each of several sync points."""
     case, swarm, engine = next(one_after_the_other([case]))
-    shards, found = swarm.synchronizer.shards, []
+    shards, found = swarm.session.synchronizer.parts.shards, []
     particle, rank, size = place(case)
     for bit in FLIPS:
         train(case, engine, range(1))
@@ -128,7 +128,7 @@ def flip_bits(case: Case) -> Any:
             x[segment.shard_start] = flipped(VALUE, bit) if particle == MAD else VALUE
         mine = master_pieces(swarm)
         swarm.sync()
-        found.append((swarm.last_sync, mine, master_pieces(swarm)))
+        found.append((swarm.last_sync.to_json(), mine, master_pieces(swarm)))
     swarm.close()
     return found
 
@@ -162,11 +162,11 @@ def off(case: Case) -> Any:
     train(case, engine, range(2), spoil=Report(1e6, MAD, step=1))
     record = swarm.last_sync
     swarm.close()
-    return record["alive"], record.get("left_out")
+    return record.alive, dict(record.left_out)
 
 
 def test_it_can_be_switched_off(pool: Pool) -> None:
-    assert pool.run(off, Case(swarm={"quarantine_loss": None})) == [((True, True), None)] * 4
+    assert pool.run(off, Case(swarm={"quarantine_loss": None})) == [((True, True), {})] * 4
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def lose_and_rescue(case: Case, lost: tuple[int, ...], folder: Path, in_the_exch
         train(case, engine, range(3))
         me = swarm.world.layout.rank
         if in_the_exchange:
-            weighted_mean = swarm.exchange.weighted_mean
+            weighted_mean = swarm.session.exchange.weighted_mean
 
             def broken(*arguments: Any) -> Any:
                 for piece in weighted_mean(*arguments):
@@ -36,7 +36,7 @@ def lose_and_rescue(case: Case, lost: tuple[int, ...], folder: Path, in_the_exch
                         os.kill(os.getpid(), signal.SIGKILL)
                     raise PeerError("the all-reduce broke")
 
-            swarm.exchange.weighted_mean = broken
+            swarm.session.exchange.weighted_mean = broken
         elif me in lost:
             os.kill(os.getpid(), signal.SIGKILL)
         try:

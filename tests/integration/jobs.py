@@ -233,7 +233,7 @@ def working_weights(engine: Any) -> Weights:
 
 def master_pieces(swarm: Swarm) -> list[tuple[str, int, np.ndarray]]:
     """This rank's part of the fp32 masters: (parameter, offset in it, values)."""
-    shards = swarm.synchronizer.shards
+    shards = swarm.session.synchronizer.parts.shards
     tensors = shards.tensors
     return [
         (s.name, s.param_start, tensors[s.shard][s.shard_start : s.shard_start + s.numel].numpy().copy())

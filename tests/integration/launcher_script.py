@@ -62,7 +62,7 @@ def main() -> None:
             "weights": [p.detach().flatten().tolist() for p in engine.module.parameters()],
             "pid": os.getpid(),
         }
-        everyone = swarm.world.gather("report", report)
+        everyone = swarm.world.coordinator.gather("report", report)
         if swarm.is_leader:
             name = "resumed.json" if arguments.resume else "first.json"
             (arguments.folder / name).write_text(json.dumps(everyone))

@@ -29,7 +29,7 @@ class Losses:
 def decisions(case: Case, losses: tuple[float, ...] | None) -> tuple[list[dict[str, Any]], Any]:
     records: list[dict[str, Any]] = []
     with swarm_of(case) as (swarm, engine):
-        swarm.log = lambda event, **values: records.append(values)
+        swarm.on_sync(lambda record: records.append(record.to_json()))
         train(case, engine, spoil=Losses(losses, int(case.particles)) if losses else None)
         return records, working_weights(engine)
 
@@ -94,7 +94,7 @@ def probe_decides(case: Case, values: tuple[float, float]) -> tuple[list[dict[st
     records: list[dict[str, Any]] = []
     with swarm_of(case, attach=False) as (swarm, engine):
         particle, rank, _ = place(case)
-        swarm.log = lambda event, **record: records.append(record)
+        swarm.on_sync(lambda record: records.append(record.to_json()))
         swarm.attach(engine, probe=lambda index: torch.tensor(values[particle] + rank))
         train(case, engine)
         return records, working_weights(engine)

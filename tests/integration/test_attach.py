@@ -72,7 +72,7 @@ def test_the_start_is_logged_and_again_when_it_is_resumed(pool: Pool, tmp_path: 
 def average_buffers(case: Case) -> Any:
     with swarm_of(case) as (swarm, engine):
         engine.module.norm.running_mean.fill_(float(swarm.world.layout.rank))
-        swarm.window.add(torch.tensor(float(swarm.particle)))
+        swarm.session.window.add(torch.tensor(float(swarm.particle)))
         swarm.sync()
         return float(engine.module.norm.running_mean[0])
 
@@ -252,7 +252,7 @@ def who_is_where(case: Case) -> Any:
     with ds_pso.init(config(case, 1)) as swarm:
         layout = swarm.world.layout
         inside = [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
-        seen = [row[0] for row in swarm.exchange.all_gather([layout.particle])]
+        seen = [row[0] for row in swarm.session.exchange.all_gather([layout.particle])]
     return (layout.particle, layout.shard_rank), inside, seen, os.environ["WORLD_SIZE"]
 
 

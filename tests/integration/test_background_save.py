@@ -79,9 +79,9 @@ def save_often(case: Case, folder: Path) -> list[str]:
             train(case, engine, range(step, step + 1))
             swarm.save(folder, keep=2, background=step != 2)
             if step == 2:
-                swarm.world.gather("looking", None)
+                swarm.world.coordinator.gather("looking", None)
                 found = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-                swarm.world.gather("has looked", None)
+                swarm.world.coordinator.gather("has looked", None)
     return found
 
 
@@ -132,7 +132,7 @@ def save_and_be_killed(case: Case, folder: Path, moment: str) -> None:
         train(case, engine, range(2))
         swarm.save(folder, keep=1)
         train(case, engine, range(2, 4))
-        swarm.world.leads_disk = lambda _: swarm.is_leader  # it removes files, too
+        swarm.world.coordinator.leads_disk = lambda _: swarm.is_leader  # it removes files, too
         kill_at(moment, swarm)
         swarm.save(folder, keep=1, background=True)
         train(case, engine, range(4, 6))

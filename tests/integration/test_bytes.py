@@ -27,9 +27,9 @@ class Traffic:
 
 def traffic(case: Case, losses: tuple[float, ...]) -> Traffic:
     with swarm_of(case) as (swarm, engine):
-        at_attach = swarm.exchange.bytes_received
+        at_attach = swarm.session.exchange.bytes_received
         train(case, engine, range(1), spoil=Losses(losses, int(case.particles)))
-        shard_bytes = sum(4 * t.numel() for t in swarm.synchronizer.shards.tensors)
+        shard_bytes = sum(4 * t.numel() for t in swarm.session.synchronizer.parts.shards.tensors)
         return Traffic(at_attach, swarm.totals.bytes_received, shard_bytes, swarm.total_bytes())
 
 
@@ -89,9 +89,9 @@ def traffic_of_each(cases: list[Case], losses: list[tuple[float, ...]]) -> list[
     found = []
     for losses_of_case, (case, swarm, engine) in zip(losses, one_after_the_other(cases), strict=True):
         received: list[int] = []
-        swarm.log = lambda event, received=received, **record: received.append(record["bytes_received"])
+        swarm.on_sync(lambda record, received=received: received.append(record.bytes_received))
         train(case, engine, range(2), spoil=Losses(losses_of_case, int(case.particles)))
-        found.append((sum(4 * t.numel() for t in swarm.synchronizer.shards.tensors), received))
+        found.append((sum(4 * t.numel() for t in swarm.session.synchronizer.parts.shards.tensors), received))
     return found
 
 
@@ -138,7 +138,7 @@ def test_bytes_of_differences(pool: Pool, particles: int, size: int, wire: str) 
 def ranks_without_peers(case: Case) -> Any:
     with swarm_of(case) as (swarm, engine):
         train(case, engine)
-        return swarm.totals.bytes_received, swarm.total_bytes(), swarm.exchange.bytes_received
+        return swarm.totals.bytes_received, swarm.total_bytes(), swarm.session.exchange.bytes_received
 
 
 def test_one_particle_sends_nothing(pool: Pool) -> None:

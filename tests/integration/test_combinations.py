@@ -92,19 +92,19 @@ def live(section: dict[str, Any], stage: int) -> list[Life]:
         model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 20))
         engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=swarm.ds_config)
         swarm.attach(engine, probe=lambda index: torch.ones(()))
-        shards, received = swarm.synchronizer.shards, []
+        shards, received = swarm.session.synchronizer.parts.shards, []
         generator = torch.Generator().manual_seed(1 + swarm.particle)
         for segment in shards.segments:
             part = shards.tensors[segment.shard][segment.shard_start : segment.shard_start + segment.numel]
             part.add_(0.1 * torch.rand(segment.numel, generator=generator))
         shards.publish()
         begun = torch.cat([p.detach().flatten() for p in model.parameters()]).numpy()
-        swarm.log = lambda event, **record: received.append(record["bytes_received"])
+        swarm.on_sync(lambda record: received.append(record.bytes_received))
         for _ in range(ROUNDS * section["sync_interval"] + section.get("delay", 0)):
             loss = engine(torch.ones(1, 40)).sum() * 0 + [1.0, 0.5, 2.0][swarm.particle]
             engine.backward(loss)
             engine.step()
-        swarm.world.settle()
+        swarm.world.background.settle()
         weights = torch.cat([p.detach().flatten() for p in model.parameters()]).numpy()
         return Life(begun, weights, received, sum(t.numel() for t in shards.tensors))
 

@@ -50,16 +50,16 @@ STAGES = {
 
 def snapshot(swarm: Any, engine: Any) -> list[Weights]:
     """Everything that training goes on from."""
-    synchronizer = swarm.synchronizer
+    synchronizer = swarm.session.synchronizer
     return [
         working_weights(engine),
-        {f"{i}": t.numpy().copy() for i, t in enumerate(synchronizer.shards.tensors)},
-        {f"{i}.{k}": v.numpy().copy() for i, s in enumerate(synchronizer.updater.state) for k, v in s.items()},
+        {f"{i}": t.numpy().copy() for i, t in enumerate(synchronizer.parts.shards.tensors)},
+        {f"{i}.{k}": v.numpy().copy() for i, s in enumerate(synchronizer.parts.updater.state) for k, v in s.items()},
         optimizer_state(engine),
         {"random": torch.get_rng_state().numpy().copy()},
         {
             "numbers": np.array(
-                [swarm.totals.count, swarm.totals.bytes_received, engine.global_steps, swarm.window.count]
+                [swarm.totals.count, swarm.totals.bytes_received, engine.global_steps, swarm.session.window.count]
             )
         },
     ]
@@ -74,10 +74,10 @@ def look_inside(cases: list[Case]) -> list[dict[str, Any]]:
             "losses": swarm.last_losses,
             "before": snapshot(swarm, engine),
         }
-        states = swarm.synchronizer.updater.state
+        states = swarm.session.synchronizer.parts.updater.state
         if "center" in states[0]:
             shards = [state["center"] for state in states]
-            segments = swarm.synchronizer.shards.segments
+            segments = swarm.session.synchronizer.parts.shards.segments
             result["center"] = [
                 (s.name, s.param_start, shards[s.shard][s.shard_start : s.shard_start + s.numel].numpy().copy())
                 for s in segments
@@ -180,7 +180,7 @@ def losses_apart_and_together(case: Case) -> Any:
     """What ``gather`` says of each particle's own loss, and of the centre's."""
     with swarm_of(case) as (swarm, engine):
         train(case, engine)
-        probe = swarm.synchronizer.assessor.probe
+        probe = swarm.session.synchronizer.parts.assessor.probe
         with torch.no_grad():
             apart = swarm.gather(float(probe(50)))
             with swarm.consensus():

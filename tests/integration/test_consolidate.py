@@ -131,7 +131,7 @@ def train_all(jobs: list[Job], folder: Path, tell: bool = True) -> list[Any]:
             engine.backward(loss_of(job, engine, step))
             engine.step()
         if swarm.particle in job.dead:
-            swarm.synchronizer.shards.tensors[0][:1].fill_(float("nan"))
+            swarm.session.synchronizer.parts.shards.tensors[0][:1].fill_(float("nan"))
         for which in ("consensus", "best"):
             swarm.export(here / which, which)
         swarm.save(here / "checkpoints")

@@ -88,10 +88,10 @@ def with_interruptions(case: Case, interrupt: bool, folder: Path) -> Any:
     """All that can be asked of a swarm while a meeting goes on."""
     records: list[dict[str, Any]] = []
     with swarm_of(case) as (swarm, engine):
-        swarm.log = lambda event, **values: records.append(values)
+        swarm.on_sync(lambda record: records.append(record.to_json()))
         for step in range(case.steps):
             train(case, engine, range(step, step + 1))
-            if interrupt and swarm.synchronizer.pending is not None:
+            if interrupt and swarm.session.synchronizer.overlap.pending is not None:
                 with swarm.consensus():
                     consensus = working_weights(engine)
                 swarm.save(folder)
@@ -136,12 +136,12 @@ def test_statistics_become_the_mean_of_the_peers_as_it_was(pool: Pool) -> None:
 def meet_by_hand(case: Case) -> Any:
     with swarm_of(case) as (swarm, engine):
         train(case, engine, range(4))
-        assert swarm.synchronizer.pending is not None
+        assert swarm.session.synchronizer.overlap.pending is not None
         swarm.sync()
-        assert swarm.synchronizer.pending is None
+        assert swarm.session.synchronizer.overlap.pending is None
         weights = working_weights(engine)
         train(case, engine, range(4, 7))  # leaves one pending
-        assert swarm.synchronizer.pending is not None
+        assert swarm.session.synchronizer.overlap.pending is not None
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             swarm.close()
@@ -179,7 +179,7 @@ def test_a_mad_particle_restarts_where_the_others_were(pool: Pool, sync_mode: st
 def dies_once(case: Case) -> Any:
     records: list[dict[str, Any]] = []
     with swarm_of(case) as (swarm, engine):
-        swarm.log = lambda event, **values: records.append(values)
+        swarm.on_sync(lambda record: records.append(record.to_json()))
         mad = swarm.particle == 1
         train(case, engine, spoil=lambda step, loss: loss * float("nan") if mad and step == 2 else loss)
     return [record["alive"] for record in records]
@@ -221,7 +221,7 @@ def go_on_with_a_shorter_interval(case: Case, folder: Path) -> Any:
             train(case, engine, range(5))
             swarm.save(folder)
         else:
-            swarm.log = lambda event, **values: records.append(values)
+            swarm.on_sync(lambda record: records.append(record.to_json()))
             swarm.load(folder)
             train(case, engine, range(5, 7))
     return [(record["staleness"], record["sync"]) for record in records]
@@ -236,7 +236,7 @@ def test_what_is_pending_is_applied_before_the_next_begins(pool: Pool, tmp_path:
 def ask_meanwhile(case: Case) -> dict[str, Any]:
     records: list[dict[str, Any]] = []
     with swarm_of(case) as (swarm, engine):
-        swarm.log = lambda event, **values: records.append(values)
+        swarm.on_sync(lambda record: records.append(record.to_json()))
         train(case, engine, range(2))
         if swarm.particle == 1:
             time.sleep(1.0)
@@ -256,7 +256,7 @@ def test_waiting_for_it_in_between_is_counted(pool: Pool) -> None:
 def nobody_is_left(case: Case) -> Any:
     records: list[dict[str, Any]] = []
     with swarm_of(case) as (swarm, engine):
-        swarm.log = lambda event, **values: records.append(values)
+        swarm.on_sync(lambda record: records.append(record.to_json()))
         train(case, engine, spoil=lambda step, loss: loss * float("nan") if step == 1 else loss)
     return records
 

@@ -163,7 +163,7 @@ def export_nonsense(case: Case, folder: Path) -> None:
 
 def export_nan(case: Case, folder: Path) -> None:
     with swarm_of(case) as (swarm, _):
-        for tensor in swarm.synchronizer.shards.tensors:
+        for tensor in swarm.session.synchronizer.parts.shards.tensors:
             tensor.fill_(float("nan"))
         swarm.export(folder)
 

@@ -89,7 +89,7 @@ def test_delayed_is_all_of_it_by_name(pool: Pool) -> None:
 def records_of(case: Case) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     with swarm_of(case) as (swarm, engine):
-        swarm.log = lambda event, **record: found.append(record | {"step": engine.global_steps})
+        swarm.on_sync(lambda record: found.append(record.to_json() | {"step": engine.global_steps}))
         train(case, engine)
     return found
 
@@ -112,9 +112,9 @@ def with_a_dead_particle(case: Case) -> list[Any]:
         for step in range(case.steps):
             train(case, engine, range(step, step + 1))
             if step == 1 and swarm.particle == 1:
-                for x in swarm.synchronizer.shards.tensors:
+                for x in swarm.session.synchronizer.parts.shards.tensors:
                     x.fill_(float("nan"))
-                swarm.synchronizer.shards.publish()
+                swarm.session.synchronizer.parts.shards.publish()
             weights = working_weights(engine)
             found.append(all(bool(np.isfinite(value).all()) for value in weights.values()))
         return [found, swarm.totals.count, weights]

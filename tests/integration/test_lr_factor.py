@@ -48,7 +48,7 @@ def swarm(case: Case, factors: list[float]) -> Any:
     seen = []
     with swarm_of(case) as (swarm, engine):
         for step, factor in enumerate(factors):
-            swarm.synchronizer.shards.lr_factor = factor if swarm.particle == 1 else 1.0
+            swarm.session.synchronizer.parts.shards.lr_factor = factor if swarm.particle == 1 else 1.0
             train(case, engine, range(step, step + 1))
             seen.append(rates(engine))
         return working_weights(engine), optimizer_state(engine), seen
@@ -101,7 +101,7 @@ def test_with_a_schedule(pool: Pool, name: str) -> None:
 def factors_of(case: Case) -> tuple[float, Any]:
     with swarm_of(case) as (swarm, engine):
         train(case, engine)
-        return swarm.synchronizer.shards.lr_factor, rates(engine)
+        return swarm.session.synchronizer.parts.shards.lr_factor, rates(engine)
 
 
 @pytest.mark.parametrize("stage", [0, 3])

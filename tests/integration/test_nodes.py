@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ds_pso
-from ds_pso.distributed.world import World
+from ds_pso.distributed.static_world import carve
 
 from .jobs import Case, config, swarm_of, train
 
@@ -42,8 +42,8 @@ def test_nodes_save_to_a_shared_disk_and_to_their_own(pool, tmp_path, own_disks)
 
 def who_leads(folder, ranks_per_node, own_disks):
     node = pretend_nodes(ranks_per_node)
-    world = World.carve(2, timeout_s=20)
-    leads = [world.leads_disk(Path(folder) / (f"{node}" if own_disks else "shared")) for _ in range(2)]
+    world = carve(2, timeout_s=20)
+    leads = [world.coordinator.leads_disk(Path(folder) / (f"{node}" if own_disks else "shared")) for _ in range(2)]
     world.close()
     return leads
 
@@ -61,7 +61,11 @@ def test_one_rank_leads_each_disk(pool, tmp_path, ranks_per_node, own_disks, lea
 def particles_of_nodes():
     pretend_nodes(2)
     with ds_pso.init(config(Case(particles="node"), 2)) as swarm:
-        return swarm.num_particles, swarm.world.describe(3), len(swarm.world.local_ranks_on_this_node)
+        return (
+            swarm.num_particles,
+            swarm.world.coordinator.describe(3),
+            len(swarm.world.coordinator.local_ranks_on_this_node),
+        )
 
 
 def test_each_node_is_a_particle(pool):
@@ -74,7 +78,7 @@ def two_swarms_in_one_job():
     seen = []
     for turn in range(2):
         with ds_pso.init(config(Case(), 2)) as swarm:
-            seen.append(swarm.world.gather("turn", [turn, swarm.particle]))
+            seen.append(swarm.world.coordinator.gather("turn", [turn, swarm.particle]))
             torch.distributed.init_process_group("gloo")  # as DeepSpeed does, in the particle's environment
             seen.append(swarm.gather(float(turn + swarm.particle)))
     return seen, torch.distributed.is_initialized()

@@ -32,7 +32,7 @@ RULES: dict[str, dict[str, Any]] = {
 
 def padding(swarm: Swarm) -> Iterator[Tensor]:
     """The parts of the shards that no parameter owns, found from what the parameters do own."""
-    shards = swarm.synchronizer.shards
+    shards = swarm.session.synchronizer.parts.shards
     for index, tensor in enumerate(shards.tensors):
         free = torch.ones(tensor.numel(), dtype=torch.bool)
         for segment in shards.segments:

@@ -53,7 +53,7 @@ def finish(case: Case, folder: Path | None, steps: int) -> Any:
     with swarm_of(case) as (swarm, engine):
         first = swarm.load(folder) if folder else 0
         train(case, engine, range(first, steps))
-        swarm.world.settle()
+        swarm.world.background.settle()
         return working_weights(engine)
 
 
@@ -99,7 +99,7 @@ def one_has_left(case: Case) -> str:
     preemption._PATIENCE_S = 1.0
     with swarm_of(case) as (swarm, _):
         swarm.should_stop()
-        swarm.world.gather("ready", None)
+        swarm.world.coordinator.gather("ready", None)
         rank = swarm.world.layout.rank
         if rank == 3:
             os.kill(os.getpid(), signal.SIGKILL)

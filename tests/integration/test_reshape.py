@@ -62,16 +62,17 @@ MORE = [
 
 def pieces(swarm: Any) -> list[tuple[str, int, np.ndarray]]:
     """All that this rank keeps of the parameters: (what and of which parameter, offset in it, values)."""
-    synchronizer, shards = swarm.synchronizer, find_shards(swarm.engine)
+    synchronizer, shards = swarm.session.synchronizer, find_shards(swarm.engine)
     moments, count = shards.moments(), len(shards.tensors)
     kinds = {"x": shards.tensors}
     each = len(moments) // count
     kinds |= {f"moment {j}": [moments[i * each + j] for i in range(count)] for j in range(each)}
     if synchronizer is not None:
         kinds |= {
-            f"rule {name}": [s[name] for s in synchronizer.updater.state] for name in synchronizer.updater.state[0]
+            f"rule {name}": [s[name] for s in synchronizer.parts.updater.state]
+            for name in synchronizer.parts.updater.state[0]
         }
-        differences = synchronizer.updater.differences
+        differences = synchronizer.parts.updater.differences
         if differences is not None:
             kinds |= {"common": differences.common, "residual": differences.residual}
     return [
@@ -88,15 +89,15 @@ def numbers(swarm: Any) -> dict[str, Any]:
         "steps": [engine.global_steps, engine.global_samples, engine.skipped_steps, engine.get_lr()],
         "counts": [float(s["step"]) for s in engine.basic_optimizer.state.values() if "step" in s][:1],
         "scale": getattr(engine.optimizer, "cur_scale", None),
-        "window": swarm.world.particle_gather([swarm.window.total, float(swarm.window.count)]),
-        "window_steps": swarm.window.steps,
+        "window": swarm.world.local.gather([swarm.session.window.total, float(swarm.session.window.count)]),
+        "window_steps": swarm.session.window.steps,
     }
-    if swarm.synchronizer is not None:
+    if swarm.session.synchronizer is not None:
         found |= {
-            "memories": [dict(memory) for memory in swarm.synchronizer.memories],
+            "memories": [dict(memory) for memory in swarm.session.synchronizer.parts.memories],
             "losses": swarm.last_losses,
             "syncs": swarm.totals.count,
-            "schedule": swarm.synchronizer.schedule.state_dict(),
+            "schedule": swarm.session.synchronizer.parts.schedule.state_dict(),
         }
     return found
 
@@ -126,7 +127,7 @@ def save_all(cases: list[Case], folder: Path, steps: int) -> list[Rank]:
     found = []
     for case, swarm, engine in one_after_the_other(cases):
         train(case, engine, range(steps))
-        swarm.world.settle()
+        swarm.world.background.settle()
         swarm.save(folder / str(cases.index(case)))
         found.append(report(case, swarm))
     return found

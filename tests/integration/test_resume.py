@@ -90,22 +90,24 @@ def train_from_loader(case: Case, swarm: Swarm, engine: Any, steps: int, folder:
                 swarm.save(folder)
             if engine.global_steps == steps:
                 break
-    swarm.world.settle()  # a sync point may still go on
-    synchronizer = swarm.synchronizer
+    swarm.world.background.settle()  # a sync point may still go on
+    synchronizer = swarm.session.synchronizer
     return {
         "weights": working_weights(engine),
         "moments": optimizer_state(engine),
-        "rule": {f"{i}.{k}": v.float().numpy() for i, s in enumerate(synchronizer.updater.state) for k, v in s.items()},
+        "rule": {
+            f"{i}.{k}": v.float().numpy() for i, s in enumerate(synchronizer.parts.updater.state) for k, v in s.items()
+        },
         "wire": wire_state(synchronizer),
-        "lr_factor": synchronizer.shards.lr_factor,
+        "lr_factor": synchronizer.parts.shards.lr_factor,
         "numbers": repr(
             [
-                [dict(memory) for memory in synchronizer.memories],
-                synchronizer.assessor.losses,
-                synchronizer.totals.count,
-                synchronizer.totals.bytes_received,
-                synchronizer.schedule.state_dict(),
-                [swarm.window.total, swarm.window.count, swarm.window.steps],
+                [dict(memory) for memory in synchronizer.parts.memories],
+                synchronizer.parts.assessor.losses,
+                synchronizer.parts.totals.count,
+                synchronizer.parts.totals.bytes_received,
+                synchronizer.parts.schedule.state_dict(),
+                [swarm.session.window.total, swarm.session.window.count, swarm.session.window.steps],
                 sampler.state_dict(),
                 [random.random(), float(np.random.rand()), torch.rand(1).item()],
                 [engine.global_steps, engine.global_samples, engine.get_lr()],
@@ -116,7 +118,7 @@ def train_from_loader(case: Case, swarm: Swarm, engine: Any, steps: int, folder:
 
 
 def wire_state(synchronizer: Any) -> dict[str, np.ndarray]:
-    differences = synchronizer.updater.differences
+    differences = synchronizer.parts.updater.differences
     if differences is None:
         return {}
     named = {"common": differences.common, "residual": differences.residual}

@@ -40,8 +40,10 @@ class Life:
 
 
 def flat(swarm: Any) -> np.ndarray:
-    swarm.synchronizer.shards.zero_padding()
-    return np.concatenate([t.numpy().ravel().astype(np.float64) for t in swarm.synchronizer.shards.tensors])
+    swarm.session.synchronizer.parts.shards.zero_padding()
+    return np.concatenate(
+        [t.numpy().ravel().astype(np.float64) for t in swarm.session.synchronizer.parts.shards.tensors]
+    )
 
 
 def lives(cases: list[Case]) -> list[Life]:
@@ -49,8 +51,8 @@ def lives(cases: list[Case]) -> list[Life]:
     for case, swarm, engine in one_after_the_other(cases):
         life = Life([], [], [], {})
 
-        def log(event: str, life: Life = life, engine: Any = engine, **record: Any) -> None:
-            life.records.append(record)
+        def note(record: Any, life: Life = life, engine: Any = engine) -> None:
+            life.records.append(record.to_json())
             life.steps.append(engine.global_steps)
 
         def look(begin: Any, life: Life = life, swarm: Any = swarm) -> Any:
@@ -60,11 +62,11 @@ def lives(cases: list[Case]) -> list[Life]:
 
             return wrapped
 
-        swarm.log = log
-        schedule = swarm.synchronizer.schedule
+        swarm.on_sync(note)
+        schedule = swarm.session.synchronizer.parts.schedule
         schedule.begin = look(schedule.begin)
         train(case, engine)
-        swarm.world.settle()
+        swarm.world.background.settle()
         life.weights = working_weights(engine)
         found.append(life)
     return found
@@ -116,11 +118,11 @@ def test_the_drift_leaves_out_who_is_not_alive(pool: Pool) -> None:
 def with_a_dead_particle(case: Case) -> tuple[float, np.ndarray]:
     with swarm_of(case) as (swarm, engine):
         drift: list[float] = []
-        swarm.log = lambda event, **record: drift.append(record["drift"])
+        swarm.on_sync(lambda record: drift.append(record.drift))
         train(case, engine, range(1))
         if swarm.particle == 2:
-            swarm.synchronizer.shards.tensors[0][:3] = float("nan")
-        schedule, before = swarm.synchronizer.schedule, []
+            swarm.session.synchronizer.parts.shards.tensors[0][:3] = float("nan")
+        schedule, before = swarm.session.synchronizer.parts.schedule, []
         schedule.begin = lambda step: before.append(flat(swarm))
         train(case, engine, range(1, 2))
         return drift[0], before[0]
@@ -180,7 +182,7 @@ def slow_particle(case: Case) -> list[dict[str, Any]]:
     case = replace(case, swarm={"schedule": {"type": "wall_time", "seconds": 0.3}})
     with swarm_of(case) as (swarm, engine):
         records: list[dict[str, Any]] = []
-        swarm.log = lambda event, **record: records.append(record | {"step": engine.global_steps})
+        swarm.on_sync(lambda record: records.append(record.to_json() | {"step": engine.global_steps}))
         for step in range(case.steps):
             time.sleep(0.1 * swarm.particle)
             train(case, engine, range(step, step + 1))
@@ -191,14 +193,14 @@ def at_its_own_pace(case: Case, training_s: float, meeting_s: float) -> list[dic
     """Particle 1 needs so long for a step; whatever a sync point needs takes so long on all."""
     with swarm_of(case) as (swarm, engine):
         records: list[dict[str, Any]] = []
-        swarm.log = lambda event, **record: records.append(record | {"step": engine.global_steps})
-        publish = swarm.synchronizer.shards.publish
+        swarm.on_sync(lambda record: records.append(record.to_json() | {"step": engine.global_steps}))
+        publish = swarm.session.synchronizer.parts.shards.publish
 
         def slow_publish() -> None:
             time.sleep(meeting_s)
             publish()
 
-        swarm.synchronizer.shards.publish = slow_publish
+        swarm.session.synchronizer.parts.shards.publish = slow_publish
         for step in range(case.steps):
             if step == 5 and swarm.particle == 1:
                 time.sleep(1.0)  # an evaluation
@@ -227,7 +229,7 @@ def test_time_for_training_is_left(pool: Pool) -> None:
 def survivors(case: Case) -> list[dict[str, Any]]:
     with swarm_of(case) as (swarm, engine):
         records: list[dict[str, Any]] = []
-        swarm.log = lambda event, **record: records.append(record)
+        swarm.on_sync(lambda record: records.append(record.to_json()))
         train(case, engine, range(4), spoil=lambda step, loss: loss * float("nan") if swarm.particle == 1 else loss)
         return records
 
@@ -247,9 +249,9 @@ def interrupted(case: Case, folder: Path) -> tuple[list[float], list[float]]:
         if number == 0:
             train(case, engine, range(5))
             swarm.save(folder)
-            known = list(swarm.synchronizer.pending.pace)
+            known = list(swarm.session.synchronizer.overlap.pending.pace)
         else:
-            swarm.log = lambda event, **record: records.append(record)
+            swarm.on_sync(lambda record: records.append(record.to_json()))
             swarm.load(folder)
             train(case, engine, range(5, 6))
     return known, [record["step_s"] for record in records]
@@ -277,7 +279,7 @@ def test_the_next_interval_counts_from_the_beginning(pool: Pool) -> None:
 def monitored(case: Case, folder: Path) -> list[dict[str, Any]]:
     with swarm_of(case) as (swarm, engine):
         records: list[dict[str, Any]] = []
-        swarm.log = lambda event, **record: records.append(record)
+        swarm.on_sync(lambda record: records.append(record.to_json()))
         train(case, engine)
         return records
 

@@ -45,7 +45,7 @@ def decisions(cases: list[Case], lies: list[tuple[float, ...]]) -> list[Any]:
     found = []
     for lie, (case, swarm, engine) in zip(lies, one_after_the_other(cases), strict=True):
         records: list[dict[str, Any]] = []
-        swarm.log = lambda event, records=records, **values: event == "sync" and records.append(values)
+        swarm.on_sync(lambda record, records=records: records.append(record.to_json()))
         train(case, engine, spoil=Lie(lie))
         found.append((records, working_weights(engine)))
     return found
@@ -90,7 +90,7 @@ def probe_of_nan(case: Case, mad: tuple[int, ...]) -> Any:
     records: list[dict[str, Any]] = []
     with swarm_of(case, attach=False) as (swarm, engine):
         real = probe_of(case, engine)
-        swarm.log = lambda event, **values: event == "sync" and records.append(values)
+        swarm.on_sync(lambda record: records.append(record.to_json()))
         swarm.attach(engine, probe=lambda index: real(index) * (math.nan if swarm.world.layout.rank in mad else 1))
         train(case, engine)
         return records, working_weights(engine)
@@ -117,14 +117,14 @@ def lose_the_weights(case: Case, mad: int) -> Any:
     with swarm_of(case) as (swarm, engine):
         train(case, engine, range(3))
         if swarm.particle == mad:
-            for tensor in swarm.synchronizer.shards.tensors:
+            for tensor in swarm.session.synchronizer.parts.shards.tensors:
                 tensor.fill_(math.nan)
         records: list[dict[str, Any]] = []
-        swarm.log = lambda event, **values: event == "sync" and records.append(values)
+        swarm.on_sync(lambda record: records.append(record.to_json()))
         swarm.sync()
         after = working_weights(engine)
         train(case, engine, range(3, 6))
-        state = [value.clone() for state in swarm.synchronizer.updater.state for value in state.values()]
+        state = [value.clone() for state in swarm.session.synchronizer.parts.updater.state for value in state.values()]
         return records[0], after, all(bool(torch.isfinite(value).all()) for value in state), working_weights(engine)
 
 

@@ -166,7 +166,7 @@ def test_a_launcher_of_several_ranks_is_refused(pool: Pool) -> None:
 def asynchronous(case: Case) -> list[Any]:
     def life(swarm: Swarm) -> Any:
         records: list[dict[str, Any]] = []
-        swarm.log = lambda event, **values: event == "sync" and records.append(values)
+        swarm.on_sync(lambda record: records.append(record.to_json()))
         engine = build_engine(case, swarm.ds_config)
         swarm.attach(engine)
         train(case, engine, where=(swarm.particle, 0, 1))

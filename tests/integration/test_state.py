@@ -33,7 +33,7 @@ def weights_and_dtypes(cases: list[Case]) -> list[tuple[Weights, dict[str, torch
     found = []
     for case, swarm, engine in one_after_the_other(cases):
         train(case, engine)
-        state = swarm.synchronizer.updater.state
+        state = swarm.session.synchronizer.parts.updater.state
         found.append((working_weights(engine), {key: value.dtype for kept in state for key, value in kept.items()}))
     return found
 

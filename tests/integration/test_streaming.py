@@ -61,8 +61,8 @@ def common_and_weights(case: Case) -> list[tuple[np.ndarray, Weights]]:
     with swarm_of(case) as (swarm, engine):
         for step in range(case.steps):
             train(case, engine, range(step, step + 1))
-            swarm.world.settle()
-            found.append((flat(swarm.synchronizer.updater.differences.common), working_weights(engine)))
+            swarm.world.background.settle()
+            found.append((flat(swarm.session.synchronizer.parts.updater.differences.common), working_weights(engine)))
     return found
 
 
@@ -112,7 +112,12 @@ def spoilt(
         if load_from is not None:
             swarm.load(load_from)
         names = ("fragment", "abandoned", "alive")
-        swarm.log = lambda event, **r: records.append((engine.global_steps, *(r.get(name) for name in names), r))
+
+        def note(record: Any) -> None:
+            r = record.to_json()
+            records.append((engine.global_steps, *(r.get(name) for name in names), r))
+
+        swarm.on_sync(note)
 
         def spoil(index: int, loss: Any) -> Any:
             return loss + math.nan if (index + 1, swarm.particle) == (nan_loss_at, 1) else loss
@@ -120,15 +125,15 @@ def spoilt(
         for step in range(engine.global_steps, case.steps):
             train(case, engine, range(step, step + 1), spoil)
             if (step + 1, swarm.particle) == (nan_weights_at, 1):
-                for x in swarm.synchronizer.shards.tensors:
+                for x in swarm.session.synchronizer.parts.shards.tensors:
                     x.fill_(math.nan)
-                swarm.synchronizer.shards.publish()
+                swarm.session.synchronizer.parts.shards.publish()
             if step + 1 == sync_at:
                 swarm.sync()
         if save_to is not None:
             swarm.save(save_to)
-        swarm.world.settle()
-        differences = swarm.synchronizer.updater.differences
+        swarm.world.background.settle()
+        differences = swarm.session.synchronizer.parts.updater.differences
         return records, [flat(differences.common)] if differences else [], working_weights(engine)
 
 

@@ -198,7 +198,7 @@ def masters_around_each_sync(cases: list[Case]) -> list[tuple[Any, list[Any]]]:
     found = []
     for case, swarm, engine in one_after_the_other(cases):
         seen: list[Any] = []
-        real = swarm.synchronizer.sync
+        real = swarm.session.synchronizer.sync
 
         def sync(window: Any, step: int, swarm: Any = swarm, seen: list[Any] = seen, real: Any = real) -> Any:
             before = master_pieces(swarm)
@@ -206,7 +206,7 @@ def masters_around_each_sync(cases: list[Case]) -> list[tuple[Any, list[Any]]]:
             seen.append((before, swarm.last_losses, master_pieces(swarm)))
             return record
 
-        swarm.synchronizer.sync = sync
+        swarm.session.synchronizer.sync = sync
         found.append((master_pieces(swarm), seen))
         train(case, engine)
     return found

@@ -55,7 +55,7 @@ def watch(cases: list[Case], nan_at: int | None = None) -> list[Life]:
     """Train; in sync point ``nan_at`` particle 1 has lost its mind."""
     lives = []
     for case, swarm, engine in one_after_the_other(cases):
-        synchronizer, meetings = swarm.synchronizer, []
+        synchronizer, meetings = swarm.session.synchronizer, []
         real = synchronizer.sync
 
         def sync(window: Any, step: int, s: Any = synchronizer, real: Any = real, meetings: Any = meetings) -> Any:
@@ -124,14 +124,16 @@ def explode(cases: list[Case]) -> list[list[float]]:
     """How far the first particle is from where it began after each sync point, in training that stands still."""
     found = []
     for case, swarm, engine in one_after_the_other(cases):
-        start, distances = flat(swarm.synchronizer.shards.tensors), []
+        start, distances = flat(swarm.session.synchronizer.parts.shards.tensors), []
         for step in range(case.steps):
             if step == 1 and swarm.particle == 3:
-                for x in swarm.synchronizer.shards.tensors:
+                for x in swarm.session.synchronizer.parts.shards.tensors:
                     x.mul_(1e4)  # finite all the same
             train(case, engine, range(step, step + 1))
             if (step + 1) % case.interval == 0:
-                distances.append(float(np.abs(flat(swarm.synchronizer.shards.tensors) - start).max(initial=0.0)))
+                distances.append(
+                    float(np.abs(flat(swarm.session.synchronizer.parts.shards.tensors) - start).max(initial=0.0))
+                )
         found.append(distances)
     return found
 

@@ -46,7 +46,7 @@ def main() -> None:
             "local_rank": os.environ["LOCAL_RANK"],
             "weights": [value for p in engine.module.parameters() for value in p.detach().flatten().tolist()],
         }
-        everyone = swarm.world.gather("report", mine)
+        everyone = swarm.world.coordinator.gather("report", mine)
         if swarm.is_leader:
             arguments.report.write_text(json.dumps(everyone), encoding="utf-8")
 

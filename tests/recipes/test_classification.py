@@ -6,14 +6,14 @@ from _classification import load_splits
 
 from ds_pso.config.schema import load_config
 from ds_pso.distributed.layout import Layout
-from ds_pso.distributed.world import World
+from ds_pso.distributed.static_world import unconnected
 from ds_pso.errors import ConfigError
 from ds_pso.swarm import Swarm
 
 
 @pytest.fixture
 def swarm():
-    return Swarm(*load_config({"swarm": {"particles": 1}}), World(Layout(0, 1, 1), 10.0), None)
+    return Swarm(*load_config({"swarm": {"particles": 1}}), unconnected(Layout(0, 1, 1), 10.0)[0], None)
 
 
 @pytest.fixture

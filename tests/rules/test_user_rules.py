@@ -244,9 +244,9 @@ def gossip(case: Case, meetings: int, dead: dict[int, int], folder: Path) -> lis
 
     def life(swarm: Swarm) -> list[Any]:
         records: list[dict[str, Any]] = []
-        swarm.log = lambda event, **values: event == "sync" and records.append(values)
+        swarm.on_sync(lambda record: records.append(record.to_json()))
         swarm.attach(build_engine(case, swarm.ds_config))
-        tensors = swarm.synchronizer.shards.tensors
+        tensors = swarm.session.synchronizer.parts.shards.tensors
         noise = torch.Generator().manual_seed(swarm.particle)
         history = []
         for meeting in range(meetings):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_pso.sync.fitness import FitnessWindow, combine
+from ds_pso.sync.fitness import FitnessWindow, ParticleReport, RankReport
 
 NAN, INF = math.nan, math.inf
 
@@ -58,28 +58,64 @@ def test_restore_goes_on_where_the_window_stood():
 
 
 @pytest.mark.parametrize(
-    ("rows", "loss", "heard", "norm"),
+    ("rows", "loss", "num_losses", "norm", "finite"),
     [
-        ([(6.0, 2, 9.0, 1.0)], 3.0, 2, 3),
-        ([(6.0, 2, 9.0, 1.0), (2.0, 2, 16.0, 1.0)], 2.0, 4, 5),
-        ([(6.0, 3, 9.0, 1.0), (2.0, 1, 16.0, 1.0)], 2.0, 4, 5),  # of micro-batches, not of ranks
-        ([(6.0, 2, 9.0, 1.0), (2.0, 2, NAN, 1.0)], 2.0, 4, NAN),  # weights not finite on one rank
-        ([(6.0, 2, 9.0, 1.0), (2.0, 2, INF, 1.0)], 2.0, 4, INF),
-        ([(6.0, 2, 9.0, 1.0), (NAN, 2, 16.0, 1.0)], NAN, -1, 5),
-        ([(INF, 2, 9.0, 1.0), (1.0, 2, 16.0, 1.0)], INF, -1, 5),
-        ([(0.0, 0, 9.0, 1.0), (0.0, 0, 16.0, 1.0)], NAN, 0, 5),  # no loss was seen: nothing says it is ill
-        ([(0.0, 0, NAN, 1.0)], NAN, 0, NAN),
+        ([(6.0, 2, 9.0, 1.0)], 3.0, 2, 3, True),
+        ([(6.0, 2, 9.0, 1.0), (2.0, 2, 16.0, 1.0)], 2.0, 4, 5, True),
+        ([(6.0, 3, 9.0, 1.0), (2.0, 1, 16.0, 1.0)], 2.0, 4, 5, True),  # of micro-batches, not of ranks
+        ([(6.0, 2, 9.0, 1.0), (2.0, 2, NAN, 1.0)], 2.0, 4, NAN, True),  # weights not finite on one rank
+        ([(6.0, 2, 9.0, 1.0), (2.0, 2, INF, 1.0)], 2.0, 4, INF, True),
+        ([(6.0, 2, 9.0, 1.0), (NAN, 2, 16.0, 1.0)], NAN, 4, 5, False),
+        ([(INF, 2, 9.0, 1.0), (1.0, 2, 16.0, 1.0)], INF, 4, 5, False),
+        ([(0.0, 0, 9.0, 1.0), (0.0, 0, 16.0, 1.0)], NAN, 0, 5, True),  # no loss was seen: nothing says it is ill
+        ([(0.0, 0, NAN, 1.0)], NAN, 0, NAN, True),
     ],
 )
-def test_combine(rows, loss, heard, norm):
-    health = combine(rows)
-    assert health.highest == 1.0
-    assert (health.loss, health.heard, health.norm) == pytest.approx((loss, heard, norm), nan_ok=True)
+def test_ranks_report_together(rows, loss, num_losses, norm, finite):
+    report = ParticleReport.combined([RankReport(*row) for row in rows], steps=7)
+    assert (report.highest_loss, report.steps, report.loss_is_finite) == (1.0, 7, finite)
+    assert (report.loss, report.num_losses, report.norm) == pytest.approx((loss, num_losses, norm), nan_ok=True)
+
+
+def test_the_slowest_rank_sets_the_pace():
+    ranks = [RankReport(1.0, 1, 1.0, 1.0, 0.5, 3.0), RankReport(1.0, 1, 1.0, 1.0, 0.25, 4.0)]
+    report = ParticleReport.combined(ranks, steps=1)
+    assert (report.step_s, report.held_up_s) == (0.5, 4.0)
 
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(-1e6, 1e6), st.integers(1, 100)), min_size=1, max_size=6))
 def test_the_loss_is_the_mean_over_all_micro_batches(rows):
-    health = combine([(total, float(count), 1.0, 1.0) for total, count in rows])
-    assert health.loss == pytest.approx(math.fsum(t for t, _ in rows) / sum(c for _, c in rows), abs=1e-6)
-    assert health.heard == sum(count for _, count in rows)
+    report = ParticleReport.combined([RankReport(total, float(count), 1.0, 1.0) for total, count in rows], steps=1)
+    assert report.loss == pytest.approx(math.fsum(t for t, _ in rows) / sum(c for _, c in rows), abs=1e-6)
+    assert report.num_losses == sum(count for _, count in rows)
+
+
+reports = st.builds(
+    ParticleReport,
+    loss=st.floats(0, 1e6),
+    num_losses=st.integers(0, 1000),
+    norm=st.floats(0, 1e6) | st.just(INF),
+    highest_loss=st.floats(0, 1e6),
+    steps=st.integers(0, 1000),
+    step_s=st.floats(0, 100),
+    held_up_s=st.floats(0, 100),
+)
+
+
+@given(reports)
+def test_a_report_travels_as_a_row(report):
+    assert len(report.to_row()) == 7
+    assert ParticleReport.from_row(report.to_row()) == report
+
+
+def test_what_a_row_cannot_hold_as_a_number():
+    diverged = ParticleReport.from_row(ParticleReport(INF, 3, 1.0, 2.0, loss_is_finite=False).to_row())
+    assert not diverged.loss_is_finite
+    assert not diverged.recovers
+    recovering = ParticleReport.from_row(ParticleReport.of_recovering().to_row())
+    assert recovering.recovers
+    assert recovering.loss_is_finite
+    assert (recovering.num_losses, recovering.steps, recovering.held_up_s) == (0, 0, INF)
+    absent = ParticleReport.from_row([NAN] * 7)
+    assert (absent.num_losses, absent.steps, absent.recovers) == (0, 0, False)

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_pso.sync.health import Health, Limits, judge, warning
+from ds_pso.metrics.records import SyncRecord
+from ds_pso.sync.fitness import ParticleReport
+from ds_pso.sync.health import Limits, judge, warning
 
 NAN, INF = math.nan, math.inf
 LIMITS = Limits(loss=4.0, norm=10.0)
@@ -18,8 +20,10 @@ LIMITS = Limits(loss=4.0, norm=10.0)
 
 def healths(losses, norms=None, heard=None, highest=None):
     """Means of very many losses, unless told."""
-    ones, many = [1.0] * len(losses), [1e9] * len(losses)
-    return [Health(*values) for values in zip(losses, heard or many, norms or ones, highest or ones, strict=True)]
+    ones, many = [1.0] * len(losses), [10**9] * len(losses)
+    return [
+        ParticleReport(*values) for values in zip(losses, heard or many, norms or ones, highest or ones, strict=True)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -41,7 +45,7 @@ def healths(losses, norms=None, heard=None, highest=None):
     ids=str,
 )
 def test_losses(losses, out):
-    heard = [0.0 if math.isnan(loss) else 1e9 for loss in losses]
+    heard = [0 if math.isnan(loss) else 10**9 for loss in losses]
     assert sorted(judge(healths(losses, heard=heard), LIMITS)) == out
 
 
@@ -86,7 +90,7 @@ def test_chance_alone_leaves_hardly_anybody_out(spread, allowed, heard, particle
 
 def test_an_old_loss_is_not_judged():
     """It is that of weights that have been replaced since."""
-    assert judge(healths([1.0, 50.0], heard=[1e9, 0.0]), LIMITS) == {}
+    assert judge(healths([1.0, 50.0], heard=[10**9, 0]), LIMITS) == {}
 
 
 def test_norms_are_judged_first_and_then_the_losses_of_the_rest():
@@ -98,15 +102,15 @@ def test_norms_are_judged_first_and_then_the_losses_of_the_rest():
 
 
 @pytest.mark.parametrize(
-    ("health", "reason"),
+    ("report", "reason"),
     [
-        (Health(NAN, -1.0, 1.0, 1.0), "its loss is not finite"),
-        (Health(1.0, 1.0, INF, 1.0), "its weights are not finite"),
-        (Health(INF, -1.0, NAN, 1.0), "its loss is and its weights are not finite"),
+        (ParticleReport(NAN, 1, 1.0, 1.0, loss_is_finite=False), "its loss is not finite"),
+        (ParticleReport(1.0, 1, INF, 1.0), "its weights are not finite"),
+        (ParticleReport(INF, 1, NAN, 1.0, loss_is_finite=False), "its loss is and its weights are not finite"),
     ],
 )
-def test_what_is_not_finite(health, reason):
-    assert judge([Health(1.0, 1.0, 1.0, 1.0), health], Limits(None, None)) == {1: reason}
+def test_what_is_not_finite(report, reason):
+    assert judge([ParticleReport(1.0, 1, 1.0, 1.0), report], Limits(None, None)) == {1: reason}
 
 
 def test_limits_can_be_off():
@@ -117,19 +121,23 @@ def test_limits_can_be_off():
 
 
 numbers = st.one_of(st.floats(0, 1e30), st.sampled_from([NAN, INF, 0.0]))
-rows = st.tuples(numbers, numbers, numbers).map(lambda t: Health(t[0], 9.0 if math.isfinite(t[0]) else -1.0, *t[1:]))
+rows = st.tuples(numbers, numbers, numbers).map(
+    lambda t: ParticleReport(t[0], 9, *t[1:], loss_is_finite=math.isfinite(t[0]))
+)
 limits = st.one_of(st.none(), st.floats(1.001, 100))
 
 
 @given(st.lists(rows, min_size=1, max_size=8), limits, limits)
 def test_somebody_always_stays_and_each_who_goes_has_a_reason(table, loss, norm):
     reasons = judge(table, Limits(loss, norm))
-    well = [i for i, health in enumerate(table) if health.heard != -1.0 and math.isfinite(health.norm)]
+    well = [i for i, report in enumerate(table) if report.loss_is_finite and math.isfinite(report.norm)]
     stay = [i for i in range(len(table)) if i not in reasons]
     assert bool(stay) == bool(well)
     assert set(stay) <= set(well)
     judged = {
-        i: health.highest for i, health in enumerate(table) if i in well and health.highest > 0 and health.loss > 0
+        i: report.highest_loss
+        for i, report in enumerate(table)
+        if i in well and report.highest_loss > 0 and report.loss > 0
     }
     judged = {i: high for i, high in judged.items() if "norm" not in reasons.get(i, "")}
     usual = median(judged.values()) if judged else NAN
@@ -140,8 +148,9 @@ def test_somebody_always_stays_and_each_who_goes_has_a_reason(table, loss, norm)
 
 
 def test_a_particle_is_warned_of_once_until_it_is_well_again():
-    ill, well = {"sync": 3, "left_out": {"1": "its loss is not finite"}}, {"sync": 4}
-    assert warning(ill, {}) == (
+    ill = SyncRecord(3, (1.0, NAN), (True, False), {"1": "its loss is not finite"})
+    well = SyncRecord(4, (1.0, 1.0), (True, True))
+    assert warning(ill, None) == (
         "sync point 3: left out, and restarted from the others if any is well: particle 1: its loss is not finite"
     )
     assert warning(ill, ill) is None

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_pso.sync.schedule import Observed, Schedule, ScheduleConfig, make_schedule
-from ds_pso.utils.step_timer import StepClock
+from ds_pso.utils.step_timer import StepTimer
 
 CALM = Observed(drift=1e-9, step_s=0.1, held_up_s=0.0)
 
@@ -149,7 +149,7 @@ def test_a_fixed_schedule_is_followed_by_another_from_the_last_sync_point_on():
 def test_a_step_clock_tells_steps_from_what_else_happens(monkeypatch: pytest.MonkeyPatch):
     now = 100.0
     monkeypatch.setattr("time.perf_counter", lambda: now)
-    clock = StepClock()
+    clock = StepTimer()
     now += 50  # data, compilation and whatever else comes first
     clock.tick()
     assert clock.take() == 0.0

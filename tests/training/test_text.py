@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ds_pso.distributed.layout import Layout
-from ds_pso.distributed.world import World
+from ds_pso.distributed.static_world import unconnected
 from ds_pso.errors import ConfigError
 from ds_pso.swarm import Swarm
 from ds_pso.training import text
@@ -22,7 +22,7 @@ def swarm():
     from ds_pso.config.schema import load_config
 
     ds_config, swarm_config = load_config(config)
-    return Swarm(ds_config, swarm_config, World(Layout(0, 1, 1), 10.0), None)
+    return Swarm(ds_config, swarm_config, unconnected(Layout(0, 1, 1), 10.0)[0], None)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What a particle that is healed goes on with: the place in training of the one that gives."""
+"""What a particle that recovers goes on with: the place in training of the donor."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from deepspeed.runtime.lr_schedules import WarmupDecayLR
 from torch.optim import lr_scheduler as of_torch
 
 from ds_pso.sampler import SwarmSampler
-from ds_pso.sync.elastic import _OwnModel
-from ds_pso.sync.rollback import Progress, at_another_step
+from ds_pso.sync.consensus import Consensus
+from ds_pso.sync.progress import TrainingProgress
+from ds_pso.sync.recovery import at_another_step
 from ds_pso.sync.schedule import Observed, ScheduleConfig, make_schedule
 
 
@@ -54,27 +55,27 @@ def step(engine: Any) -> list[float]:
 
 @pytest.mark.parametrize("behind", [0, 2])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_its_rates_are_those_of_the_giver_from_the_first_step(schedule: str, behind: int) -> None:
-    giver, healed = made(schedule), made(schedule)
+def test_its_rates_are_those_of_the_donor_from_the_first_step(schedule: str, behind: int) -> None:
+    donor, recovered = made(schedule), made(schedule)
     for _ in range(12):
-        step(giver)
+        step(donor)
     for _ in range(behind):
-        step(healed)
+        step(recovered)
     if schedule == "none":
-        giver.basic_optimizer.param_groups[0]["lr"] = 0.05  # by hand
-    told = json.loads(json.dumps(Progress(giver, []).read()))
-    Progress(healed, []).write(told)
-    assert healed.global_steps == 12
-    assert [step(healed) for _ in range(10)] == [step(giver) for _ in range(10)]
+        donor.basic_optimizer.param_groups[0]["lr"] = 0.05  # by hand
+    said = json.loads(json.dumps(TrainingProgress(donor, []).read()))
+    TrainingProgress(recovered, []).write(said)
+    assert recovered.global_steps == 12
+    assert [step(recovered) for _ in range(10)] == [step(donor) for _ in range(10)]
 
 
-def test_samplers_that_are_made_later_begin_at_the_givers_place() -> None:
+def test_samplers_that_are_made_overduer_begin_at_the_donors_place() -> None:
     data = [SwarmSampler(range(100), rank=rank, world_size=2, batch_size=5) for rank in range(2)]
     for _ in range(13):
         data[0].advance()
-    told = Progress(made("none"), data[:1]).read()
-    progress = Progress(made("none"), [])
-    progress.write(told)
+    said = TrainingProgress(made("none"), data[:1]).read()
+    progress = TrainingProgress(made("none"), [])
+    progress.write(said)
     progress.place(data[1])
     assert data[1].state_dict() == data[0].state_dict()
     again = SwarmSampler(range(100), rank=1, world_size=2, batch_size=5)
@@ -82,21 +83,23 @@ def test_samplers_that_are_made_later_begin_at_the_givers_place() -> None:
     assert again.state_dict()["batch"] == 0
 
 
-def test_who_is_late_and_counts_keeps_to_the_interval_of_the_others() -> None:
+def test_who_is_overdue_and_counts_keeps_to_the_interval_of_the_others() -> None:
     options = ScheduleConfig(type="adaptive", drift=0.1)
-    giver, late = (make_schedule(options, 8, None) for _ in range(2))
-    giver.begin(32)
-    late.load_state_dict(at_another_step(giver.state_dict(), theirs=40, mine=36))
-    for schedule, step in ((giver, 40), (late, 36)):
+    donor, overdue = (make_schedule(options, 8, None) for _ in range(2))
+    donor.begin(32)
+    overdue.load_state_dict(at_another_step(donor.state_dict(), theirs=40, mine=36))
+    for schedule, step in ((donor, 40), (overdue, 36)):
         schedule.begin(step)
         schedule.observe(Observed(0.05, 1.0, 0.0))
-    assert giver.next_after(40) - 40 == late.next_after(36) - 36 == 16
+    assert donor.next_after(40) - 40 == overdue.next_after(36) - 36 == 16
 
 
 def test_the_own_model_is_looked_at_when_nobody_works_on_it() -> None:
-    center = torch.zeros(3)  # half way through a meeting in the background
-    world = SimpleNamespace(settle=lambda: center.fill_(1))
+    center = torch.zeros(3)  # half way through a sync in the background
+    world = SimpleNamespace(background=SimpleNamespace(settle=lambda: center.fill_(1)))
     shards = SimpleNamespace(tensors=[torch.zeros(3)], zero_padding=lambda: None, buffers=lambda: [])
     updater = SimpleNamespace(rule=SimpleNamespace(model_in="center"), state=[{"center": center}])
-    (found,), _ = _OwnModel(SimpleNamespace(world=world), updater, shards).collect("consensus")
+    membership = SimpleNamespace(reachable=lambda: (1,))
+    parts: Any = SimpleNamespace(world=world, shards=shards, updater=updater, membership=membership)
+    (found,), _ = Consensus(parts).collect("consensus")
     assert found.tolist() == [1, 1, 1]

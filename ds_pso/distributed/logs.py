@@ -1,0 +1,58 @@
+"""Logging: the level by DS_PSO_LOG or ``--verbose``, and particle and rank in each line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+
+from ds_pso.errors import ConfigError
+
+VARIABLE = "DS_PSO_LOG"
+_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+_FORMAT = "%(asctime)s %(levelname)s [%(place)s] %(name)s: %(message)s"
+_here = threading.local()  # a simulated particle is a thread
+_process_place = ""
+
+
+class _Place(logging.Filter):
+    """Adds ``place`` to a record: the particle and the rank."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.place = getattr(_here, "place", "") or _process_place or "no particle yet"
+        return True
+
+
+def set_place(particle: int, rank: int, *, of_thread: bool = False) -> None:
+    """Say where this process stands from now on, or this thread alone."""
+    global _process_place
+    place = f"particle {particle} rank {rank}"
+    if of_thread:
+        _here.place = place
+    else:
+        _process_place = place
+
+
+def configure(verbosity: int = 0) -> None:
+    """Print what ds_pso logs, unless the program has set up logging of its own, which then gets the records.
+
+    Args:
+        verbosity: 1: INFO, 2: DEBUG; 0: what DS_PSO_LOG says, else warnings and errors.
+
+    Raises:
+        ConfigError: DS_PSO_LOG is no level.
+    """
+    name = os.environ.get(VARIABLE, "WARNING").upper()
+    if name not in _LEVELS:
+        raise ConfigError(f"{VARIABLE} = {os.environ[VARIABLE]!r}: must be one of {', '.join(_LEVELS)}")
+    level = min(getattr(logging, name), {0: logging.ERROR, 1: logging.INFO}.get(verbosity, logging.DEBUG))
+    logger = logging.getLogger("ds_pso")
+    if verbosity or VARIABLE in os.environ:
+        logger.setLevel(level)
+    if logging.getLogger().handlers or logger.handlers:
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(_FORMAT))
+    handler.addFilter(_Place())
+    logger.addHandler(handler)
+    logger.propagate = False

@@ -1,0 +1,93 @@
+"""Joins an engine with the swarm: what the config asks for, checked, and made of parts."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from ds_pso.config.checks import total_num_steps
+from ds_pso.errors import ConfigError
+from ds_pso.metrics import deepspeed_monitor
+from ds_pso.rules import Rule
+from ds_pso.session.session import Session
+from ds_pso.shards import Shards, find_shards
+from ds_pso.sync.assessment import Probe
+from ds_pso.sync.health import Limits
+from ds_pso.sync.parts import SyncOptions, SyncParts
+from ds_pso.sync.progress import TrainingProgress
+from ds_pso.sync.schedule import Schedule
+from ds_pso.sync.synchronizer import Synchronizer
+from ds_pso.utils.offload import Offload
+
+
+def take_filled_in(session: Session, config: object) -> None:
+    """Take over the engine's config: Accelerate and the HF Trainer replace each "auto" in a copy of their own.
+
+    Raises:
+        ConfigError: particles would write into one another's monitor files.
+    """
+    if not isinstance(config, Mapping):
+        return  # a path
+    for name in deepspeed_monitor.OWN_FOLDERS if session.num_particles > 1 else ():
+        section = config.get(name) or {}
+        if section.get("enabled") and f"particle_{session.particle}" not in str(section):
+            raise ConfigError(
+                f"{name}: the particles would write into one another's files; give DeepSpeed swarm.ds_config, in "
+                "which each has a folder of its own, and not the file itself"
+            )
+    session.ds_config = {key: value for key, value in config.items() if key != "swarm"}
+
+
+def build_synchronizer(session: Session, engine: Any, probe: Probe | None) -> Synchronizer | None:
+    """Make the synchronizer of an engine; None where there is nobody to sync with.
+
+    Raises:
+        UnsupportedError: the engine uses a feature that the swarm cannot follow.
+        ConfigError: the config asks for a probe and none is given, or for the length of the training.
+    """
+    config = session.config
+    rule = config.build_rule()
+    if rule is None or session.num_particles == 1:
+        return None
+    schedule = config.build_schedule(session.ds_config)
+    _check(session, rule, schedule, probe)
+    with session.world.coordinator.agree("attaching the engine"):
+        shards: Shards = find_shards(engine)
+    options = SyncOptions(
+        probe,
+        config.fitness == "probe",
+        config.optimizer_state,
+        config.wire,
+        config.delay,
+        config.fragments,
+        config.streaming,
+        Offload(config.state_device, config.state_dtype),
+        Limits(config.quarantine_loss, config.quarantine_norm),
+        config.resolved(),
+    )
+    parts = SyncParts(session.world, session.exchange, rule, shards, schedule, options)
+    return Synchronizer(parts, TrainingProgress(engine, session.samplers))
+
+
+def _check(session: Session, rule: Rule, schedule: Schedule, probe: Probe | None) -> None:
+    config = session.config
+    if config.fitness == "probe" and probe is None:
+        raise ConfigError('swarm.fitness = "probe": give swarm.attach a probe, or use "train"')
+    if rule.uses_probe and probe is None:
+        raise ConfigError(
+            f'swarm.sync_mode = "{config.sync_mode}": it scores weights on a probe batch; '
+            "give swarm.attach a probe, or choose another mode or options"
+        )
+    if schedule.last == 0 and session.world.is_leader:
+        warnings.warn(
+            f"swarm.sync_interval = {config.sync_interval}: longer than the whole training, so that the "
+            "particles never meet; lower it",
+            stacklevel=4,
+        )
+    if rule.uses_progress and not schedule.last:
+        raise ConfigError(
+            f"swarm.{config.sync_mode} changes over training, and scheduler.params.total_num_steps = "
+            f"{total_num_steps(session.ds_config)!r} gives no sync point; give a number of at least "
+            "swarm.sync_interval there or in swarm.total_steps"
+        )

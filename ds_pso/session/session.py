@@ -1,0 +1,124 @@
+"""A swarm on one rank: the parts that training, checkpoints and export share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ds_pso.comm.exchange import Exchange
+from ds_pso.config.schema import SwarmConfig
+from ds_pso.distributed.world import World
+from ds_pso.errors import SwarmError
+from ds_pso.metrics.log import MetricsLog, versions
+from ds_pso.metrics.records import SyncRecord
+from ds_pso.sampler import SwarmSampler
+from ds_pso.sync.fitness import FitnessWindow
+from ds_pso.sync.synchronizer import Synchronizer
+from ds_pso.utils.background_task import Writer
+
+
+@dataclass
+class Session:
+    """The parts, and what can be read off them. ``Swarm`` adds what can be done.
+
+    Attributes:
+        ds_config: DeepSpeed's part of the config.
+        config: the validated ``swarm`` section.
+        run_dir: folder for ``metrics.jsonl``; None: nothing is logged to disk.
+        window: losses since the last sync.
+        callbacks: called with the record of each sync, in order.
+        last_sync: its record; None: there was none.
+        writer: the checkpoint that is being written in the background.
+        synchronizer: None: not attached, or only one particle.
+    """
+
+    ds_config: dict[str, Any]
+    config: SwarmConfig
+    world: World
+    run_dir: Path | None
+    exchange: Exchange
+    metrics: MetricsLog
+    window: FitnessWindow = field(default_factory=FitnessWindow)
+    samplers: list[SwarmSampler] = field(default_factory=list)
+    callbacks: list[Callable[[SyncRecord], None]] = field(default_factory=list)
+    last_sync: SyncRecord | None = None
+    writer: Writer = field(default_factory=Writer)
+    synchronizer: Synchronizer | None = None
+    attached_engine: Any = None
+
+    @classmethod
+    def of(cls, ds_config: dict[str, Any], config: SwarmConfig, world: World, run_dir: Path | None) -> Session:
+        """Make the parts that do not need an engine."""
+        path = run_dir / "metrics.jsonl" if run_dir and world.is_leader else None
+        exchange = Exchange(world, config.bucket_mb, checksums=config.checksums)
+        return cls(ds_config, config, world, run_dir, exchange, MetricsLog(path))
+
+    @property
+    def engine(self) -> Any:
+        """The DeepSpeed engine that was attached.
+
+        Raises:
+            SwarmError: none was.
+        """
+        if self.attached_engine is None:
+            raise SwarmError("the swarm has no engine yet; call swarm.attach(engine) first", agreed=True)
+        return self.attached_engine
+
+    @property
+    def num_particles(self) -> int:
+        """P, the number of particles."""
+        return self.world.layout.num_particles
+
+    @property
+    def particle(self) -> int:
+        """The number of this rank's particle."""
+        return self.world.layout.particle
+
+    @property
+    def is_leader(self) -> bool:
+        """True on the rank that prints and logs."""
+        return self.world.is_leader
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far; 0 without an engine."""
+        return int(self.attached_engine.global_steps) if self.attached_engine else 0
+
+    def log(self, event: str, **values: Any) -> None:
+        """Append a record to ``metrics.jsonl`` (the leader's; other ranks' are dropped)."""
+        self.metrics.write(event, self.step, values)
+
+    def sync_has_ended(self, record: SyncRecord) -> None:
+        """Remember the record, and call the callbacks."""
+        self.last_sync = record
+        for callback in self.callbacks:
+            callback(record)
+
+    def describe(self) -> str:
+        """Describe the swarm in one line: ``2 particles x 4 ranks, pso every 8 steps``."""
+        layout = self.world.layout
+        ranks = f"{layout.particle_size} rank{'s' if layout.particle_size > 1 else ''}"
+        if self.num_particles == 1:
+            return f"1 particle x {ranks}: plain DeepSpeed"
+        n, kind = self.config.sync_interval, self.config.schedule.type
+        when = f"every {n} steps" if kind == "fixed" else f"every {n} steps at first, {kind} from there"
+        if self.config.streaming:
+            when += f", one of {self.config.fragments} fragments at a time"
+        return f"{self.num_particles} particles x {ranks}, {self.config.sync_mode} {when}"
+
+    def start_record(self) -> dict[str, Any]:
+        """Return what a report must know of the run; JSON values."""
+        trained = [p for p in self.engine.module.parameters() if p.requires_grad]
+        return {
+            "description": self.describe(),
+            "particles": self.num_particles,
+            "ranks": self.world.layout.particle_size,
+            "backend": self.world.peers.backend,
+            "total_steps": self.config.training_steps(self.ds_config),
+            "zero_stage": self.engine.zero_optimization_stage(),
+            "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in trained),
+            "swarm": self.config.resolved(),
+            "versions": versions(),
+        }

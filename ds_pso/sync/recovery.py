@@ -1,0 +1,104 @@
+"""Gives a particle that recovers the state of a donor, shard by shard; and one that is overdue the numbers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from ds_pso.comm.exchange import fill
+from ds_pso.distributed.membership import Quorum
+from ds_pso.sync.fitness import FitnessWindow
+from ds_pso.sync.parts import SyncParts
+from ds_pso.sync.progress import TrainingProgress
+from ds_pso.sync.rollback import residuals, shared_state
+
+
+def at_another_step(schedule: Mapping[str, Any], theirs: int, mine: int) -> dict[str, Any]:
+    """Return the state of a schedule at step ``theirs`` as it is at step ``mine``, with equal steps since a sync."""
+    return {**schedule, "begun": schedule["begun"] + mine - theirs}
+
+
+class Numbers(Protocol):
+    """Whoever keeps the numbers of all syncs."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Recovery:
+    """Takes over state before a sync; what concerns training itself counts when the sync has been committed.
+
+    Args:
+        numbers: of the rule, the schedule and the syncs so far.
+
+    Attributes:
+        received: the donor's progress in training; None: this particle has not recovered.
+    """
+
+    def __init__(self, parts: SyncParts, progress: TrainingProgress, numbers: Numbers) -> None:
+        self._parts = parts
+        self.progress = progress
+        self._numbers = numbers
+        self.received: Mapping[str, Any] | None = None
+
+    def recover(self, quorum: Quorum, window: FitnessWindow) -> None:
+        """Exchange what somebody in the quorum lacks. Called alike on all ranks of all who take part."""
+        self.received = None
+        if not quorum.recovering and not quorum.overdue:
+            return
+        parts, me = self._parts, self._parts.exchange.particle
+        if not quorum.is_start:
+            self._share(quorum, me)
+        if quorum.recovering:
+            with parts.shards.flat_buffers() as buffers:
+                tensors = [*parts.shards.tensors, *parts.shards.frozen(), *buffers]
+                if not quorum.is_start:
+                    tensors += shared_state(parts.updater)
+                fill(tensors, parts.exchange.from_each(tensors, quorum.sources))
+        if quorum.is_start:
+            parts.start_state()
+        elif me in quorum.overdue:
+            self._catch_up(quorum)
+        elif me in quorum.recovering:
+            found = self._receive(quorum.sources[me])
+            self._take_numbers(found["sync"], lr_factor=1.0)
+            self.received = found["progress"]
+            for residual in residuals(parts.updater):
+                residual.zero_()
+            window.clear()
+
+    def _share(self, quorum: Quorum, me: int) -> None:
+        needed = {quorum.donors[0], *(quorum.sources[particle] for particle in quorum.recovering)}
+        if self._parts.world.is_leader and me in needed:
+            state = {"sync": self._numbers.state_dict(), "progress": self.progress.read()}
+            self._parts.membership.share(f"state/{me}", state)
+
+    def _receive(self, donor: int) -> dict[str, Any]:
+        found = self._parts.membership.receive(f"state/{donor}")
+        assert isinstance(found, dict)
+        return found
+
+    def _catch_up(self, quorum: Quorum) -> None:
+        """Take over the donor's numbers; as many steps since the last sync are counted from the own step."""
+        found = self._receive(quorum.donors[0])
+        theirs, mine = found["progress"]["engine"]["global_steps"], self.progress.engine.global_steps
+        schedule = at_another_step(found["sync"]["schedule"], theirs, mine)
+        self._take_numbers({**found["sync"], "schedule": schedule}, lr_factor=self._parts.shards.lr_factor)
+
+    def _take_numbers(self, found: Mapping[str, Any], *, lr_factor: float) -> None:
+        """Take over rule, schedule and count of syncs; what they have cost stays this rank's own."""
+        mine = self._numbers.state_dict()
+        totals = mine["totals"] | {"count": found["totals"]["count"]}
+        self._numbers.load_state_dict({**found, "totals": totals, "lr_factor": lr_factor, "pending": None})
+
+    def step(self, step: int) -> int:
+        """Return the optimizer step at which this particle stands: the donor's if it recovers."""
+        return step if self.received is None else int(self.received["engine"]["global_steps"])
+
+    def commit(self) -> bool:
+        """Let training go on where the donor's is, when the sync counts. Returns whether it recovers."""
+        received, self.received = self.received, None
+        if received is not None:
+            self.progress.write(received)
+        return received is not None
