@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ds_pso.comm.compression import FORMATS, Differences
+from ds_pso.comm.compression import Differences, find_format
 from ds_pso.comm.exchange import Exchange, fill
 from ds_pso.distributed.world import World
 from ds_pso.errors import SwarmError
@@ -70,7 +70,7 @@ class Meetings:
         rank_by: Literal["train", "probe"] = "train",
         schedule: Schedule,
         optimizer_state: Literal["keep", "average", "reset"] = "keep",
-        wire: Literal["fp32", "bf16", "int8", "int4"] = "fp32",
+        wire: str = "fp32",
         fragments: int = 1,
         streaming: bool = False,
         offload: Offload = NO_OFFLOAD,
@@ -90,7 +90,7 @@ class Meetings:
         )
         self._check_same_model()
         self._start_alike()
-        differences = None if wire == "fp32" else Differences(FORMATS[wire], shards.tensors, offload)
+        differences = None if wire == "fp32" else Differences(find_format(wire), shards.tensors, offload)
         state = [
             {name: offload.keep(value, rough=name in rule.rough_state) for name, value in found.items()}
             for found in (rule.init_state(offload.near(x)) for x in shards.tensors)
