@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from ds_pso.rules.base import Place, Plan, Rule, RuleConfig, State, SyncPoint
+from ds_pso.rules.base import Place, Plan, Rule, RuleConfig, RuleMemory, State, SyncPoint
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class NoSyncConfig(RuleConfig):
@@ -76,7 +77,7 @@ class NoSync(Rule):
             return start + (final - start) * sync.progress
         return float(start * (final / start) ** sync.progress)
 
-    def plan(self, sync: SyncPoint, memory: Mapping[str, Any]) -> Plan:
+    def plan(self, sync: SyncPoint, memory: RuleMemory) -> Plan:
         pressure = self.pressure(sync)
         share = pressure / 2 if self.options.asynchronous else pressure  # half-way to the peer is the mean of two
         return Plan(

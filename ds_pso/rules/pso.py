@@ -5,14 +5,27 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from ds_pso.rules.base import Place, Plan, Rule, RuleConfig, State, SyncPoint, best_of
+from ds_pso.rules.base import (
+    Place,
+    Plan,
+    Rule,
+    RuleConfig,
+    RuleMemory,
+    State,
+    StateInit,
+    SyncPoint,
+    best_of,
+    copy_of,
+    zeros_like,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class PsoConfig(RuleConfig):
@@ -128,15 +141,16 @@ class Pso(Rule):
         o = self.options
         return o.cognitive > 0 or bool(o.final_cognitive) or o.best == "all_time"
 
-    def init_state(self, x: Tensor) -> dict[str, Tensor]:
-        state = {}
+    @property
+    def initial_state(self) -> Mapping[str, StateInit]:
+        state: dict[str, StateInit] = {}
         if self._keeps_velocity:
-            state["velocity"] = torch.zeros_like(x)
+            state["velocity"] = zeros_like
         if self._keeps_best:
-            state["best_position"] = x.detach().clone()
+            state["best_position"] = copy_of
         return state
 
-    def plan(self, sync: SyncPoint, memory: Mapping[str, Any]) -> Plan:
+    def plan(self, sync: SyncPoint, memory: RuleMemory) -> Plan:
         losses = sync.losses()
         seen = memory.get("best_fitness") or [math.inf] * sync.num_particles
         # A dead particle restarts elsewhere: what it once found no longer is its own.
@@ -207,6 +221,7 @@ class Pso(Rule):
             return
         _, inertia, cognitive, social = plan.factors[place.particle]
         if self.per_parameter:
+            assert isinstance(plan.carry, int)
             r1, r2 = self._draw(plan.carry, place.particle, place.parameter)
             cognitive, social = cognitive * r1, social * r2
         velocity = (received - x).mul_(social)
