@@ -1,4 +1,4 @@
-"""``ds-pso check``: whether a config is valid, what it resolves to, and what it costs for a model."""
+"""``ds-pso check``: validate a config, print its settings in full, and its cost for a model."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ds_pso.cli.arguments import add_subcommand, check_at_least, quantity
-from ds_pso.config.checks import total_num_steps
-from ds_pso.config.cost_model import Cluster, as_bytes, memory, plan
-from ds_pso.config.schema import ALLREDUCE, SwarmConfig, load_config
+from ds_pso.cli.arguments import Subcommands, add_subcommand, check_at_least, quantity
 from ds_pso.errors import ConfigError
-from ds_pso.rules import RULES
+
+if TYPE_CHECKING:
+    from ds_pso.config.schema import SwarmConfig
 
 
-def add_to(commands: Any) -> None:
+def add_to(commands: Subcommands) -> None:
+    """Add the parser of this subcommand."""
     parser = add_subcommand(
         commands,
         "check",
@@ -41,6 +41,9 @@ def add_to(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Print the settings, warnings and costs."""
+    from ds_pso.config.load import load_config
+
     ds_config, swarm = load_config(arguments.config)
     given = json.loads(Path(arguments.config).read_text(encoding="utf-8"))["swarm"]
     found: dict[str, Any] = {
@@ -56,11 +59,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def warnings(ds_config: Mapping[str, Any], swarm: SwarmConfig, given: Mapping[str, Any]) -> Iterator[str]:
-    """What is allowed, and probably not meant.
+    """Yield a warning for each setting that is allowed and probably not meant.
 
     Args:
+        ds_config: DeepSpeed's part of the config.
+        swarm: the swarm section.
         given: the swarm section as it was written.
     """
+    from ds_pso.config.schema import ALLREDUCE, SwarmConfig, total_num_steps
+    from ds_pso.rules import RULES
+
     mode, n = swarm.sync_mode, swarm.sync_interval
     for name in RULES:
         if name in given and name != mode:
@@ -100,7 +108,10 @@ _OF_ALLREDUCE = {"sync_mode", "timeout_s", "peer_backend"}
 
 
 def _cost(swarm: SwarmConfig, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Bytes of memory and of a sync point, as ``ds_pso.config.cost_model`` has them."""
+    """Return the bytes of memory and of a sync point, computed by ``ds_pso.config.cost_model``."""
+    from ds_pso.config.cost_model import Cluster, memory, sync_cost
+    from ds_pso.config.schema import ALLREDUCE
+
     name, parameters = arguments.model, arguments.parameters
     if parameters is None:
         parameters = _count(name)
@@ -112,7 +123,7 @@ def _cost(swarm: SwarmConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     if swarm.sync_mode == ALLREDUCE or particles == 1:
         return found | {"memory": None, "sync_point": None}
     cluster = Cluster(parameters, particles, arguments.ranks, step_s=1.0, bandwidth=1.0)
-    received = 1e6 * plan(cluster, swarm).megabytes
+    received = 1e6 * sync_cost(cluster, swarm).megabytes
     return found | {
         "memory": asdict(memory(cluster, swarm)),
         "sync_point": {"per_particle": received, "per_rank": received / arguments.ranks},
@@ -144,25 +155,27 @@ def _text(found: Mapping[str, Any]) -> str:
 
 
 def _cost_lines(model: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:
+    from ds_pso.config.cost_model import as_bytes
+
     name = f"{model['name']}: " if model["name"] else ""
     P, S = model["particles"], model["ranks"]
     yield f"{name}{model['parameters'] / 1e6:g} M parameters, {P} particles of {S}"
     if model["memory"] is None:
         yield "  no sync points, and nothing beside what DeepSpeed takes"
         return
-    kept, pending, meeting = (as_bytes(model["memory"][key]) for key in ("kept", "pending", "meeting"))
+    kept, pending, exchange = (as_bytes(model["memory"][key]) for key in ("kept", "pending", "exchange"))
     into = {key: as_bytes(value) for key, value in model["sync_point"].items()}
     yield f"  a sync point   {into['per_particle']} into each particle, {into['per_rank']} into each rank"
     yield f"  memory         {kept} on each rank beside DeepSpeed's own"
     if settings["delay"]:
         yield f"                 {pending} more while a sync point is pending"
-    yield f"                 {meeting} more while particles meet"
+    yield f"                 {exchange} more while particles meet"
     if settings["optimizer_state"] == "average":
         yield "  not counted    the optimizer's moments, which travel, too: of Adam twice what the weights take in fp32"
 
 
 def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """``schedule.type`` for what lies in subsections."""
+    """Yield every key with its value; one of a subsection as ``schedule.type``."""
     for name, value in section.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_pso.config.checks import total_num_steps
+from ds_pso.config.schema import total_num_steps
 from ds_pso.elastic.world import ElasticWorld
 from ds_pso.errors import ConfigError, SwarmError
 from ds_pso.metrics import deepspeed_monitor
