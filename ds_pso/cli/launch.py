@@ -50,7 +50,7 @@ def add_to(commands: Subcommands) -> None:
         "--config", type=Path, metavar="JSON", help="the DeepSpeed config, if the script does not get it as an argument"
     )
     add("--max-restarts", type=int, default=10, metavar="N", help="of a particle that does not run for ten minutes")
-    add("--grace", type=float, default=60.0, metavar="SECONDS", help="for particles to save when this is told to end")
+    add("--grace", type=float, default=60.0, metavar="SECONDS", help="for particles to save when this is asked to end")
     add("--log-dir", type=Path, metavar="DIR", help="also write what each particle prints to a file there")
     add("script", help="training script, and after it its arguments")
     add("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)

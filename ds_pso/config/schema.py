@@ -28,7 +28,7 @@ class SwarmConfig(StrictModel):
     particles: int | Literal["node"] = Field(default="node", description="Number of particles P, or one per node.")
     sync_mode: str = Field(
         default="local_sgd",
-        description="`allreduce` (plain DeepSpeed over all ranks), the name of a rule, or your own rule as "
+        description="`allreduce` (plain DeepSpeed over all ranks), the name of a rule or a preset, or your own rule as "
         "`my_module:MyRule`.",
     )
     sync_interval: int = Field(
