@@ -12,7 +12,7 @@ from ds_pso.rules import Rule
 
 
 @dataclass(frozen=True)
-class Config:
+class Combination:
     """A config whose keys are each valid by themselves.
 
     Attributes:
@@ -51,7 +51,7 @@ class Config:
         return "schedule.min_interval" if varies(self) else "sync_interval"
 
 
-Predicate = Callable[[Config], bool]
+Predicate = Callable[[Combination], bool]
 
 
 @dataclass(frozen=True)
@@ -79,51 +79,51 @@ class Exclusion:
 # -- features -------------------------------------------------------------------------------
 
 
-def streams(c: Config) -> bool:
+def streams(c: Combination) -> bool:
     return c.swarm.streaming
 
 
-def varies(c: Config) -> bool:
+def varies(c: Combination) -> bool:
     return c.swarm.schedule.type != "fixed"
 
 
-def follows_progress(c: Config) -> bool:
+def follows_progress(c: Combination) -> bool:
     return c.rule.uses_progress and c.swarm.total_steps is None
 
 
-def has_total_steps(c: Config) -> bool:
+def has_total_steps(c: Combination) -> bool:
     return c.swarm.total_steps is not None
 
 
-def delays(c: Config) -> bool:
+def delays(c: Combination) -> bool:
     return c.swarm.delay > 0
 
 
-def cuts(c: Config) -> bool:
+def cuts(c: Combination) -> bool:
     return c.swarm.fragments > 1 and not c.swarm.streaming
 
 
-def compresses(c: Config) -> bool:
+def compresses(c: Combination) -> bool:
     return c.swarm.wire != UNCOMPRESSED
 
 
-def places_state(c: Config) -> bool:
+def places_state(c: Combination) -> bool:
     return c.swarm.state_device != "auto"
 
 
-def rounds_state(c: Config) -> bool:
+def rounds_state(c: Combination) -> bool:
     return c.swarm.state_dtype != "fp32"
 
 
-def is_elastic(c: Config) -> bool:
+def is_elastic(c: Combination) -> bool:
     return c.swarm.transport == "elastic"
 
 
-def is_asynchronous(c: Config) -> bool:
+def is_asynchronous(c: Combination) -> bool:
     return c.rule.max_staleness is not None
 
 
-def averages_moments(c: Config) -> bool:
+def averages_moments(c: Combination) -> bool:
     return c.swarm.optimizer_state == "average"
 
 
@@ -311,7 +311,7 @@ def check_consistent(ds_config: Mapping[str, object], swarm: SwarmConfig, where:
     rule = swarm.build_rule()
     if rule is None:
         return
-    config = Config(swarm, rule, ds_config)
+    config = Combination(swarm, rule, ds_config)
     for row in EXCLUSIONS:
         if row.feature(config) and row.excludes(config):
             raise ConfigError(f"{where}: {row.message.format(swarm=swarm, config=config)}")

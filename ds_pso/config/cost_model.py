@@ -231,7 +231,7 @@ def _enough(found: SyncCost, cluster: Cluster, share: float) -> str:
 
 
 def as_bytes(nbytes: float) -> str:
-    """``1.5 GB``"""
+    """Return a number of bytes as text, such as ``1.5 GB``."""
     unit, size = ("GB", 1e9) if nbytes >= 1e9 else ("MB", 1e6)
     return f"{nbytes / size:.3g} {unit}"
 

@@ -6,7 +6,18 @@ import importlib
 import inspect
 from collections.abc import Iterable
 
-from ds_pso.rules.base import Place, Plan, Rule, RuleConfig, RuleMemory, State, SyncPoint
+from ds_pso.rules.base import (
+    Place,
+    Plan,
+    Rule,
+    RuleConfig,
+    RuleMemory,
+    State,
+    StateInit,
+    SyncPoint,
+    copy_of,
+    zeros_like,
+)
 from ds_pso.rules.diloco import DiLoCo
 from ds_pso.rules.easgd import Easgd
 from ds_pso.rules.guarded_mean import GuardedMean
@@ -60,4 +71,17 @@ def find_rule(name: str, known: Iterable[str] = RULES) -> type[Rule]:
     return found
 
 
-__all__ = ["RULES", "Place", "Plan", "Rule", "RuleConfig", "RuleMemory", "State", "SyncPoint", "find_rule"]
+__all__ = [
+    "RULES",
+    "Place",
+    "Plan",
+    "Rule",
+    "RuleConfig",
+    "RuleMemory",
+    "State",
+    "StateInit",
+    "SyncPoint",
+    "copy_of",
+    "find_rule",
+    "zeros_like",
+]

@@ -28,12 +28,12 @@ RuleMemory = Mapping[str, Any]  # JSON values of the rule's own choice
 
 
 def copy_of(x: Tensor) -> Tensor:
-    """Begin a state tensor as a copy of the shard."""
+    """Return a copy of the shard, for a state tensor to begin with."""
     return x.detach().clone()
 
 
 def zeros_like(x: Tensor) -> Tensor:
-    """Begin a state tensor with zeros."""
+    """Return zeros like the shard, for a state tensor to begin with."""
     return x.new_zeros(x.shape)
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class DiLoCoConfig(RuleConfig):
-    """``swarm.diloco``"""
+    """Options of the rule ``diloco``: the subsection ``swarm.diloco``."""
 
     outer_lr: float = Field(default=0.7, gt=0, description="Outer learning rate (eta).")
     outer_momentum: float = Field(default=0.6, ge=0, lt=1, description="Outer Nesterov momentum (mu).")

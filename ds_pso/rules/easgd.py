@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class EasgdConfig(RuleConfig):
-    """``swarm.easgd``"""
+    """Options of the rule ``easgd``: the subsection ``swarm.easgd``."""
 
     beta: float = Field(
         default=0.9, gt=0, le=1, description="How far the centre moves to the mean; each particle moves beta / P to it."

@@ -33,7 +33,7 @@ _FEW_ROUNDS = 10  # inertia built up over so few sync points has no time to pay
 
 
 class GuardedMeanConfig(RuleConfig):
-    """``swarm.swarm``"""
+    """Options of the rule ``swarm``: the subsection ``swarm.swarm``."""
 
     inertia: float = Field(default=0.0, ge=0, lt=1, description="Heavy-ball momentum of the consensus (beta).")
     guard: bool = Field(

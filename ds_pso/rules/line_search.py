@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class LineSearchConfig(RuleConfig):
-    """``swarm.line_search``"""
+    """Options of the rule ``line_search``: the subsection ``swarm.line_search``."""
 
     inertia: float = Field(default=0.7, gt=0, le=1, description="Inertia that a candidate of length 1 has (mu).")
     longest: float = Field(default=1.5, gt=0, description="Length of the longest candidate; the shortest has 0.")

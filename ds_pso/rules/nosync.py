@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class NoSyncConfig(RuleConfig):
-    """``swarm.nosync``"""
+    """Options of the rule ``nosync``: the subsection ``swarm.nosync``."""
 
     pressure: float = Field(default=0.1, ge=0, le=1, description="Pressure at the beginning of training.")
     final_pressure: float = Field(
@@ -70,6 +70,7 @@ class NoSync(Rule):
         return self.options.max_staleness if self.options.asynchronous else None
 
     def pressure(self, sync: SyncPoint) -> float:
+        """Return p at this point of the training."""
         start, final = self.options.pressure, self.options.final_pressure
         if self.options.growth == "constant":
             return start

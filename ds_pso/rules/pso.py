@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class PsoConfig(RuleConfig):
-    """``swarm.pso``"""
+    """Options of the rule ``pso``: the subsection ``swarm.pso``."""
 
     inertia: float = Field(default=0.0, ge=0, lt=1, description="Weight of the last velocity (w).")
     cognitive: float = Field(default=0.0, ge=0, description="Pull towards the particle's own best (c1).")
@@ -176,7 +176,7 @@ class Pso(Rule):
         )
 
     def _sources(self, losses: list[float], alive: tuple[bool, ...]) -> tuple[int, ...]:
-        """The best that each particle knows of; the best of all for one that has no living neighbour."""
+        """Return the best that each particle knows of; the best of all for one that has no living neighbour."""
         everybody = range(len(losses))
         best = best_of(losses, alive)
         if self.options.topology == "global":
@@ -189,7 +189,7 @@ class Pso(Rule):
         return tuple(sources)
 
     def _coefficients(self, sync: SyncPoint) -> tuple[float, float, float]:
-        """w, c1 and c2 at this sync point, each times chi."""
+        """Return w, c1 and c2 at this sync point, each times chi."""
         o = self.options
         pairs = ((o.inertia, o.final_inertia), (o.cognitive, o.final_cognitive), (o.social, o.final_social))
         w, c1, c2 = (start if final is None else start + (final - start) * sync.progress for start, final in pairs)
@@ -200,7 +200,7 @@ class Pso(Rule):
         return chi, chi * c1, chi * c2
 
     def _draw(self, index: int, particle: int, parameter: str | None = None) -> tuple[float, float]:
-        """r1 and r2, from what all ranks know alike."""
+        """Return r1 and r2, drawn from numbers that are the same on all ranks."""
         if self.options.randomness == "none":
             return 0.5, 0.5
         key = [self.seed, index, particle] + ([] if parameter is None else [zlib.crc32(parameter.encode())])
