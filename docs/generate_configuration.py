@@ -15,7 +15,9 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ds_pso.config.schema import ALLREDUCE, SwarmConfig
+from ds_pso.comm.compression import wire_names
+from ds_pso.config.presets import sync_modes
+from ds_pso.config.schema import SwarmConfig
 from ds_pso.elastic.config import ElasticConfig
 from ds_pso.rules import RULES
 from ds_pso.sync.schedule import ScheduleConfig
@@ -28,7 +30,8 @@ _BY_VALIDATOR = {
     "elastic": "object",
     "particles": 'whole number, at least 1, or `"node"`',
     "schedule": "object",
-    "sync_mode": ", ".join(f'`"{name}"`' for name in (ALLREDUCE, *RULES)) + ', `"my_module:MyRule"`',
+    "sync_mode": ", ".join(f'`"{name}"`' for name in sync_modes()) + ', `"my_module:MyRule"`',
+    "wire": ", ".join(f'`"{name}"`' for name in wire_names()),
 }
 
 

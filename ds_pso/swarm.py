@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ds_pso import checkpoint
-from ds_pso.config.schema import ALLREDUCE, ConfigSource, SwarmConfig, find_config, load_config
+from ds_pso.config.load import ConfigSource, find_config, load_config
+from ds_pso.config.schema import ALLREDUCE, SwarmConfig
 from ds_pso.distributed import logs
 from ds_pso.distributed.preemption import Preemption
 from ds_pso.distributed.simulated_world import Simulation

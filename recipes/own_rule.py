@@ -25,6 +25,7 @@ class OwnRule(Rule):
     """x_i <- x_i + part (x_j - x_i), j a living particle other than i. One that is not alive becomes x_j."""
 
     Config = OwnRuleConfig
+    options: OwnRuleConfig
 
     def plan(self, sync: SyncPoint, memory: Mapping[str, Any]) -> Plan:
         rng = np.random.default_rng([self.seed, sync.index])  # so all ranks draw alike

@@ -27,9 +27,9 @@ def test_a_peak_is_seen_after_it_is_over() -> None:
 def test_every_case_has_a_formula_or_is_not_ours() -> None:
     for case, (stack, _) in CASES.items():
         assert (expected(case, 1000) is None) == (stack != "ds_pso"), case
-    assert expected("ds_pso diloco", 1000) == Memory(kept=8000, pending=0, meeting=4000)
+    assert expected("ds_pso diloco", 1000) == Memory(kept=8000, pending=0, exchange=4000)
     streaming = expected("ds_pso local_sgd, streaming", 1000)
-    assert streaming == Memory(kept=0, pending=2000, meeting=2000)
+    assert streaming == Memory(kept=0, pending=2000, exchange=2000)
 
 
 def test_the_page_compares_with_the_stack_alone(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from benchmarks.memory.worker import INTERVAL, MARK, WIDTH
 from benchmarks.slow_link.stacks import build_model
 from benchmarks.table import Table, machine, versions
 from ds_pso.config.cost_model import Cluster, Memory, memory
-from ds_pso.config.schema import load_config
+from ds_pso.config.load import load_config
 from ds_pso.utils.atomic_io import write_atomically
 
 FOLDER = Path(__file__).parent / "results"
@@ -166,7 +166,7 @@ def write_report(table: Table[Key, Measured]) -> Path:
         cells = [case, _mb(kept) if case != _alone(case) else "", "", "", "", _mb(peak)]
         if formula is not None:
             meeting = median(row.meeting for row in rows)
-            cells[2:5] = _mb(formula.kept), _mb(meeting), _mb(formula.pending + formula.meeting)
+            cells[2:5] = _mb(formula.kept), _mb(meeting), _mb(formula.pending + formula.exchange)
         cells.append("" if case == _alone(case) else _mb(peak - median(row.peak for row in alone)))
         lines.append(f"| {' | '.join(cells)} |")
     if CLAIMS.exists():

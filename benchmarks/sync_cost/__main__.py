@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.table import Table, machine, versions
-from ds_pso.comm.compression import FORMATS, Differences
+from ds_pso.comm.compression import FORMATS, Differences, find_format
 from ds_pso.comm.exchange import Exchange
 from ds_pso.distributed.static_world import carve
 from ds_pso.rules import RULES, Rule, SyncPoint
@@ -97,7 +97,7 @@ def measure(case: Case, exchange: Exchange, runs: int) -> Cost:
     torch.manual_seed(exchange.particle)
     x = torch.randn(case.numel, device=case.device)
     rule = _rule(case.rule)
-    differences = None if case.wire == "fp32" else Differences(FORMATS[case.wire], [torch.zeros_like(x)])
+    differences = None if case.wire == "fp32" else Differences(find_format(case.wire), [torch.zeros_like(x)])
     updater = Updater(exchange, rule, [], [rule.init_state(x)], differences)
     alive = (True,) * case.particles
     fitness = tuple(float(i) for i in range(case.particles))
@@ -152,7 +152,7 @@ def _copies(case: Case, x: Tensor, between: torch.device) -> list[tuple[Tensor, 
 
 
 def _payload(case: Case, x: Tensor) -> int:
-    return x.numel() * 4 if case.wire == "fp32" else FORMATS[case.wire].nbytes(x.numel() // 256 * 256)
+    return x.numel() * 4 if case.wire == "fp32" else find_format(case.wire).nbytes(x.numel() // 256 * 256)
 
 
 def _bare(case: Case, exchange: Exchange, payload: Tensor) -> None:

@@ -5,24 +5,31 @@ from __future__ import annotations
 import argparse
 import math
 import textwrap
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ds_pso.errors import ConfigError
 
+if TYPE_CHECKING:
+    Subcommands = argparse._SubParsersAction[argparse.ArgumentParser]
+else:
+    Subcommands = argparse._SubParsersAction
 
-def add_subcommand(commands: Any, name: str, *, help: str, description: str, example: str) -> argparse.ArgumentParser:
-    """A subcommand whose help ends with an example. Its default ``run`` is called with the parsed arguments."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+
+def add_subcommand(
+    commands: Subcommands, name: str, *, help: str, description: str, example: str
+) -> argparse.ArgumentParser:
+    """Add a subcommand whose help ends with an example. Its default ``run`` is called with the parsed arguments."""
+    return commands.add_parser(
         name,
         help=help,
         description=textwrap.fill(description, 100),
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    return parser
 
 
 def quantity(text: str) -> float:
+    """Read a number that may end in k, M, G, B or T."""
     factors = {"k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
     factor = factors.get(text[-1:], 1.0)
     try:
@@ -35,7 +42,11 @@ def quantity(text: str) -> float:
 
 
 def check_at_least(**values: tuple[float, float]) -> None:
-    """Of arguments by name: (value, the least that is allowed). Raises ConfigError."""
+    """Check arguments, given by name as (value, least value that is allowed).
+
+    Raises:
+        ConfigError: names the first that is less.
+    """
     for name, (value, least) in values.items():
         if value < least:
             raise ConfigError(f"--{name} = {value}: must be at least {least}")

@@ -1,23 +1,69 @@
-"""``ds-pso check``: whether a config is valid, what it resolves to, and what it costs for a model."""
+"""``ds-pso check``: validate a config, print its settings in full, and its cost for a model."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from ds_pso.cli.arguments import add_subcommand, check_at_least, quantity
-from ds_pso.config.checks import total_num_steps
-from ds_pso.config.cost_model import Cluster, as_bytes, memory, plan
-from ds_pso.config.schema import ALLREDUCE, SwarmConfig, load_config
+from ds_pso.cli.arguments import Subcommands, add_subcommand, check_at_least, quantity
 from ds_pso.errors import ConfigError
-from ds_pso.rules import RULES
+
+if TYPE_CHECKING:
+    from ds_pso.config.cost_model import Memory
+    from ds_pso.config.schema import SwarmConfig
+
+_OF_ALLREDUCE = {"sync_mode", "timeout_s", "peer_backend"}
 
 
-def add_to(commands: Any) -> None:
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a sync point brings."""
+
+    per_particle: float
+    per_rank: float
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """Costs of a config for a model; None where there are no sync points."""
+
+    name: str | None
+    parameters: float
+    particles: int
+    ranks: int
+    memory: Memory | None = None
+    sync_point: Traffic | None = None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The answer of the command, and with ``--json`` its keys.
+
+    Attributes:
+        config: path of the JSON.
+        swarm: every setting of the section.
+        defaults: settings that the file leaves open, such as ``schedule.type``.
+        warnings: sentences.
+        model: costs, if a model was given.
+    """
+
+    config: str
+    swarm: Mapping[str, object]
+    defaults: list[str]
+    warnings: list[str]
+    model: ModelCost | None
+
+    def to_json(self) -> dict[str, object]:
+        """Return a JSON object; without ``model`` where none was given."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def add_to(commands: Subcommands) -> None:
+    """Add the parser of this subcommand."""
     parser = add_subcommand(
         commands,
         "check",
@@ -41,26 +87,34 @@ def add_to(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Print the settings, warnings and costs."""
+    from ds_pso.config.load import load_config
+
     ds_config, swarm = load_config(arguments.config)
     given = json.loads(Path(arguments.config).read_text(encoding="utf-8"))["swarm"]
-    found: dict[str, Any] = {
-        "config": arguments.config,
-        "swarm": swarm.resolved(),
-        "defaults": [name for name, _ in _flat(swarm.resolved()) if not _stands_in(given, name)],
-        "warnings": list(warnings(ds_config, swarm, given)),
-    }
-    if arguments.model is not None or arguments.parameters is not None:
-        found["model"] = _cost(swarm, arguments)
-    print(json.dumps(found) if arguments.json else _text(found))
+    settings = swarm.resolved()
+    found = Findings(
+        config=arguments.config,
+        swarm=settings,
+        defaults=[name for name, _ in _flat(settings) if not _stands_in(given, name)],
+        warnings=list(warnings(ds_config, swarm, given)),
+        model=None if arguments.model is None and arguments.parameters is None else _cost(swarm, arguments),
+    )
+    print(json.dumps(found.to_json()) if arguments.json else _text(found))
     return 0
 
 
-def warnings(ds_config: Mapping[str, Any], swarm: SwarmConfig, given: Mapping[str, Any]) -> Iterator[str]:
-    """What is allowed, and probably not meant.
+def warnings(ds_config: Mapping[str, object], swarm: SwarmConfig, given: Mapping[str, object]) -> Iterator[str]:
+    """Yield a warning for each setting that is allowed and probably not meant.
 
     Args:
+        ds_config: DeepSpeed's part of the config.
+        swarm: the swarm section.
         given: the swarm section as it was written.
     """
+    from ds_pso.config.schema import ALLREDUCE, SwarmConfig, total_num_steps
+    from ds_pso.rules import RULES
+
     mode, n = swarm.sync_mode, swarm.sync_interval
     for name in RULES:
         if name in given and name != mode:
@@ -96,11 +150,11 @@ def warnings(ds_config: Mapping[str, Any], swarm: SwarmConfig, given: Mapping[st
         yield f'swarm.fitness = "probe": a forward pass at every sync point, and "{mode}" does not rank particles'
 
 
-_OF_ALLREDUCE = {"sync_mode", "timeout_s", "peer_backend"}
+def _cost(swarm: SwarmConfig, arguments: argparse.Namespace) -> ModelCost:
+    """Return the bytes of memory and of a sync point, computed by ``ds_pso.config.cost_model``."""
+    from ds_pso.config.cost_model import Cluster, memory, sync_cost
+    from ds_pso.config.schema import ALLREDUCE
 
-
-def _cost(swarm: SwarmConfig, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Bytes of memory and of a sync point, as ``ds_pso.config.cost_model`` has them."""
     name, parameters = arguments.model, arguments.parameters
     if parameters is None:
         parameters = _count(name)
@@ -108,15 +162,12 @@ def _cost(swarm: SwarmConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     if particles == "node":
         raise ConfigError('swarm.particles = "node": how many there will be is not known here; give --particles')
     check_at_least(parameters=(parameters, 1), particles=(particles, 1), ranks=(arguments.ranks, 1))
-    found = {"name": name, "parameters": parameters, "particles": particles, "ranks": arguments.ranks}
     if swarm.sync_mode == ALLREDUCE or particles == 1:
-        return found | {"memory": None, "sync_point": None}
+        return ModelCost(name, parameters, particles, arguments.ranks)
     cluster = Cluster(parameters, particles, arguments.ranks, step_s=1.0, bandwidth=1.0)
-    received = 1e6 * plan(cluster, swarm).megabytes
-    return found | {
-        "memory": asdict(memory(cluster, swarm)),
-        "sync_point": {"per_particle": received, "per_rank": received / arguments.ranks},
-    }
+    received = 1e6 * sync_cost(cluster, swarm).megabytes
+    traffic = Traffic(received, received / arguments.ranks)
+    return ModelCost(name, parameters, particles, arguments.ranks, memory(cluster, swarm), traffic)
 
 
 def _count(model: str) -> int:
@@ -130,39 +181,42 @@ def _count(model: str) -> int:
     return num_parameters(skeleton(load_config(model)))
 
 
-def _text(found: Mapping[str, Any]) -> str:
-    settings = dict(_flat(found["swarm"]))
+def _text(found: Findings) -> str:
+    settings = dict(_flat(found.swarm))
     width = max(map(len, settings))
-    lines = [f"{found['config']}: valid", "", "swarm"]
+    lines = [f"{found.config}: valid", "", "swarm"]
     for name, value in settings.items():
-        default = "  (default)" if name in found["defaults"] else ""
+        default = "  (default)" if name in found.defaults else ""
         lines.append(f"  {name:{width}}  {json.dumps(value)}{default}")
-    lines += [f"\nwarning: {warning}" for warning in found["warnings"]]
-    if "model" in found:
-        lines += ["", *_cost_lines(found["model"], settings)]
+    lines += [f"\nwarning: {warning}" for warning in found.warnings]
+    if found.model is not None:
+        lines += ["", *_cost_lines(found.model, settings)]
     return "\n".join(lines)
 
 
-def _cost_lines(model: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:
-    name = f"{model['name']}: " if model["name"] else ""
-    P, S = model["particles"], model["ranks"]
-    yield f"{name}{model['parameters'] / 1e6:g} M parameters, {P} particles of {S}"
-    if model["memory"] is None:
+def _cost_lines(model: ModelCost, settings: Mapping[str, object]) -> Iterator[str]:
+    from ds_pso.config.cost_model import as_bytes
+
+    name = f"{model.name}: " if model.name else ""
+    yield f"{name}{model.parameters / 1e6:g} M parameters, {model.particles} particles of {model.ranks}"
+    memory, traffic = model.memory, model.sync_point
+    if memory is None or traffic is None:
         yield "  no sync points, and nothing beside what DeepSpeed takes"
         return
-    kept, pending, meeting = (as_bytes(model["memory"][key]) for key in ("kept", "pending", "meeting"))
-    into = {key: as_bytes(value) for key, value in model["sync_point"].items()}
-    yield f"  a sync point   {into['per_particle']} into each particle, {into['per_rank']} into each rank"
-    yield f"  memory         {kept} on each rank beside DeepSpeed's own"
+    yield (
+        f"  a sync point   {as_bytes(traffic.per_particle)} into each particle, {as_bytes(traffic.per_rank)} into each "
+        "rank"
+    )
+    yield f"  memory         {as_bytes(memory.kept)} on each rank beside DeepSpeed's own"
     if settings["delay"]:
-        yield f"                 {pending} more while a sync point is pending"
-    yield f"                 {meeting} more while particles meet"
+        yield f"                 {as_bytes(memory.pending)} more while a sync point is pending"
+    yield f"                 {as_bytes(memory.exchange)} more while particles meet"
     if settings["optimizer_state"] == "average":
         yield "  not counted    the optimizer's moments, which travel, too: of Adam twice what the weights take in fp32"
 
 
-def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """``schedule.type`` for what lies in subsections."""
+def _flat(section: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield every key with its value; one of a subsection as ``schedule.type``."""
     for name, value in section.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
@@ -170,7 +224,7 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{name}", value
 
 
-def _stands_in(section: Any, name: str) -> bool:
+def _stands_in(section: object, name: str) -> bool:
     for part in name.split("."):
         if not isinstance(section, Mapping) or part not in section:
             return False

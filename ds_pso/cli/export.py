@@ -5,17 +5,15 @@ from __future__ import annotations
 import argparse
 import shutil
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError
-
-from ds_pso.cli.arguments import add_subcommand
+from ds_pso.cli.arguments import Subcommands, add_subcommand
 from ds_pso.errors import ConfigError
 
 _TOKENIZER_FILES = ("*token*.json", "vocab*", "merges.txt", "*.model", "chat_template*")
 
 
-def add_to(commands: Any) -> None:
+def add_to(commands: Subcommands) -> None:
+    """Add the parser of this subcommand."""
     parser = add_subcommand(
         commands,
         "export",
@@ -41,6 +39,8 @@ def add_to(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Write the model folder, and print its contents."""
+    from safetensors import SafetensorError
     from transformers.utils.logging import disable_progress_bar
 
     from ds_pso.export.offline import consolidate, find_checkpoint, write
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run_folder(source: Path) -> Path:
-    """Of the checkpoint ``source``; its folder, if that is not called ``checkpoints``."""
+    """Return the run folder of a checkpoint; the parent folder, if that is not called ``checkpoints``."""
     folder = source.resolve().parent
     return folder.parent if folder.name == "checkpoints" else folder
 
@@ -84,7 +84,7 @@ def _from_here(path: Path) -> Path:
 
 
 def _copy_tokenizer(run_folder: Path, folder: Path) -> Path | None:
-    """What ``train.py`` left of it; None if there is none."""
+    """Copy the tokenizer that ``train.py`` saved; return its folder, or None if there is none."""
     for place in (run_folder / "data" / "tokenizer", run_folder / "model"):
         files = [path for pattern in _TOKENIZER_FILES for path in place.glob(pattern)]
         if files:

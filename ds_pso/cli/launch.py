@@ -8,21 +8,20 @@ import os
 import re
 import socket
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
-import torch
-
-from ds_pso.cli.arguments import add_subcommand, check_at_least
-from ds_pso.config.schema import SwarmConfig, load_config, named_in
-from ds_pso.elastic import launch_env
-from ds_pso.elastic.supervisor import Lighthouse, Supervisor
+from ds_pso.cli.arguments import Subcommands, add_subcommand, check_at_least
 from ds_pso.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ds_pso.elastic.supervisor import Supervisor
 
 _PORT = 29510  # of torchft's lighthouse
 
 
-def add_to(commands: Any) -> None:
+def add_to(commands: Subcommands) -> None:
+    """Add the parser of this subcommand."""
     parser = add_subcommand(
         commands,
         "launch",
@@ -51,7 +50,7 @@ def add_to(commands: Any) -> None:
         "--config", type=Path, metavar="JSON", help="the DeepSpeed config, if the script does not get it as an argument"
     )
     add("--max-restarts", type=int, default=10, metavar="N", help="of a particle that does not run for ten minutes")
-    add("--grace", type=float, default=60.0, metavar="SECONDS", help="for particles to save when this is told to end")
+    add("--grace", type=float, default=60.0, metavar="SECONDS", help="for particles to save when this is asked to end")
     add("--log-dir", type=Path, metavar="DIR", help="also write what each particle prints to a file there")
     add("script", help="training script, and after it its arguments")
     add("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
@@ -59,11 +58,19 @@ def add_to(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Start the particles, and return when all have ended."""
     return supervisor_of(arguments).run()
 
 
 def supervisor_of(arguments: argparse.Namespace) -> Supervisor:
-    """Checks all that can be checked before anything is started."""
+    """Return the supervisor for these arguments, after every check that is possible before a start."""
+    import torch
+
+    from ds_pso.config.load import load_config, named_in
+    from ds_pso.config.schema import SwarmConfig
+    from ds_pso.elastic import launch_env
+    from ds_pso.elastic.supervisor import Lighthouse, Supervisor
+
     size, places = arguments.gpus_per_particle, arguments.particles
     check_at_least(particles=(places, 1), gpus_per_particle=(size, 1), max_restarts=(arguments.max_restarts, 0))
     here = _places(arguments.only, places)

@@ -1,4 +1,7 @@
-"""The ``ds-pso`` command."""
+"""The ``ds-pso`` command.
+
+What a subcommand needs is imported when it runs, so that the help comes at once.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from ds_pso.errors import SwarmError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Errors that ds_pso foresaw become one line and exit code 1."""
+    """Run the command; an error that ds_pso foresaw becomes one line and exit code 1."""
     arguments = _parser().parse_args(sys.argv[1:] if argv is None else argv)
     try:
         return int(arguments.run(arguments))

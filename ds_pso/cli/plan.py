@@ -1,15 +1,15 @@
-"""``ds-pso plan``: how much time a sync point takes on a link."""
+"""``ds-pso plan``: the time that a sync point takes on a link."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from ds_pso.cli.arguments import add_subcommand, quantity
+from ds_pso.cli.arguments import Subcommands, add_subcommand, quantity
 from ds_pso.errors import ConfigError
 
 
-def add_to(commands: Any) -> None:
+def add_to(commands: Subcommands) -> None:
+    """Add the parser of this subcommand."""
     parser = add_subcommand(
         commands,
         "plan",
@@ -45,8 +45,9 @@ def _share(text: str) -> float:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Print the cost of a sync point, and the settings that hide it."""
     from ds_pso.config.cost_model import Cluster, describe
-    from ds_pso.config.schema import load_config
+    from ds_pso.config.load import load_config
 
     ds_config, swarm = load_config(arguments.config)
     if swarm.build_rule() is None:

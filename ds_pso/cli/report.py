@@ -1,14 +1,14 @@
-"""``ds-pso report``: what runs have logged, as a page."""
+"""``ds-pso report``: the logs of runs as a page."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from ds_pso.cli.arguments import add_subcommand
+from ds_pso.cli.arguments import Subcommands, add_subcommand
 
 
-def add_to(commands: Any) -> None:
+def add_to(commands: Subcommands) -> None:
+    """Add the parser of this subcommand."""
     parser = add_subcommand(
         commands,
         "report",
@@ -23,6 +23,7 @@ def add_to(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Write the page, and print its path."""
     from ds_pso.report import write_report
 
     print(write_report(arguments.runs, arguments.output))

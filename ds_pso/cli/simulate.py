@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from ds_pso.cli.arguments import add_subcommand
+from ds_pso.cli.arguments import Subcommands, add_subcommand
 
 
-def add_to(commands: Any) -> None:
+def add_to(commands: Subcommands) -> None:
+    """Add the parser of this subcommand."""
     parser = add_subcommand(
         commands,
         "simulate",
@@ -24,6 +24,7 @@ def add_to(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ds_pso.simulate import simulate_script
+    """Run the script, and return its exit code."""
+    from ds_pso.simulation import simulate_script
 
     return simulate_script(arguments.script, arguments.arguments)

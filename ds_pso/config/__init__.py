@@ -1,4 +1,4 @@
 """The ``swarm`` section of the JSON: its keys, what they exclude, and what a sync point costs.
 
-Knows the rules' options; must not know engines or process groups.
+Knows the rules' options; must not know engines, process groups or torch.
 """

@@ -1,193 +1,317 @@
-"""What each key of the ``swarm`` section allows, and keys together do not: refused, with the reason and the remedy."""
+"""Keys of the ``swarm`` section that exclude each other: a table, and the loop that refuses."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
+from ds_pso.comm.compression import UNCOMPRESSED
+from ds_pso.config.schema import SwarmConfig, total_num_steps
 from ds_pso.errors import ConfigError
 from ds_pso.rules import Rule
 
-if TYPE_CHECKING:
-    from ds_pso.config.schema import SwarmConfig
+
+@dataclass(frozen=True)
+class Combination:
+    """A config whose keys are each valid by themselves.
+
+    Attributes:
+        swarm: the section.
+        rule: the rule that it names.
+        ds_config: DeepSpeed's part.
+    """
+
+    swarm: SwarmConfig
+    rule: Rule
+    ds_config: Mapping[str, object]
+
+    @property
+    def steps(self) -> object:
+        """Length of the training as DeepSpeed's scheduler has it."""
+        return total_num_steps(self.ds_config)
+
+    @property
+    def has_no_sync_point(self) -> bool:
+        """True if the length of the training is known, and too short for a sync point."""
+        return self.swarm.build_schedule(self.ds_config).last == 0
+
+    @property
+    def fragment_interval(self) -> int:
+        """Optimizer steps between the fragments of a streaming sync."""
+        return self.swarm.sync_interval // self.swarm.fragments
+
+    @property
+    def shortest_interval(self) -> int:
+        """Fewest optimizer steps between two sync points."""
+        return self.swarm.schedule.min_interval if varies(self) else self.swarm.sync_interval
+
+    @property
+    def shortest_key(self) -> str:
+        """The key that sets ``shortest_interval``."""
+        return "schedule.min_interval" if varies(self) else "sync_interval"
 
 
-def total_num_steps(ds_config: Mapping[str, Any]) -> Any:
-    """Of DeepSpeed's scheduler; None if it says nothing of the kind, and DeepSpeed will say what is wrong."""
-    scheduler = ds_config.get("scheduler")
-    params = scheduler.get("params") if isinstance(scheduler, dict) else None
-    return params.get("total_num_steps") if isinstance(params, dict) else None
+Predicate = Callable[[Combination], bool]
 
 
-def check_consistent(ds_config: dict[str, Any], swarm: SwarmConfig, where: str) -> None:
-    """Refuse what each key allows, and the rule does not."""
-    rule, mode = swarm.build_rule(), swarm.sync_mode
+@dataclass(frozen=True)
+class Exclusion:
+    """A row of the table: a feature, and what it excludes.
+
+    Attributes:
+        feature: true if the feature is used.
+        excludes: true if the config also has what does not go with it; asked only where ``feature`` is true.
+        reason: names the key and why it cannot be; ``{swarm...}`` and ``{config...}`` are filled in.
+        remedy: the change to make, likewise; empty where the reason implies it.
+    """
+
+    feature: Predicate
+    excludes: Predicate
+    reason: str
+    remedy: str = ""
+
+    @property
+    def message(self) -> str:
+        """The error, with its gaps."""
+        return f"{self.reason}; {self.remedy}" if self.remedy else self.reason
+
+
+# -- features -------------------------------------------------------------------------------
+
+
+def streams(c: Combination) -> bool:
+    return c.swarm.streaming
+
+
+def varies(c: Combination) -> bool:
+    return c.swarm.schedule.type != "fixed"
+
+
+def follows_progress(c: Combination) -> bool:
+    return c.rule.uses_progress and c.swarm.total_steps is None
+
+
+def has_total_steps(c: Combination) -> bool:
+    return c.swarm.total_steps is not None
+
+
+def delays(c: Combination) -> bool:
+    return c.swarm.delay > 0
+
+
+def cuts(c: Combination) -> bool:
+    return c.swarm.fragments > 1 and not c.swarm.streaming
+
+
+def compresses(c: Combination) -> bool:
+    return c.swarm.wire != UNCOMPRESSED
+
+
+def places_state(c: Combination) -> bool:
+    return c.swarm.state_device != "auto"
+
+
+def rounds_state(c: Combination) -> bool:
+    return c.swarm.state_dtype != "fp32"
+
+
+def is_elastic(c: Combination) -> bool:
+    return c.swarm.transport == "elastic"
+
+
+def is_asynchronous(c: Combination) -> bool:
+    return c.rule.max_staleness is not None
+
+
+def averages_moments(c: Combination) -> bool:
+    return c.swarm.optimizer_state == "average"
+
+
+# -- the table, in the order in which rows are tried ------------------------------------------
+
+EXCLUSIONS: list[Exclusion] = [
+    Exclusion(
+        streams,
+        lambda c: c.swarm.fragments == 1 or not delays(c),
+        "swarm.streaming = true: it spreads at least two fragments over the interval, each applied at least one step "
+        "late, and swarm.fragments = {swarm.fragments}, swarm.delay = {swarm.delay}",
+        "raise them, or remove streaming",
+    ),
+    Exclusion(
+        streams,
+        varies,
+        'swarm.schedule.type = "{swarm.schedule.type}": swarm.streaming divides a fixed interval',
+        'use "fixed", or remove streaming',
+    ),
+    Exclusion(
+        streams,
+        lambda c: c.swarm.sync_interval % c.swarm.fragments != 0,
+        "swarm.sync_interval = {swarm.sync_interval}: swarm.streaming divides it by swarm.fragments = "
+        "{swarm.fragments}, and the rest is not 0",
+        "change one of them",
+    ),
+    Exclusion(
+        streams,
+        lambda c: c.swarm.delay > c.fragment_interval,
+        "swarm.delay = {swarm.delay}: the next fragment would come first",
+        "use at most swarm.sync_interval / swarm.fragments = {config.fragment_interval}, or lower fragments",
+    ),
+    Exclusion(
+        streams,
+        lambda c: c.swarm.optimizer_state != "keep",
+        'swarm.optimizer_state = "{swarm.optimizer_state}": with swarm.streaming only a part of the model has met',
+        'use "keep", or remove streaming',
+    ),
+    Exclusion(
+        varies,
+        lambda c: not c.swarm.schedule.min_interval <= c.swarm.sync_interval <= c.swarm.schedule.max_interval,
+        "swarm.sync_interval = {swarm.sync_interval}: the interval begins there, and it must lie between "
+        "swarm.schedule.min_interval = {swarm.schedule.min_interval} and max_interval = {swarm.schedule.max_interval}",
+    ),
+    Exclusion(
+        varies,
+        is_asynchronous,
+        'swarm.schedule.type = "{swarm.schedule.type}": particles that wait for nobody cannot agree on an interval',
+        'use "fixed", or set swarm.{swarm.sync_mode}.asynchronous to false',
+    ),
+    Exclusion(
+        follows_progress,
+        lambda c: c.steps is None,
+        "swarm.{swarm.sync_mode} changes over training, and its length is not known",
+        "set swarm.total_steps, or scheduler.params.total_num_steps",
+    ),
+    Exclusion(
+        follows_progress,
+        lambda c: isinstance(c.steps, int) and c.has_no_sync_point,
+        "scheduler.params.total_num_steps = {config.steps}: no sync point falls in so short a training",
+        "lower swarm.sync_interval",
+    ),
+    Exclusion(
+        has_total_steps,
+        lambda c: c.has_no_sync_point,
+        "swarm.total_steps = {swarm.total_steps}: no sync point falls in so short a training",
+        "lower swarm.sync_interval",
+    ),
+    Exclusion(
+        delays,
+        lambda c: c.swarm.delay > c.shortest_interval,
+        "swarm.delay = {swarm.delay}: the next sync point would come first",
+        "use at most swarm.{config.shortest_key} = {config.shortest_interval}, or raise that",
+    ),
+    Exclusion(
+        delays,
+        lambda c: c.rule.uses_probe,
+        "swarm.delay = {swarm.delay}: with these options swarm.{swarm.sync_mode} scores weights on a probe batch "
+        "before it settles, and training would have to wait",
+        "use 0",
+    ),
+    Exclusion(
+        delays,
+        lambda c: c.rule.compares_rates,
+        "swarm.delay = {swarm.delay}: swarm.{swarm.sync_mode} compares learning rates, and they would change in the "
+        "middle of an interval",
+        "set swarm.{swarm.sync_mode}.lr_spread to 1, or use 0",
+    ),
+    Exclusion(
+        delays,
+        is_asynchronous,
+        "swarm.delay = {swarm.delay}: particles that wait for nobody have nothing to hide",
+        "use 0, or set swarm.{swarm.sync_mode}.asynchronous to false",
+    ),
+    Exclusion(
+        delays,
+        averages_moments,
+        'swarm.optimizer_state = "average": moments cannot be corrected for the steps of swarm.delay = {swarm.delay}',
+        'use "keep" or "reset", or a delay of 0',
+    ),
+    Exclusion(
+        cuts,
+        lambda c: c.swarm.fragments > c.swarm.delay,
+        "swarm.fragments = {swarm.fragments}: at most one is applied after each step of swarm.delay = {swarm.delay}",
+        "lower it, or set a longer delay",
+    ),
+    Exclusion(
+        compresses,
+        lambda c: not c.rule.receives_alike,
+        'swarm.wire = "{swarm.wire}": with these options of swarm.{swarm.sync_mode} each particle receives something '
+        "else, and only what all receive can be sent as a difference",
+        'use "fp32"',
+    ),
+    Exclusion(
+        compresses,
+        averages_moments,
+        'swarm.wire = "{swarm.wire}": with swarm.optimizer_state = "average" the moments would travel in fp32, and be '
+        "more than what was saved",
+        'use "keep" or "reset"',
+    ),
+    Exclusion(
+        places_state,
+        lambda c: not c.rule.state_names and not compresses(c),
+        'swarm.state_device = "{swarm.state_device}": with these options swarm.{swarm.sync_mode} keeps no state, nor '
+        'does the wire "fp32"',
+        "remove the key",
+    ),
+    Exclusion(
+        rounds_state,
+        lambda c: not c.rule.state_names & c.rule.rough_state and not compresses(c),
+        'swarm.state_dtype = "{swarm.state_dtype}": with these options swarm.{swarm.sync_mode} keeps no state that '
+        'may be rounded, nor does the wire "fp32"',
+        "remove the key",
+    ),
+    Exclusion(
+        is_elastic,
+        lambda c: c.swarm.fragments > 1,
+        'swarm.transport = "elastic": a sync point is all or nothing, and swarm.fragments = {swarm.fragments} are '
+        "applied one after the other",
+        "set it to 1",
+    ),
+    Exclusion(
+        is_elastic,
+        is_asynchronous,
+        'swarm.transport = "elastic": particles that may be gone are not written to',
+        "set swarm.{swarm.sync_mode}.asynchronous to false",
+    ),
+    Exclusion(
+        is_elastic,
+        lambda c: c.swarm.peer_backend == "nccl",
+        'swarm.transport = "elastic": NCCL cannot go on without a peer',
+        'set swarm.peer_backend to "gloo" or "auto"',
+    ),
+    Exclusion(
+        is_elastic,
+        lambda c: c.swarm.elastic.straggler == "async" and (bool(c.rule.state_names) or compresses(c)),
+        'swarm.transport = "elastic": swarm.elastic.straggler = "async": with these options swarm.{swarm.sync_mode} or '
+        'the wire "{swarm.wire}" keeps state that a particle must not have missed',
+        'use "skip" or "wait"',
+    ),
+    Exclusion(
+        is_asynchronous,
+        lambda c: c.swarm.optimizer_state != "keep",
+        'swarm.optimizer_state = "{swarm.optimizer_state}": particles that wait for nobody keep their own',
+        'use "keep", or set swarm.{swarm.sync_mode}.asynchronous to false',
+    ),
+    Exclusion(
+        is_asynchronous,
+        lambda c: c.swarm.fitness == "probe",
+        'swarm.fitness = "probe": particles that wait for nobody are not ranked',
+        'use "train", or set swarm.{swarm.sync_mode}.asynchronous to false',
+    ),
+]
+
+
+def check_consistent(ds_config: Mapping[str, object], swarm: SwarmConfig, where: str) -> None:
+    """Refuse a section whose keys exclude each other.
+
+    Args:
+        where: begins the error, such as the path of the file.
+
+    Raises:
+        ConfigError: names the first row of the table that applies.
+    """
+    rule = swarm.build_rule()
     if rule is None:
         return
-    if swarm.streaming:
-        _check_streaming(swarm, where)
-    if swarm.schedule.type != "fixed":
-        _check_schedule(rule, swarm, where)
-    if rule.uses_progress and swarm.total_steps is None:
-        steps = total_num_steps(ds_config)
-        if steps is None:
-            raise ConfigError(
-                f"{where}: swarm.{mode} changes over training, and its length is not known; "
-                "set swarm.total_steps, or scheduler.params.total_num_steps"
-            )
-        if isinstance(steps, int) and swarm.build_schedule(ds_config).last == 0:
-            raise ConfigError(
-                f"{where}: scheduler.params.total_num_steps = {steps}: no sync point falls in so short a training; "
-                "lower swarm.sync_interval"
-            )
-    if swarm.total_steps is not None and swarm.build_schedule(ds_config).last == 0:
-        raise ConfigError(
-            f"{where}: swarm.total_steps = {swarm.total_steps}: no sync point falls in so short a training; "
-            "lower swarm.sync_interval"
-        )
-    if swarm.delay > 0:
-        _check_delay(rule, swarm, where)
-    if not swarm.streaming and swarm.fragments > max(1, swarm.delay):
-        raise ConfigError(
-            f"{where}: swarm.fragments = {swarm.fragments}: at most one is applied after each step of swarm.delay = "
-            f"{swarm.delay}; lower it, or set a longer delay"
-        )
-    if swarm.wire != "fp32":
-        _check_wire(rule, swarm, where)
-    if (swarm.state_device, swarm.state_dtype) != ("auto", "fp32"):
-        _check_state(rule, swarm, where)
-    if swarm.transport == "elastic":
-        _check_elastic(rule, swarm, where)
-    if rule.max_staleness is not None:
-        if swarm.optimizer_state != "keep":
-            raise ConfigError(
-                f'{where}: swarm.optimizer_state = "{swarm.optimizer_state}": particles that wait for nobody keep '
-                f'their own; use "keep", or set swarm.{mode}.asynchronous to false'
-            )
-        if swarm.fitness == "probe":
-            raise ConfigError(
-                f'{where}: swarm.fitness = "probe": particles that wait for nobody are not ranked; '
-                f'use "train", or set swarm.{mode}.asynchronous to false'
-            )
-
-
-def _check_elastic(rule: Rule, swarm: SwarmConfig, where: str) -> None:
-    transport = f'{where}: swarm.transport = "elastic"'
-    if swarm.fragments > 1:
-        raise ConfigError(
-            f"{transport}: a sync point is all or nothing, and swarm.fragments = {swarm.fragments} are applied one "
-            "after the other; set it to 1"
-        )
-    if rule.max_staleness is not None:
-        raise ConfigError(
-            f"{transport}: particles that may be gone are not written to; set swarm.{swarm.sync_mode}.asynchronous to "
-            "false"
-        )
-    if swarm.peer_backend == "nccl":
-        raise ConfigError(f'{transport}: NCCL cannot go on without a peer; set swarm.peer_backend to "gloo" or "auto"')
-    if swarm.elastic.straggler == "async" and (rule.state_names or swarm.wire != "fp32"):
-        raise ConfigError(
-            f'{transport}: swarm.elastic.straggler = "async": with these options swarm.{swarm.sync_mode} or the wire '
-            '"' + swarm.wire + '" keeps state that a particle must not have missed; use "skip" or "wait"'
-        )
-
-
-def _check_schedule(rule: Rule, swarm: SwarmConfig, where: str) -> None:
-    schedule = swarm.schedule
-    if not schedule.min_interval <= swarm.sync_interval <= schedule.max_interval:
-        raise ConfigError(
-            f"{where}: swarm.sync_interval = {swarm.sync_interval}: the interval begins there, and it must lie between "
-            f"swarm.schedule.min_interval = {schedule.min_interval} and max_interval = {schedule.max_interval}"
-        )
-    if rule.max_staleness is not None:
-        raise ConfigError(
-            f'{where}: swarm.schedule.type = "{schedule.type}": particles that wait for nobody cannot agree on an '
-            f'interval; use "fixed", or set swarm.{swarm.sync_mode}.asynchronous to false'
-        )
-
-
-def _check_streaming(swarm: SwarmConfig, where: str) -> None:
-    if swarm.fragments == 1 or swarm.delay == 0:
-        raise ConfigError(
-            f"{where}: swarm.streaming = true: it spreads at least two fragments over the interval, each applied at "
-            f"least one step late, and swarm.fragments = {swarm.fragments}, swarm.delay = {swarm.delay}; raise them, "
-            "or remove streaming"
-        )
-    if swarm.schedule.type != "fixed":
-        raise ConfigError(
-            f'{where}: swarm.schedule.type = "{swarm.schedule.type}": swarm.streaming divides a fixed interval; use '
-            '"fixed", or remove streaming'
-        )
-    if swarm.sync_interval % swarm.fragments:
-        raise ConfigError(
-            f"{where}: swarm.sync_interval = {swarm.sync_interval}: swarm.streaming divides it by swarm.fragments = "
-            f"{swarm.fragments}, and the rest is not 0; change one of them"
-        )
-    if swarm.delay > swarm.sync_interval // swarm.fragments:
-        raise ConfigError(
-            f"{where}: swarm.delay = {swarm.delay}: the next fragment would come first; use at most "
-            f"swarm.sync_interval / swarm.fragments = {swarm.sync_interval // swarm.fragments}, or lower fragments"
-        )
-    if swarm.optimizer_state != "keep":
-        raise ConfigError(
-            f'{where}: swarm.optimizer_state = "{swarm.optimizer_state}": with swarm.streaming only a part of the '
-            'model has met; use "keep", or remove streaming'
-        )
-
-
-def _check_delay(rule: Rule, swarm: SwarmConfig, where: str) -> None:
-    key, shortest = "sync_interval", swarm.sync_interval
-    if swarm.schedule.type != "fixed":
-        key, shortest = "schedule.min_interval", swarm.schedule.min_interval
-    if swarm.delay > shortest:
-        raise ConfigError(
-            f"{where}: swarm.delay = {swarm.delay}: the next sync point would come first; use at most "
-            f"swarm.{key} = {shortest}, or raise that"
-        )
-    if rule.uses_probe:
-        raise ConfigError(
-            f"{where}: swarm.delay = {swarm.delay}: with these options swarm.{swarm.sync_mode} scores weights on a "
-            "probe batch before it settles, and training would have to wait; use 0"
-        )
-    if rule.compares_rates:
-        raise ConfigError(
-            f"{where}: swarm.delay = {swarm.delay}: swarm.{swarm.sync_mode} compares learning rates, and they would "
-            f"change in the middle of an interval; set swarm.{swarm.sync_mode}.lr_spread to 1, or use 0"
-        )
-    if rule.max_staleness is not None:
-        raise ConfigError(
-            f"{where}: swarm.delay = {swarm.delay}: particles that wait for nobody have nothing to hide; use 0, or set "
-            f"swarm.{swarm.sync_mode}.asynchronous to false"
-        )
-    if swarm.optimizer_state == "average":
-        raise ConfigError(
-            f'{where}: swarm.optimizer_state = "average": moments cannot be corrected for the steps of swarm.delay = '
-            f'{swarm.delay}; use "keep" or "reset", or a delay of 0'
-        )
-
-
-def _check_wire(rule: Rule, swarm: SwarmConfig, where: str) -> None:
-    if not rule.receives_alike:
-        raise ConfigError(
-            f'{where}: swarm.wire = "{swarm.wire}": with these options of swarm.{swarm.sync_mode} each particle '
-            'receives something else, and only what all receive can be sent as a difference; use "fp32"'
-        )
-    if swarm.optimizer_state == "average":
-        raise ConfigError(
-            f'{where}: swarm.wire = "{swarm.wire}": with swarm.optimizer_state = "average" the moments would travel in '
-            'fp32, and be more than what was saved; use "keep" or "reset"'
-        )
-
-
-def _check_state(rule: Rule, swarm: SwarmConfig, where: str) -> None:
-    kept = rule.state_names
-    if swarm.state_device != "auto" and not kept and swarm.wire == "fp32":
-        raise ConfigError(
-            f'{where}: swarm.state_device = "{swarm.state_device}": with these options swarm.{swarm.sync_mode} keeps '
-            'no state, nor does the wire "fp32"; remove the key'
-        )
-    if swarm.state_dtype != "fp32" and not kept & rule.rough_state and swarm.wire == "fp32":
-        raise ConfigError(
-            f'{where}: swarm.state_dtype = "{swarm.state_dtype}": with these options swarm.{swarm.sync_mode} keeps no '
-            'state that may be rounded, nor does the wire "fp32"; remove the key'
-        )
+    config = Combination(swarm, rule, ds_config)
+    for row in EXCLUSIONS:
+        if row.feature(config) and row.excludes(config):
+            raise ConfigError(f"{where}: {row.message.format(swarm=swarm, config=config)}")

@@ -1,31 +1,31 @@
-"""How long a sync point takes on a given link: arithmetic, before anything is started."""
+"""The cost of a sync point on a given link, in bytes, seconds and memory: arithmetic, before anything is started."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from ds_pso.config.schema import SwarmConfig, is_allowed
-from ds_pso.rules import Rule, SyncPoint
+from ds_pso.comm.compression import UNCOMPRESSED, bytes_per_element, wire_names
+from ds_pso.config.load import is_allowed
+from ds_pso.config.schema import SwarmConfig
+from ds_pso.rules import Rule, RuleMemory, SyncPoint
 from ds_pso.sync.schedule import ScheduleConfig
 
-BYTES_PER_ELEMENT = {"fp32": 4.0, "bf16": 2.0, "int8": 1 + 4 / 256, "int4": 1 / 2 + 4 / 256}
-_TO_MEET = 5  # messages, one after the other: that all are there, their losses, how far they were apart
+_MESSAGES_OF_A_SYNC = 5  # one after the other: the barrier, losses, distances
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What is trained, and on what.
+    """The training that costs are computed for: model, particles and link.
 
     Args:
-        parameters: trained ones, M.
+        parameters: trained parameters, M.
         particles: P; each has a link of its own to the others, which its ranks share.
-        ranks: of a particle, S.
+        ranks: ranks of a particle, S.
         step_s: seconds of an optimizer step inside a particle.
-        bandwidth: of the link, bit/s in each direction.
-        latency_s: of a message, one way.
+        bandwidth: bit/s of the link in each direction.
+        latency_s: seconds of a message, one way.
     """
 
     parameters: float
@@ -37,58 +37,59 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One way to meet, and what it costs."""
+class SyncCost:
+    """The cost of a sync point, and the interval and delay over which it spreads."""
 
     wire: str
-    interval: int  # optimizer steps after which the whole model has met, n
+    interval: int  # optimizer steps between two syncs of the whole model, n
     delay: int
     megabytes: float  # into each particle at a sync point
-    transfer_s: float  # of the bytes
-    latency_s: float  # of the messages
+    transfer_s: float  # seconds of the bytes
+    latency_s: float  # seconds of the messages
     step_s: float
     waits: bool = True  # false: particles that wait for nobody
     turns: int = 1  # sync points in an interval, each of a part of the model
 
     @property
     def exchange_s(self) -> float:
+        """Seconds of the exchange, bytes and messages."""
         return self.transfer_s + self.latency_s
 
     @property
     def held_up_s(self) -> float:
-        """How long training stands still at a sync point."""
+        """Seconds for which training stands still at a sync point."""
         return max(0.0, self.exchange_s - self.delay * self.step_s) if self.waits else 0.0
 
     @property
     def compute_share(self) -> float:
-        """Of the time, in which training goes on."""
+        """Share of the time in which training goes on."""
         training = self.interval / self.turns * self.step_s
         return training / (training + self.held_up_s)
 
     def interval_for(self, share: float) -> int:
-        """The smallest interval with this compute share."""
+        """Return the smallest interval with this compute share."""
         least = self.held_up_s * share / ((1 - share) * self.step_s)
         return self.turns * max(1, self.delay, math.ceil(least - 1e-9))
 
     def delay_for(self, share: float) -> int:
-        """The smallest delay with this compute share; more than the interval if none is enough."""
+        """Return the smallest delay with this compute share; more than the interval if none is enough."""
         allowed = self.interval / self.turns * self.step_s * (1 / share - 1)
         return max(0, math.ceil((self.exchange_s - allowed) / self.step_s - 1e-9)) if self.waits else 0
 
     def slowdown_for(self, share: float) -> float:
-        """By what factor the bandwidth may be smaller for this compute share; 0 if latency alone is too much."""
+        """Return the factor by which the bandwidth may shrink for this compute share; 0: latency is too much."""
         allowed = (self.interval / self.turns * (1 / share - 1) + self.delay) * self.step_s - self.latency_s
         return max(0.0, allowed / self.transfer_s) if self.waits and self.transfer_s else math.inf
 
 
-def plan(cluster: Cluster, swarm: SwarmConfig, wire: str | None = None) -> Plan:
-    """What a sync point of this config costs.
+def sync_cost(cluster: Cluster, swarm: SwarmConfig, wire: str | None = None) -> SyncCost:
+    """Compute the cost of a sync point of this config.
 
     Exchanges are counted as in docs/slow-networks.md, in both directions at once. Updates, rounding and forward
     passes on a probe batch take time that is not in it.
 
     Args:
-        wire: instead of the config's.
+        wire: replaces that of the config.
     """
     rule = swarm.build_rule()
     assert rule is not None, "allreduce has no sync points"
@@ -96,18 +97,18 @@ def plan(cluster: Cluster, swarm: SwarmConfig, wire: str | None = None) -> Plan:
     P, parameters = cluster.particles, cluster.parameters / swarm.turns  # of a sync point
     per_rank = parameters / cluster.ranks
     num_buckets = max(1, math.ceil(4 * per_rank / (swarm.bucket_mb * 2**20)))
-    received, sent, messages = 0.0, 0.0, float(_TO_MEET)
+    received, sent, messages = 0.0, 0.0, float(_MESSAGES_OF_A_SYNC)
     for kind, sources in _exchanges(rule, P, swarm.sync_interval):
-        nbytes = parameters * (4.0 if kind == "newest" else BYTES_PER_ELEMENT[wire])
+        nbytes = parameters * (4.0 if kind == "newest" else bytes_per_element(wire))
         if kind == "mean":
             received, sent = received + 2 * nbytes * (P - 1) / P, sent + 2 * nbytes * (P - 1) / P
-            messages += num_buckets * (2 * (P - 1) if wire == "fp32" else 2)
+            messages += num_buckets * (2 * (P - 1) if wire == UNCOMPRESSED else 2)
         else:
             # Who sends to all is the root of a tree; in a ring each sends to those who follow it.
             copies = math.ceil(math.log2(P)) if len(set(sources)) == 1 else max(map(sources.count, sources), default=1)
             received, sent = received + nbytes, sent + nbytes * copies
             messages += num_buckets * copies
-    return Plan(
+    return SyncCost(
         wire,
         swarm.sync_interval,
         swarm.delay,
@@ -124,56 +125,58 @@ def plan(cluster: Cluster, swarm: SwarmConfig, wire: str | None = None) -> Plan:
 class Memory:
     """Bytes on each rank, beside what DeepSpeed takes."""
 
-    kept: float  # from one sync point to the next
+    kept: float  # state, from one sync point to the next
     pending: float  # besides, while a delayed sync point is on its way
-    meeting: float  # besides, while peers exchange
+    exchange: float  # besides, while peers exchange
 
 
 def memory(cluster: Cluster, swarm: SwarmConfig) -> Memory:
-    """What a rank needs for this config: the table in docs/slow-networks.md."""
+    """Compute the memory that a rank needs for this config, by the table in docs/slow-networks.md."""
     rule, P = swarm.build_rule(), cluster.particles
     assert rule is not None, "allreduce has no sync points"
     shard = cluster.parameters / cluster.ranks  # elements
     rough = 2 if swarm.state_dtype == "bf16" else 4
     state = sum(rough if name in rule.rough_state else 4 for name in rule.state_names)
-    if swarm.wire != "fp32":
+    if swarm.wire != UNCOMPRESSED:
         state += 4 + rough
     if rule.max_staleness is not None:
         return Memory((state + 4 * (2 * (P - 1) + 1)) * shard, 0.0, 0.0)
     part = 4 * shard / swarm.turns
-    bucket, wire = min(part, swarm.bucket_mb * 2**20), BYTES_PER_ELEMENT[swarm.wire] / 4
-    meeting = 0.0
+    bucket, wire = min(part, swarm.bucket_mb * 2**20), bytes_per_element(swarm.wire) / 4
+    exchange = 0.0
     for kind, sources in _exchanges(rule, P, swarm.sync_interval):
         buckets = 1.0
-        if kind == "mean" and swarm.wire != "fp32":
+        if kind == "mean" and swarm.wire != UNCOMPRESSED:
             buckets += wire * (2 - 1 / P)
-        elif kind == "one" and swarm.wire != "fp32":
+        elif kind == "one" and swarm.wire != UNCOMPRESSED:
             buckets += wire
         elif len(set(sources)) > 1:
-            buckets += 1 + max(map(sources.count, sources))  # what comes, and a copy for each that asks
-        meeting = max(meeting, buckets * bucket)
-    return Memory(state * shard, part if swarm.delay else 0.0, meeting)
+            buckets += 1 + max(map(sources.count, sources))  # the one received, and a copy for each that asks
+        exchange = max(exchange, buckets * bucket)
+    return Memory(state * shard, part if swarm.delay else 0.0, exchange)
 
 
 def _exchanges(rule: Rule, num_particles: int, steps: int) -> list[tuple[str, tuple[int, ...]]]:
-    """What the rule's plans move at an ordinary sync point, at which all particles are equally good."""
-    equal, memory = (1.0,) * num_particles, dict[str, Any]()
+    """List what the plans of the rule move, at an ordinary sync point with equally good particles."""
+    equal = (1.0,) * num_particles
+    memory: RuleMemory = {}
     for index in range(2):  # the first has no past
         step = rule.plan(SyncPoint(index, equal, (True,) * num_particles, 1000, (steps,) * num_particles), memory)
         found = [step]
         while step.score:
             step = rule.proceed(step, equal)
             found.append(step)
-        memory = dict(step.memory)
+        memory = step.memory
     return [(step.receive, step.sources) for step in found if step.receive != "nothing"]
 
 
-def synchronous(cluster: Cluster, ds_config: Mapping[str, Any]) -> Plan:
-    """Plain data parallel training over the same link: an all-reduce of all gradients at every step."""
-    half = any(ds_config.get(key, {}).get("enabled") for key in ("bf16", "fp16"))
+def synchronous(cluster: Cluster, ds_config: Mapping[str, object]) -> SyncCost:
+    """Compute the cost of plain data parallel training over the same link: all gradients at every step."""
+    sections = [ds_config.get(key) for key in ("bf16", "fp16")]
+    half = any(section.get("enabled") for section in sections if isinstance(section, Mapping))
     P = cluster.particles
     nbytes = 2 * (2 if half else 4) * cluster.parameters * (P - 1) / P
-    return Plan(
+    return SyncCost(
         "gradients",
         interval=1,
         delay=0,
@@ -184,15 +187,15 @@ def synchronous(cluster: Cluster, ds_config: Mapping[str, Any]) -> Plan:
     )
 
 
-def describe(cluster: Cluster, ds_config: Mapping[str, Any], swarm: SwarmConfig, share: float) -> str:
-    """What ``ds-pso plan`` prints."""
-    now, every_step, percent = plan(cluster, swarm), synchronous(cluster, ds_config), f"{100 * share:g} %"
+def describe(cluster: Cluster, ds_config: Mapping[str, object], swarm: SwarmConfig, share: float) -> str:
+    """Return the text that ``ds-pso plan`` prints."""
+    now, every_step, percent = sync_cost(cluster, swarm), synchronous(cluster, ds_config), f"{100 * share:g} %"
     needed = memory(cluster, swarm)
-    to_meet = as_bytes(needed.pending + needed.meeting)
+    to_sync = as_bytes(needed.pending + needed.exchange)
     at_first = "" if swarm.schedule.type == "fixed" else " at first"
     in_turns = "" if swarm.turns == 1 else f", 1/{swarm.turns} of the model every {now.interval // swarm.turns}"
     plain = swarm.model_copy(update={"state_device": "auto", "state_dtype": "fp32"})  # which change no bytes
-    wires = [wire for wire in BYTES_PER_ELEMENT if is_allowed(dict(ds_config), plain, wire=wire)]
+    wires = [wire for wire in wire_names() if is_allowed(ds_config, plain, wire=wire)]
     lines = [
         f"{cluster.particles} particles of {cluster.ranks}, {cluster.parameters / 1e6:g} M parameters, "
         f"{cluster.step_s:g} s a step, {_rate(cluster.bandwidth)} into each particle",
@@ -201,18 +204,18 @@ def describe(cluster: Cluster, ds_config: Mapping[str, Any], swarm: SwarmConfig,
         f"  {now.megabytes:.3g} MB into each particle at a sync point, in {now.exchange_s:.3g} s; "
         f"training stands still for {now.held_up_s:.3g} s",
         f"  compute share {100 * now.compute_share:.1f} %; {percent} {_enough(now, cluster, share)}",
-        f"  {as_bytes(needed.kept)} of memory on each rank, and {to_meet} more to meet",
+        f"  {as_bytes(needed.kept)} of memory on each rank, and {to_sync} more to meet",
         f"plain data parallel training, at least {every_step.megabytes:.3g} MB at every step:",
         f"  compute share {100 * every_step.compute_share:.1f} %; {percent} {_enough(every_step, cluster, share)}",
         "",
         f"{'wire':8}{'MB':>10}{'seconds':>10}{'interval':>11}{'or delay':>11}   for {percent}",
     ]
-    for row in (plan(cluster, swarm, wire) for wire in wires):
+    for row in (sync_cost(cluster, swarm, wire) for wire in wires):
         delay = row.delay_for(share)
         if swarm.streaming:
             delay = max(1, delay)
         pieces = {} if swarm.streaming else {"fragments": 1}
-        fits = is_allowed(dict(ds_config), plain, wire=row.wire, delay=delay, schedule=ScheduleConfig(), **pieces)
+        fits = is_allowed(ds_config, plain, wire=row.wire, delay=delay, schedule=ScheduleConfig(), **pieces)
         lines.append(
             f"{row.wire:8}{row.megabytes:>10.3g}{row.exchange_s:>10.3g}{row.interval_for(share):>11}"
             f"{delay if fits else '-':>11}"
@@ -220,7 +223,7 @@ def describe(cluster: Cluster, ds_config: Mapping[str, Any], swarm: SwarmConfig,
     return "\n".join(lines)
 
 
-def _enough(found: Plan, cluster: Cluster, share: float) -> str:
+def _enough(found: SyncCost, cluster: Cluster, share: float) -> str:
     slowdown = found.slowdown_for(share)
     if slowdown == 0:
         return "is out of reach: latency alone is too much"
@@ -228,7 +231,7 @@ def _enough(found: Plan, cluster: Cluster, share: float) -> str:
 
 
 def as_bytes(nbytes: float) -> str:
-    """``1.5 GB``"""
+    """Return a number of bytes as text, such as ``1.5 GB``."""
     unit, size = ("GB", 1e9) if nbytes >= 1e9 else ("MB", 1e6)
     return f"{nbytes / size:.3g} {unit}"
 

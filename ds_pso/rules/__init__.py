@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Iterable
 
-from ds_pso.rules.base import Place, Plan, Rule, RuleConfig, SyncPoint
-from ds_pso.rules.delayed import Delayed
+from ds_pso.rules.base import (
+    Place,
+    Plan,
+    Rule,
+    RuleConfig,
+    RuleMemory,
+    State,
+    StateInit,
+    SyncPoint,
+    copy_of,
+    zeros_like,
+)
 from ds_pso.rules.diloco import DiLoCo
 from ds_pso.rules.easgd import Easgd
-from ds_pso.rules.guarded_mean import SwarmRule
+from ds_pso.rules.guarded_mean import GuardedMean
 from ds_pso.rules.line_search import LineSearch
 from ds_pso.rules.local_sgd import LocalSGD
 from ds_pso.rules.nosync import NoSync
@@ -17,18 +28,21 @@ from ds_pso.rules.pso import Pso
 
 RULES: dict[str, type[Rule]] = {
     "local_sgd": LocalSGD,
-    "delayed": Delayed,
     "diloco": DiLoCo,
     "easgd": Easgd,
     "nosync": NoSync,
     "pso": Pso,
-    "swarm": SwarmRule,
+    "swarm": GuardedMean,
     "line_search": LineSearch,
 }
 
 
-def find_rule(name: str) -> type[Rule]:
-    """The class behind a ``sync_mode``: registered, or named as ``my_package.my_module:MyRule``.
+def find_rule(name: str, known: Iterable[str] = RULES) -> type[Rule]:
+    """Return the rule with this name: a registered one, or a class named as ``my_package.my_module:MyRule``.
+
+    Args:
+        name: name in the JSON.
+        known: names to suggest in the error, beside ``allreduce``.
 
     Raises:
         ValueError: there is none; says what is wrong.
@@ -37,7 +51,7 @@ def find_rule(name: str) -> type[Rule]:
         return RULES[name]
     module_name, colon, class_name = name.partition(":")
     if not colon:
-        raise ValueError(f"must be one of allreduce, {', '.join(RULES)}, or your own as my_module:MyRule")
+        raise ValueError(f"must be one of allreduce, {', '.join(known)}, or your own as my_module:MyRule")
     try:
         found = getattr(importlib.import_module(module_name), class_name, None)
     except (Exception, SystemExit) as error:  # whatever the user's module does when it is imported
@@ -52,7 +66,22 @@ def find_rule(name: str) -> type[Rule]:
         raise ValueError(f"must name a complete rule, and {class_name} does not define {missing}")
     if not (isinstance(found.Config, type) and issubclass(found.Config, RuleConfig)):
         raise ValueError(f"must name a rule whose Config is a ds_pso.rules.RuleConfig, and that of {class_name} is not")
+    if found.init_state is not Rule.init_state:
+        raise ValueError(f"must name a rule that lists its state in initial_state; {class_name} overrides init_state")
     return found
 
 
-__all__ = ["RULES", "Place", "Plan", "Rule", "RuleConfig", "SyncPoint", "find_rule"]
+__all__ = [
+    "RULES",
+    "Place",
+    "Plan",
+    "Rule",
+    "RuleConfig",
+    "RuleMemory",
+    "State",
+    "StateInit",
+    "SyncPoint",
+    "copy_of",
+    "find_rule",
+    "zeros_like",
+]

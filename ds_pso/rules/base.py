@@ -1,25 +1,40 @@
-"""What a sync rule is: a plan made from fitness alone, and an elementwise update of a shard.
+"""The interface of a sync rule: a plan made from fitness alone, and an elementwise update of a shard.
 
 A rule never communicates. It says what it needs from its peers (``Plan.receive``) and the
 exchange moves just that. All methods are pure: what must survive from one sync point to the
 next lies in ``state`` (tensors like the shard) and in ``memory`` (JSON values, equal on all ranks),
 so the same rule runs under ZeRO, in a simulation of many particles, and in a unit test.
+
+Rules use the methods of the tensors they are given and import no torch themselves, so that a command
+that only reads a config starts at once.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 from ds_pso.utils.strict_model import StrictModel
 
-State = MutableMapping[str, Tensor]  # name -> tensor of the shape, dtype and device of the shard
+if TYPE_CHECKING:
+    from torch import Tensor
+
+State = MutableMapping[str, "Tensor"]  # name -> tensor of the shape, dtype and device of the shard
+StateInit = Callable[["Tensor"], "Tensor"]  # a shard on which all particles agree -> the state tensor at the beginning
+RuleMemory = Mapping[str, Any]  # JSON values of the rule's own choice
+
+
+def copy_of(x: Tensor) -> Tensor:
+    """Return a copy of the shard, for a state tensor to begin with."""
+    return x.detach().clone()
+
+
+def zeros_like(x: Tensor) -> Tensor:
+    """Return zeros like the shard, for a state tensor to begin with."""
+    return x.new_zeros(x.shape)
 
 
 class RuleConfig(StrictModel):
@@ -28,16 +43,16 @@ class RuleConfig(StrictModel):
 
 @dataclass(frozen=True)
 class SyncPoint:
-    """What every rank of every particle knows alike when the particles meet.
+    """A sync point as every rank of every particle sees it, with the same numbers everywhere.
 
     Attributes:
         index: how many sync points came before.
         fitness: loss of each particle, shape (P,); lower is better.
         alive: shape (P,); false: loss or weights are not finite, or far above those of the others.
-        total: sync points of the whole training; None: nobody said.
+        total: sync points of the whole training; None: unknown.
         steps: optimizer steps of each particle since the last sync point, shape (P,).
-        done: part of the training that is over; None: what evenly spaced sync points make of it.
-        left_out: of each particle that is not alive, why.
+        done: part of the training that is over; None: computed from ``index`` and ``total``.
+        left_out: why each particle that is not alive was left out, by its number.
     """
 
     index: int
@@ -55,12 +70,12 @@ class SyncPoint:
 
     @property
     def knows_progress(self) -> bool:
-        """Whether ``progress`` may be asked for."""
+        """True if the length of the training is known, so that ``progress`` may be used."""
         return self.done is not None or self.total is not None
 
     @property
     def progress(self) -> float:
-        """From 0 before the first sync point to 1 at the last one. Must be known: see Rule.uses_progress."""
+        """Part of the training that is over, from 0 to 1 at the last sync point. See ``Rule.uses_progress``."""
         if self.done is not None:
             return self.done
         assert self.total is not None
@@ -68,51 +83,51 @@ class SyncPoint:
 
     @property
     def is_last(self) -> bool:
-        """False also when nobody said how long training will be."""
+        """True at the last sync point of the training; false if the length is not known."""
         return self.knows_progress and self.progress >= 1
 
     def mean_weights(self) -> tuple[float, ...]:
-        """Equal weights of the living particles, shape (P,); they sum to one."""
+        """Return equal weights for the living particles and zero for the others, shape (P,); they sum to one."""
         share = 1.0 / sum(self.alive)
         return tuple(share if alive else 0.0 for alive in self.alive)
 
     def losses(self) -> list[float]:
-        """Fitness with NaN, and whatever a dead particle reports, as the worst."""
+        """Return the fitness with infinity, the worst, for NaN and for particles that are not alive; shape (P,)."""
         return [
             loss if alive and not math.isnan(loss) else math.inf
             for loss, alive in zip(self.fitness, self.alive, strict=True)
         ]
 
     def best_weights(self) -> tuple[float, ...]:
-        """One for the living particle with the lowest loss, zero for the others, shape (P,)."""
+        """Return one for the living particle with the lowest loss and zero for the others, shape (P,)."""
         best = best_of(self.losses(), self.alive)
         return tuple(float(i == best) for i in range(self.num_particles))
 
 
 def best_of(losses: Sequence[float], alive: Sequence[bool]) -> int:
-    """Index of the living particle with the lowest loss; the lower index wins a tie."""
+    """Return the index of the living particle with the lowest loss; the lower index wins a tie."""
     # The dead come last even when nobody has a loss and all are equally bad.
     return min(range(len(losses)), key=lambda i: (not alive[i], losses[i], i))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to move, and the numbers the update needs. Equal on all ranks.
+    """A rule's decision at a sync point: the tensors to move, and the numbers of the update. Equal on all ranks.
 
     Attributes:
         receive: a weighted mean over the particles; one particle's tensor each; the newest that a peer has sent;
             or nothing.
         weights: for ``"mean"``: shape (P,), sum one.
-        sources: for ``"one"``: whose tensor each particle receives, shape (P,).
+        sources: for ``"one"``: the particle whose tensor each particle receives, shape (P,).
         send: ``"x"``, the shard itself, or the name of a state tensor.
         alive: shape (P,).
         factors: shape (P, k): numbers of each particle's update.
         lr_factors: shape (P,): each particle's learning rate is multiplied by its own; empty: as before.
         tentative: what is received may be thrown away in the end.
         score: score the new weights on the probe batch, and ask ``Rule.proceed``.
-        carry: for ``Rule.proceed``.
-        note: for ``metrics.jsonl``.
-        memory: for the next sync point; the last plan's counts.
+        carry: anything, for ``Rule.proceed`` and ``Rule.update``.
+        note: values for ``metrics.jsonl``.
+        memory: values for the next sync point; those of the last plan are used.
     """
 
     receive: Literal["mean", "one", "newest", "nothing"]
@@ -124,17 +139,17 @@ class Plan:
     lr_factors: tuple[float, ...] = ()
     tentative: bool = False
     score: bool = False
-    carry: Any = None
-    note: Mapping[str, Any] = field(default_factory=dict)
-    memory: Mapping[str, Any] = field(default_factory=dict)
+    carry: object = None
+    note: Mapping[str, object] = field(default_factory=dict)
+    memory: RuleMemory = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where an update happens.
+    """The particle, and the parameter, that an update is about.
 
     Attributes:
-        particle: its number.
+        particle: number of the particle.
         parameter: name of the parameter that the elements belong to, if the rule is ``per_parameter``.
     """
 
@@ -146,13 +161,14 @@ class Rule(ABC):
     """One algorithm. Subclasses are registered in ``ds_pso.rules`` under their JSON name, or named in the JSON.
 
     Attributes:
-        options: the validated options, an instance of ``Config``.
+        options: the validated options, an instance of ``Config``; a subclass annotates it with that class.
         seed: ``swarm.seed``, for random factors.
         Config: class of the options.
-        model_in: what is exported: ``"x"``, the mean of the shards, or of the state tensor of this name.
-        rough_state: state that may be kept in bf16: movements, not positions.
-        memory_of_particles: what in ``Plan.memory`` is a list with an entry for each particle: it is cut or repeated
-            where a checkpoint is loaded on another number of particles.
+        model_in: the tensor whose mean over the particles is exported: ``"x"``, the shard, or the name of a state
+            tensor.
+        rough_state: state tensors that may be kept in bf16: movements, not positions.
+        memory_of_particles: names in ``Plan.memory`` whose values are lists with an entry for each particle: they are
+            cut or repeated where a checkpoint is loaded on another number of particles.
     """
 
     Config: ClassVar[type[RuleConfig]] = RuleConfig
@@ -160,64 +176,64 @@ class Rule(ABC):
     rough_state: ClassVar[frozenset[str]] = frozenset()
     memory_of_particles: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(self, options: Any, seed: int = 0) -> None:
+    options: RuleConfig
+
+    def __init__(self, options: RuleConfig, seed: int = 0) -> None:
         self.options = options
         self.seed = seed
 
-    @classmethod  # noqa: B027
-    def complete(cls, section: MutableMapping[str, Any]) -> None:
-        """Fill in keys of the ``swarm`` section that are left open, where the rule has other defaults.
-
-        Args:
-            section: as it was read: nothing in it has been checked yet.
-        """
-
     @property
     def uses_fitness(self) -> bool:
-        """Whether a first sync point without any loss is an error; later ones take the last losses again."""
+        """True if plans depend on losses: a first sync point without any is an error; later ones reuse the last."""
         return False
 
     @property
     def uses_progress(self) -> bool:
-        """Whether ``SyncPoint.progress`` must be known."""
+        """True if plans need ``SyncPoint.progress``, and so the length of the training."""
         return False
 
     @property
     def uses_probe(self) -> bool:
-        """Whether plans ask for a score, so that the script must give a probe."""
+        """True if plans ask for a score, so that the script must give a probe."""
         return False
 
     @property
     def per_parameter(self) -> bool:
-        """Whether ``update`` needs ``Place.parameter``, and so one call for each parameter."""
+        """True if ``update`` needs ``Place.parameter``, and so one call for each parameter."""
         return False
 
     @property
     def compares_rates(self) -> bool:
-        """Whether it judges ``Plan.lr_factors`` by the losses of the whole interval after which they were set."""
+        """True if the losses of a whole interval serve to compare the ``Plan.lr_factors`` that held in it."""
         return False
 
     @property
     def ends_equal(self) -> bool:
-        """Whether a sync point leaves all particles with the same weights: then those are what all know alike."""
+        """True if a sync point leaves all particles with the same weights."""
         return False
 
     @property
     def receives_alike(self) -> bool:
-        """Whether all particles receive the same, so that it may travel as a difference to what all know."""
+        """True if all particles receive the same tensor, so that it may travel as a difference to a common state."""
         return self.max_staleness is None
 
     @property
     def max_staleness(self) -> int | None:
         """If not None, particles do not wait for each other: see ``Plan.receive`` = "newest".
 
-        Nothing is taken that a peer sent when it had had this many sync points fewer, or still fewer. ``plan`` then
+        A tensor that a peer sent when it was this many sync points behind, or more, is ignored. ``plan`` then
         knows the fitness and health of its own particle alone.
         """
         return None
 
+    @property
+    def initial_state(self) -> Mapping[str, StateInit]:
+        """State tensors by name, each with the function that makes it: ``copy_of``, ``zeros_like`` or your own."""
+        return {}
+
+    @final
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
-        """The state that the rule keeps, empty when it keeps none.
+        """Make the state tensors of a shard: see ``initial_state``.
 
         Args:
             x: a shard on which all particles agree.
@@ -225,44 +241,45 @@ class Rule(ABC):
         Returns:
             Tensors of the shape, dtype and device of ``x``, by name.
         """
-        return {}
+        return {name: make(x) for name, make in self.initial_state.items()}
 
+    @final
     @property
     def state_names(self) -> frozenset[str]:
-        """Names of the tensors that it keeps."""
-        return frozenset(self.init_state(torch.zeros(0)))
+        """Names of the state tensors."""
+        return frozenset(self.initial_state)
 
     @abstractmethod
-    def plan(self, sync: SyncPoint, memory: Mapping[str, Any]) -> Plan:
+    def plan(self, sync: SyncPoint, memory: RuleMemory) -> Plan:
         """Decide what to move. Called on every rank with equal arguments; at least one particle lives.
 
         Args:
-            sync: what all know.
-            memory: what the last plan said; empty at the first sync point.
+            sync: the sync point.
+            memory: ``Plan.memory`` of the last plan; empty at the first sync point.
         """
 
     def proceed(self, plan: Plan, scores: tuple[float, ...]) -> Plan:
-        """The next plan of the same sync point, after one that asked for a score.
+        """Return the next plan of the same sync point, after one that asked for a score.
 
         Args:
-            plan: that one.
+            plan: the plan that asked.
             scores: loss of each particle's new weights on the probe batch, shape (P,); inf if not finite.
         """
         raise NotImplementedError
 
     def before_exchange(self, x: Tensor, state: State, plan: Plan, place: Place) -> None:  # noqa: B027
-        """Bring ``state`` up to date before anything is sent. Elementwise, in place."""
+        """Update ``state`` before anything is sent. Elementwise, in place."""
 
     @abstractmethod
     def update(self, x: Tensor, received: Tensor, state: State, plan: Plan, place: Place) -> None:
-        """Move the shard with what came from the peers. Elementwise, in place.
+        """Move the shard by the tensor that came from the peers. Elementwise, in place.
 
         A particle that is not alive must come out with finite ``x`` and ``state``.
 
         Args:
-            x: of any shape, fp32.
+            x: the shard or a piece of it, of any shape, fp32.
             received: like ``x``; ``x`` itself where the plan receives nothing.
-            state: what ``init_state`` returned, piece by piece like ``x``; to be updated, too.
-            plan: of this sync point.
-            place: which particle, and which parameter if the rule asks for it.
+            state: state tensors, cut like ``x``; to be updated, too.
+            plan: the plan of this sync point.
+            place: the particle, and the parameter if the rule is ``per_parameter``.
         """

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from ds_pso.rules.base import Place, Plan, Rule, RuleConfig, State, SyncPoint
+from ds_pso.rules.base import (
+    Place,
+    Plan,
+    Rule,
+    RuleConfig,
+    RuleMemory,
+    State,
+    StateInit,
+    SyncPoint,
+    copy_of,
+    zeros_like,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class DiLoCoConfig(RuleConfig):
-    """``swarm.diloco``"""
+    """Options of the rule ``diloco``: the subsection ``swarm.diloco``."""
 
     outer_lr: float = Field(default=0.7, gt=0, description="Outer learning rate (eta).")
     outer_momentum: float = Field(default=0.6, ge=0, lt=1, description="Outer Nesterov momentum (mu).")
@@ -34,19 +46,20 @@ class DiLoCo(Rule):
     """
 
     Config = DiLoCoConfig
+    options: DiLoCoConfig
     rough_state = frozenset({"momentum"})
 
     @property
     def ends_equal(self) -> bool:
         return True
 
-    def init_state(self, x: Tensor) -> dict[str, Tensor]:
-        state = {"anchor": x.detach().clone()}
+    @property
+    def initial_state(self) -> Mapping[str, StateInit]:
         if self.options.outer_momentum > 0:
-            state["momentum"] = torch.zeros_like(x)
-        return state
+            return {"anchor": copy_of, "momentum": zeros_like}
+        return {"anchor": copy_of}
 
-    def plan(self, sync: SyncPoint, memory: Mapping[str, Any]) -> Plan:
+    def plan(self, sync: SyncPoint, memory: RuleMemory) -> Plan:
         return Plan(receive="mean", weights=sync.mean_weights(), alive=sync.alive)
 
     def update(self, x: Tensor, received: Tensor, state: State, plan: Plan, place: Place) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field
-from torch import Tensor
 
-from ds_pso.rules.base import Place, Plan, Rule, RuleConfig, State, SyncPoint
+from ds_pso.rules.base import Place, Plan, Rule, RuleConfig, RuleMemory, State, StateInit, SyncPoint, copy_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class EasgdConfig(RuleConfig):
-    """``swarm.easgd``"""
+    """Options of the rule ``easgd``: the subsection ``swarm.easgd``."""
 
     beta: float = Field(
         default=0.9, gt=0, le=1, description="How far the centre moves to the mean; each particle moves beta / P to it."
@@ -35,12 +37,14 @@ class Easgd(Rule):
     """
 
     Config = EasgdConfig
+    options: EasgdConfig
     model_in = "center"
 
-    def init_state(self, x: Tensor) -> dict[str, Tensor]:
-        return {"center": x.detach().clone()}
+    @property
+    def initial_state(self) -> Mapping[str, StateInit]:
+        return {"center": copy_of}
 
-    def plan(self, sync: SyncPoint, memory: Mapping[str, Any]) -> Plan:
+    def plan(self, sync: SyncPoint, memory: RuleMemory) -> Plan:
         alpha = self.options.beta / sum(sync.alive)
         return Plan(
             receive="mean",

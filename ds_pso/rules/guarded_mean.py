@@ -1,18 +1,30 @@
-"""The swarm rule: averaging, guarded by fitness, and a swarm over the learning rate."""
+"""The guarded mean: averaging, guarded by fitness, and a swarm over the learning rate."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from ds_pso.rules.base import Place, Plan, Rule, RuleConfig, State, SyncPoint
+from ds_pso.rules.base import (
+    Place,
+    Plan,
+    Rule,
+    RuleConfig,
+    RuleMemory,
+    State,
+    StateInit,
+    SyncPoint,
+    copy_of,
+    zeros_like,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _NO_WEIGHT_BELOW = 0.1  # times 1 / P
 _FARTHEST = math.log(1000)  # of the common learning rate from the one in the JSON
@@ -20,8 +32,8 @@ _MEMORY, _CLEARLY = 0.7, 2.5  # how evidence for a higher learning rate is kept,
 _FEW_ROUNDS = 10  # inertia built up over so few sync points has no time to pay
 
 
-class SwarmRuleConfig(RuleConfig):
-    """``swarm.swarm``"""
+class GuardedMeanConfig(RuleConfig):
+    """Options of the rule ``swarm``: the subsection ``swarm.swarm``."""
 
     inertia: float = Field(default=0.0, ge=0, lt=1, description="Heavy-ball momentum of the consensus (beta).")
     guard: bool = Field(
@@ -57,25 +69,25 @@ class SwarmRuleConfig(RuleConfig):
 
 @dataclass(frozen=True)
 class _Rates:
-    """Learning rates of the particles: what to remember of them, and the factors; empty: as before."""
+    """Learning rates of the particles: the memory for the next sync point, and the factors; empty: unchanged."""
 
-    memory: Mapping[str, Any] = field(default_factory=dict)
+    memory: RuleMemory = field(default_factory=dict)
     factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """How far a guarded sync point has come. Each stage but the last ends with a score."""
+    """The stage that a guarded sync point has reached. Each stage but the last ends with a score."""
 
     stage: Literal["mean", "own", "weighted", "settle"]
     sync: SyncPoint
-    memory: Mapping[str, Any] = field(default_factory=dict)  # of the last sync point
-    own: Sequence[float] = ()  # scores of what the particles brought
+    memory: RuleMemory = field(default_factory=dict)  # of the last sync point
+    own: Sequence[float] = ()  # scores of the particles' own weights
     mean_score: float = math.inf
     mean_in: Literal["received", "trial"] = "received"  # where the mean to settle on lies
 
 
-class SwarmRule(Rule):
+class GuardedMean(Rule):
     """Mean of the living particles with a fitness guard, learning rates of the particles, and inertia if wanted.
 
     With q_i the loss of particle i's own weights on the probe batch, sums over the
@@ -107,10 +119,10 @@ class SwarmRule(Rule):
     where the others meet.
     """
 
-    Config = SwarmRuleConfig
+    Config = GuardedMeanConfig
     rough_state = frozenset({"momentum"})
     memory_of_particles = frozenset({"loss_sums", "z"})
-    options: SwarmRuleConfig
+    options: GuardedMeanConfig
 
     @property
     def uses_fitness(self) -> bool:
@@ -128,15 +140,16 @@ class SwarmRule(Rule):
     def ends_equal(self) -> bool:
         return True
 
-    def init_state(self, x: Tensor) -> dict[str, Tensor]:
-        state = {}
+    @property
+    def initial_state(self) -> Mapping[str, StateInit]:
+        state: dict[str, StateInit] = {}
         if self.options.inertia > 0:
-            state = {"anchor": x.detach().clone(), "momentum": torch.zeros_like(x)}
+            state = {"anchor": copy_of, "momentum": zeros_like}
         if self.options.guard:
-            state["trial"] = torch.zeros_like(x)
+            state["trial"] = zeros_like
         return state
 
-    def plan(self, sync: SyncPoint, memory: Mapping[str, Any]) -> Plan:
+    def plan(self, sync: SyncPoint, memory: RuleMemory) -> Plan:
         losses, window = self._window(sync, memory)
         if losses and self.options.guard:
             return Plan(receive="nothing", alive=sync.alive, score=True, carry=_Trial("own", sync, memory))
@@ -144,7 +157,7 @@ class SwarmRule(Rule):
         return self._mean(sync, replace(rates, memory={**rates.memory, **window}))
 
     def _mean(self, sync: SyncPoint, rates: _Rates, trial: _Trial | None = None) -> Plan:
-        """The plan for the mean: to settle on it, or to try it."""
+        """Return the plan for the mean: to settle on it, or to try it."""
         last = sync.is_last or (sync.total is not None and sync.total <= _FEW_ROUNDS)
         return Plan(
             receive="mean",
@@ -159,7 +172,8 @@ class SwarmRule(Rule):
         )
 
     def proceed(self, plan: Plan, scores: tuple[float, ...]) -> Plan:
-        trial: _Trial = plan.carry
+        trial = plan.carry
+        assert isinstance(trial, _Trial)
         sync = trial.sync
         score = sum(scores) / len(scores)
         if trial.stage == "own":
@@ -191,14 +205,14 @@ class SwarmRule(Rule):
         )
 
     def _weigh(self, scores: Sequence[float]) -> tuple[float, ...]:
-        """Weights of the particles in the mean that competes, shape (P,)."""
+        """Return weights of the particles in the mean that competes, shape (P,)."""
         weights = _softmax(scores, self.options.temperature)
-        # Exploded weights are poison in any dose.
+        # Exploded weights do harm in any dose.
         kept = [w if w * len(weights) >= _NO_WEIGHT_BELOW else 0.0 for w in weights]
         return tuple(w / sum(kept) for w in kept)
 
     def _unequal(self, losses: Sequence[float]) -> bool:
-        """Whether a mean weighted by these losses would do without a good part of the particles that have one."""
+        """Return true if a mean weighted by these losses would do without a good part of the particles."""
         finite = [loss for loss in losses if math.isfinite(loss)]
         if not finite:
             return False
@@ -206,17 +220,19 @@ class SwarmRule(Rule):
         return 1 / (len(finite) * sum(w * w for w in weights)) < 1 - self.options.unequal_above
 
     def update(self, x: Tensor, received: Tensor, state: State, plan: Plan, place: Place) -> None:
-        if plan.carry.stage == "own":
+        trial = plan.carry
+        assert isinstance(trial, _Trial)
+        if trial.stage == "own":
             return
-        if plan.carry.stage == "mean":  # keep what this particle brought
+        if trial.stage == "mean":  # keep this particle's own weights
             state["trial"].copy_(x)
             x.copy_(received)
             return
-        if plan.carry.stage == "weighted":
+        if trial.stage == "weighted":
             state["trial"].copy_(x)  # the mean
             x.copy_(received)
             return
-        mean = state["trial"] if plan.carry.mean_in == "trial" else received
+        mean = state["trial"] if trial.mean_in == "trial" else received
         if "momentum" in state:
             anchor, momentum, beta = state["anchor"], state["momentum"], plan.factors[place.particle][0]
             momentum.mul_(beta).add_(anchor).sub_(mean)
@@ -230,8 +246,8 @@ class SwarmRule(Rule):
         if "trial" in state:
             state["trial"].zero_()
 
-    def _window(self, sync: SyncPoint, memory: Mapping[str, Any]) -> tuple[list[float], dict[str, Any]]:
-        """Mean losses of a full window, or none while it fills; and the window for the next sync point."""
+    def _window(self, sync: SyncPoint, memory: RuleMemory) -> tuple[list[float], RuleMemory]:
+        """Return mean losses of a full window, or none while it fills; and the window for the next sync point."""
         steps = max(1, max(sync.steps, default=self.options.fitness_steps))
         sums = memory.get("loss_sums") or [0.0] * sync.num_particles
         sums = [total + loss * steps for total, loss in zip(sums, sync.losses(), strict=True)]
@@ -240,14 +256,12 @@ class SwarmRule(Rule):
             return [], {"loss_sums": sums, "steps": steps}
         return [total / steps for total in sums], {}
 
-    def _learning_rates(
-        self, sync: SyncPoint, memory: Mapping[str, Any], losses: Sequence[float], believed: bool
-    ) -> _Rates:
-        """For the coming steps.
+    def _learning_rates(self, sync: SyncPoint, memory: RuleMemory, losses: Sequence[float], believed: bool) -> _Rates:
+        """Choose the learning rates for the coming steps.
 
         Args:
-            losses: that have just been compared, or none.
-            believed: whether they tell more than which particle had the lower learning rate.
+            losses: losses that have just been compared, or none.
+            believed: true if they show more than which particle had the lower learning rate.
         """
         if self.options.lr_spread == 1:
             return _Rates({}, (1.0,) * sync.num_particles)
@@ -269,14 +283,14 @@ class SwarmRule(Rule):
 
 
 def _softmax(losses: Sequence[float], temperature: float) -> tuple[float, ...]:
-    """softmax(-loss / temperature), shape (P,); an infinite loss gets 0, and at least one is finite."""
+    """Return softmax(-loss / temperature), shape (P,); an infinite loss gets 0, and at least one is finite."""
     lowest = min(losses)
     powers = [math.exp((lowest - loss) / temperature) for loss in losses]
     return tuple(power / sum(powers) for power in powers)
 
 
 def _rank_utilities(losses: Sequence[float], alive: Sequence[bool]) -> list[float]:
-    """Highest for the best living particle; equal steps in between; the absolute values sum to one; the dead have 0."""
+    """Return utilities in equal steps, highest for the lowest loss; absolute values sum to one; the dead have 0."""
     living = [loss for loss, lives in zip(losses, alive, strict=True) if lives]
     raw = [
         sum((other > loss) - (other < loss) for other in living) if lives else 0
@@ -287,7 +301,7 @@ def _rank_utilities(losses: Sequence[float], alive: Sequence[bool]) -> list[floa
 
 
 def _go_with(losses: Sequence[float], alive: Sequence[bool], z: Sequence[float]) -> tuple[float, float]:
-    """How much low losses go with high z, in [-1, 1], and its standard deviation if ranks were dealt by chance."""
+    """Return how much low losses go with high z, in [-1, 1], and its standard deviation under chance."""
     utilities = _rank_utilities(losses, alive)
     step = sum(u * value for u, value in zip(utilities, z, strict=True))
     squares = sum(u * u for u in utilities) * sum(value * value for value in z)

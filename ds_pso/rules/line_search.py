@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from ds_pso.rules.base import Place, Plan, Rule, RuleConfig, State, SyncPoint
+from ds_pso.rules.base import (
+    Place,
+    Plan,
+    Rule,
+    RuleConfig,
+    RuleMemory,
+    State,
+    StateInit,
+    SyncPoint,
+    copy_of,
+    zeros_like,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class LineSearchConfig(RuleConfig):
-    """``swarm.line_search``"""
+    """Options of the rule ``line_search``: the subsection ``swarm.line_search``."""
 
     inertia: float = Field(default=0.7, gt=0, le=1, description="Inertia that a candidate of length 1 has (mu).")
     longest: float = Field(default=1.5, gt=0, description="Length of the longest candidate; the shortest has 0.")
@@ -52,10 +64,11 @@ class LineSearch(Rule):
     def ends_equal(self) -> bool:
         return True
 
-    def init_state(self, x: Tensor) -> dict[str, Tensor]:
-        return {"anchor": x.detach().clone(), "momentum": torch.zeros_like(x), "mean": torch.zeros_like(x)}
+    @property
+    def initial_state(self) -> Mapping[str, StateInit]:
+        return {"anchor": copy_of, "momentum": zeros_like, "mean": zeros_like}
 
-    def plan(self, sync: SyncPoint, memory: Mapping[str, Any]) -> Plan:
+    def plan(self, sync: SyncPoint, memory: RuleMemory) -> Plan:
         steps = max(1, sync.num_particles - 1)
         lengths = [self.options.longest * i / steps for i in range(sync.num_particles)]
         first = sync.index == 0  # there is no last step to continue
@@ -85,7 +98,7 @@ class LineSearch(Rule):
         inertia = plan.factors[place.particle][0]
         if plan.receive == "mean":
             mean.copy_(received)
-        torch.sub(mean, momentum, alpha=inertia, out=x)
+        x.copy_(mean).sub_(momentum, alpha=inertia)
         if plan.carry == "settle":
-            torch.sub(anchor, x, out=momentum)
+            momentum.copy_(anchor).sub_(x)
             anchor.copy_(x)

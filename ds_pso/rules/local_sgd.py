@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from ds_pso.rules.base import Place, Plan, Rule, RuleMemory, State, SyncPoint
 
-from ds_pso.rules.base import Place, Plan, Rule, State, SyncPoint
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class LocalSGD(Rule):
@@ -21,7 +21,7 @@ class LocalSGD(Rule):
     def ends_equal(self) -> bool:
         return True
 
-    def plan(self, sync: SyncPoint, memory: Mapping[str, Any]) -> Plan:
+    def plan(self, sync: SyncPoint, memory: RuleMemory) -> Plan:
         return Plan(receive="mean", weights=sync.mean_weights(), alive=sync.alive)
 
     def update(self, x: Tensor, received: Tensor, state: State, plan: Plan, place: Place) -> None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from ds_pso.rules.base import Place, Plan, Rule, RuleConfig, State, SyncPoint
+from ds_pso.rules.base import Place, Plan, Rule, RuleConfig, RuleMemory, State, SyncPoint
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class NoSyncConfig(RuleConfig):
-    """``swarm.nosync``"""
+    """Options of the rule ``nosync``: the subsection ``swarm.nosync``."""
 
     pressure: float = Field(default=0.1, ge=0, le=1, description="Pressure at the beginning of training.")
     final_pressure: float = Field(
@@ -69,6 +70,7 @@ class NoSync(Rule):
         return self.options.max_staleness if self.options.asynchronous else None
 
     def pressure(self, sync: SyncPoint) -> float:
+        """Return p at this point of the training."""
         start, final = self.options.pressure, self.options.final_pressure
         if self.options.growth == "constant":
             return start
@@ -76,7 +78,7 @@ class NoSync(Rule):
             return start + (final - start) * sync.progress
         return float(start * (final / start) ** sync.progress)
 
-    def plan(self, sync: SyncPoint, memory: Mapping[str, Any]) -> Plan:
+    def plan(self, sync: SyncPoint, memory: RuleMemory) -> Plan:
         pressure = self.pressure(sync)
         share = pressure / 2 if self.options.asynchronous else pressure  # half-way to the peer is the mean of two
         return Plan(

@@ -5,18 +5,31 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from ds_pso.rules.base import Place, Plan, Rule, RuleConfig, State, SyncPoint, best_of
+from ds_pso.rules.base import (
+    Place,
+    Plan,
+    Rule,
+    RuleConfig,
+    RuleMemory,
+    State,
+    StateInit,
+    SyncPoint,
+    best_of,
+    copy_of,
+    zeros_like,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class PsoConfig(RuleConfig):
-    """``swarm.pso``"""
+    """Options of the rule ``pso``: the subsection ``swarm.pso``."""
 
     inertia: float = Field(default=0.0, ge=0, lt=1, description="Weight of the last velocity (w).")
     cognitive: float = Field(default=0.0, ge=0, description="Pull towards the particle's own best (c1).")
@@ -128,15 +141,16 @@ class Pso(Rule):
         o = self.options
         return o.cognitive > 0 or bool(o.final_cognitive) or o.best == "all_time"
 
-    def init_state(self, x: Tensor) -> dict[str, Tensor]:
-        state = {}
+    @property
+    def initial_state(self) -> Mapping[str, StateInit]:
+        state: dict[str, StateInit] = {}
         if self._keeps_velocity:
-            state["velocity"] = torch.zeros_like(x)
+            state["velocity"] = zeros_like
         if self._keeps_best:
-            state["best_position"] = x.detach().clone()
+            state["best_position"] = copy_of
         return state
 
-    def plan(self, sync: SyncPoint, memory: Mapping[str, Any]) -> Plan:
+    def plan(self, sync: SyncPoint, memory: RuleMemory) -> Plan:
         losses = sync.losses()
         seen = memory.get("best_fitness") or [math.inf] * sync.num_particles
         # A dead particle restarts elsewhere: what it once found no longer is its own.
@@ -162,7 +176,7 @@ class Pso(Rule):
         )
 
     def _sources(self, losses: list[float], alive: tuple[bool, ...]) -> tuple[int, ...]:
-        """The best that each particle knows of; the best of all for one that has no living neighbour."""
+        """Return the best that each particle knows of; the best of all for one that has no living neighbour."""
         everybody = range(len(losses))
         best = best_of(losses, alive)
         if self.options.topology == "global":
@@ -175,7 +189,7 @@ class Pso(Rule):
         return tuple(sources)
 
     def _coefficients(self, sync: SyncPoint) -> tuple[float, float, float]:
-        """w, c1 and c2 at this sync point, each times chi."""
+        """Return w, c1 and c2 at this sync point, each times chi."""
         o = self.options
         pairs = ((o.inertia, o.final_inertia), (o.cognitive, o.final_cognitive), (o.social, o.final_social))
         w, c1, c2 = (start if final is None else start + (final - start) * sync.progress for start, final in pairs)
@@ -186,7 +200,7 @@ class Pso(Rule):
         return chi, chi * c1, chi * c2
 
     def _draw(self, index: int, particle: int, parameter: str | None = None) -> tuple[float, float]:
-        """r1 and r2, from what all ranks know alike."""
+        """Return r1 and r2, drawn from numbers that are the same on all ranks."""
         if self.options.randomness == "none":
             return 0.5, 0.5
         key = [self.seed, index, particle] + ([] if parameter is None else [zlib.crc32(parameter.encode())])
@@ -207,6 +221,7 @@ class Pso(Rule):
             return
         _, inertia, cognitive, social = plan.factors[place.particle]
         if self.per_parameter:
+            assert isinstance(plan.carry, int)
             r1, r2 = self._draw(plan.carry, place.particle, place.parameter)
             cognitive, social = cognitive * r1, social * r2
         velocity = (received - x).mul_(social)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from ds_pso.config.checks import total_num_steps
+from ds_pso.config.schema import total_num_steps
 from ds_pso.errors import ConfigError
 from ds_pso.metrics import deepspeed_monitor
 from ds_pso.rules import Rule

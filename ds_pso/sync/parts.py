@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ds_pso.comm.collectives import Traffic
-from ds_pso.comm.compression import FORMATS, Differences
+from ds_pso.comm.compression import UNCOMPRESSED, Differences, find_format
 from ds_pso.comm.exchange import Exchange
 from ds_pso.distributed.membership import Membership
 from ds_pso.distributed.world import World
@@ -45,7 +45,7 @@ class SyncOptions:
     probe: Probe | None = None
     ranks_by_probe: bool = False
     optimizer_state: Literal["keep", "average", "reset"] = "keep"
-    wire: str = "fp32"
+    wire: str = UNCOMPRESSED
     delay: int = 0
     fragments: int = 1
     streaming: bool = False
@@ -112,7 +112,9 @@ class SyncParts:
             limits=options.limits,
         )
         offload = options.offload
-        differences = None if options.wire == "fp32" else Differences(FORMATS[options.wire], shards.tensors, offload)
+        differences = None
+        if options.wire != UNCOMPRESSED:
+            differences = Differences(find_format(options.wire), shards.tensors, offload)
         state = [
             {name: offload.keep(value, rough=name in rule.rough_state) for name, value in found.items()}
             for found in (rule.init_state(offload.near(x)) for x in shards.tensors)

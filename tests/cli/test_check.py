@@ -56,7 +56,7 @@ def test_settings_are_resolved_and_defaults_are_marked(tmp_path: Path, capsys: A
 
 
 @pytest.mark.parametrize(
-    ("keys", "received", "kept", "meeting"),
+    ("keys", "received", "kept", "exchange"),
     [
         # M = 8e6, P = 4, S = 2, so N = 4e6. By hand, from the formulas of docs/slow-networks.md.
         ({}, 8 * 8e6 * 3 / 4, 0, 4 * 4e6),
@@ -73,12 +73,12 @@ def test_settings_are_resolved_and_defaults_are_marked(tmp_path: Path, capsys: A
         ({"bucket_mb": 1.0}, 8 * 8e6 * 3 / 4, 0, 2**20),
     ],
 )
-def test_bytes_and_memory_by_hand(tmp_path, capsys, keys, received, kept, meeting) -> None:
+def test_bytes_and_memory_by_hand(tmp_path, capsys, keys, received, kept, exchange) -> None:
     config = write(tmp_path, bucket_mb=64.0) if not keys else write(tmp_path, **keys)
     found = check(capsys, config, "--parameters", "8M", "--particles", "4", "--ranks", "2")["model"]
     assert (found["parameters"], found["particles"], found["ranks"], found["name"]) == (8e6, 4, 2, None)
     assert found["sync_point"] == pytest.approx({"per_particle": received, "per_rank": received / 2})
-    assert found["memory"] == pytest.approx({"kept": kept, "pending": 0, "meeting": meeting})
+    assert found["memory"] == pytest.approx({"kept": kept, "pending": 0, "exchange": exchange})
 
 
 def test_numbers_for_people(tmp_path: Path, capsys: Any) -> None:

@@ -9,10 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ds_pso.comm.compression import BLOCK, FORMATS, Differences, Format
+from ds_pso.comm import compression
+from ds_pso.comm.compression import BLOCK, FORMATS, Differences, Format, FormatEntry, find_format
+from ds_pso.config.cost_model import Cluster, sync_cost
+from ds_pso.config.load import load_config
+from ds_pso.errors import ConfigError
 
 relaxed = settings(deadline=None, max_examples=60)
-formats = st.sampled_from(list(FORMATS.values()))
+formats = st.sampled_from([find_format(name) for name in FORMATS])
 
 
 def through(form: Format, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,7 +43,7 @@ def numbers(draw: st.DrawFn) -> Tensor:
 @given(st.sampled_from([("int8", 127), ("int4", 7)]), numbers())
 def test_whole_numbers_err_by_half_a_step_of_their_block(which, values):
     name, levels = which
-    arrived, _ = through(FORMATS[name], values)
+    arrived, _ = through(find_format(name), values)
     for before, after in zip(values.view(-1, BLOCK).double(), arrived.view(-1, BLOCK).double(), strict=True):
         largest = float(before.abs().max())
         # Scales that fp32 can hardly hold lose their block.
@@ -50,7 +54,7 @@ def test_whole_numbers_err_by_half_a_step_of_their_block(which, values):
 @relaxed
 @given(numbers())
 def test_bf16_is_torchs_own(values):
-    arrived, _ = through(FORMATS["bf16"], values)
+    arrived, _ = through(find_format("bf16"), values)
     assert torch.equal(arrived, values.bfloat16().float())
 
 
@@ -65,7 +69,7 @@ def test_what_has_been_rounded_is_not_rounded_again(form, values):
 @pytest.mark.parametrize(("name", "levels"), [("int8", 127), ("int4", 7)])
 def test_every_level_of_a_block_arrives(name, levels):
     values = torch.arange(-levels, levels + 1).repeat(BLOCK)[:BLOCK].float() * 0.25
-    arrived, _ = through(FORMATS[name], values)
+    arrived, _ = through(find_format(name), values)
     assert torch.equal(arrived, values)
 
 
@@ -82,8 +86,9 @@ def test_what_is_subtracted_and_added_is_what_arrives(form, values, before):
     assert torch.equal(total, before + arrived)
 
 
-@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
-def test_more_blocks_than_are_worked_on_at_a_time(form):
+@pytest.mark.parametrize("name", FORMATS)
+def test_more_blocks_than_are_worked_on_at_a_time(name):
+    form = find_format(name)
     values = torch.randn(3000 * BLOCK, generator=torch.Generator().manual_seed(1))
     arrived, encoded = through(form, values)
     parts = [through(form, block) for block in values.view(-1, BLOCK)]
@@ -93,15 +98,61 @@ def test_more_blocks_than_are_worked_on_at_a_time(form):
 
 @pytest.mark.parametrize(("name", "times"), [("bf16", 2), ("int8", 3.9), ("int4", 7)])
 def test_how_small_it_is(name, times):
-    assert times * FORMATS[name].nbytes(BLOCK) <= 4 * BLOCK
+    assert times * find_format(name).nbytes(BLOCK) <= 4 * BLOCK
 
 
 def test_differences_remember_copies():
     start = [torch.ones(3), torch.zeros(0)]
-    differences = Differences(FORMATS["int8"], start)
+    differences = Differences(find_format("int8"), start)
     start[0].fill_(5)
     assert differences.common[0].tolist() == [1, 1, 1]
     differences.agree_on(start)
     start[0].fill_(6)
     assert differences.common[0].tolist() == [5, 5, 5]
     assert differences.residual[0].tolist() == [0, 0, 0]
+
+
+# -- the table --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_table_has_the_size_of_the_format(name):
+    assert find_format(name).nbytes(BLOCK) == BLOCK * FORMATS[name].bytes_per_element
+
+
+def test_every_lazy_name_is_there():
+    assert [getattr(compression, name) for name in compression.__all__]
+    with pytest.raises(AttributeError, match=r"module 'ds_pso.comm.compression' has no attribute 'BFloat17'"):
+        _ = compression.BFloat17
+
+
+class Halves(Format):
+    """IEEE half precision, as an example of a format that a user adds."""
+
+    def nbytes(self, numel: int) -> int:
+        return 2 * numel
+
+    def _codes(self, blocks: int, encoded: Tensor) -> tuple[Tensor, ...]:
+        return (encoded.view(torch.float16).view(blocks, BLOCK),)
+
+    def _write(self, blocks: Tensor, *codes: Tensor) -> None:
+        codes[0].copy_(blocks)
+
+    def _read(self, blocks: Tensor, *codes: Tensor) -> None:
+        blocks.copy_(codes[0])
+
+
+HALVES = Halves()
+
+
+def test_a_format_is_added_by_one_line(monkeypatch):
+    monkeypatch.setitem(FORMATS, "fp16", FormatEntry(f"{__name__}:HALVES", 2.0))
+    values = torch.randn(2 * BLOCK, generator=torch.Generator().manual_seed(0))
+    arrived, _ = through(find_format("fp16"), values)
+    assert torch.equal(arrived, values.half().float())
+    _, swarm = load_config({"swarm": {"particles": 2, "wire": "fp16"}})
+    assert swarm.wire == "fp16"
+    cluster = Cluster(1e6, particles=2, ranks=1, step_s=1.0, bandwidth=1e9)
+    assert sync_cost(cluster, swarm).megabytes == 2.0
+    with pytest.raises(ConfigError, match="must be 'fp32', 'bf16', 'int8', 'int4' or 'fp16'"):
+        load_config({"swarm": {"wire": "fp8"}})

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ds_pso.comm.compression import BLOCK, FORMATS, Differences
+from ds_pso.comm.compression import BLOCK, FORMATS, Differences, find_format
 from ds_pso.comm.exchange import Exchange, plan_buckets, wire_dtype
 from ds_pso.distributed.full_duplex_gloo import FullDuplexGloo
 from ds_pso.distributed.layout import Layout
@@ -351,7 +351,7 @@ def meet_by_differences(
         me = exchange.particle
         rng = np.random.default_rng([seed, me])
         x = [torch.linspace(-1, 1, n) for n in numels]
-        differences = Differences(FORMATS[form], x)
+        differences = Differences(find_format(form), x)
         seen = []
         for weights in rounds:
             for t in x:
@@ -400,7 +400,7 @@ def test_in_the_sum_over_the_particles_nothing_is_lost(particles, form, numels, 
 def test_little_is_owed(particles, form, num_particles, numel, seed):
     """However many meetings: half a step of what a particle sends, and of the sum that it sends on."""
     rounds = [[1 / num_particles] * num_particles] * 6
-    levels = FORMATS[form].levels
+    levels = find_format(form).levels
     for meeting in meet_by_differences(particles, form, [numel], 2**20, rounds, seed):
         for owed in meeting.owed_after:
             # Weights differ by less than 0.1 from what all know, and with them what is sent.
@@ -417,7 +417,7 @@ def test_bytes_do_not_grow_with_the_number_of_particles(particles, form, num_par
     full, rest = divmod(sum(numels), capacity)
     padded = full * capacity + math.ceil(rest / unit) * unit
     # Two phases, in each of which all parts but one's own arrive.
-    expected = 2 * (num_particles - 1) * FORMATS[form].nbytes(padded) // num_particles
+    expected = 2 * (num_particles - 1) * find_format(form).nbytes(padded) // num_particles
     assert meeting.bytes_received == [expected] * num_particles
 
 
@@ -425,7 +425,7 @@ def test_bytes_do_not_grow_with_the_number_of_particles(particles, form, num_par
 def test_a_mean_that_may_be_thrown_away_leaves_no_trace(particles, form):
     def job(exchange: Exchange) -> tuple[Tensor, Differences]:
         x = [torch.full((300,), 1.0 + exchange.particle)]
-        differences = Differences(FORMATS[form], [torch.ones(300)])
+        differences = Differences(find_format(form), [torch.ones(300)])
         differences.residual[0].fill_(7.0)  # of an earlier message; not for this one
         overwrite(exchange.mean_by_differences(x, [0.25, 0.75], differences, feedback=False), x)
         return x[0], differences
@@ -449,7 +449,7 @@ def test_from_one_by_differences_closes_in_on_the_source(particles, form, group,
 
     def job(exchange: Exchange) -> tuple[list[list[Tensor]], list[int]]:
         start = [torch.zeros(n) for n in numels]
-        differences, seen, nbytes = Differences(FORMATS[form], start), [], []
+        differences, seen, nbytes = Differences(find_format(form), start), [], []
         for source in [*sources, *[0] * 14]:
             mine = [torch.linspace(1, 2, n) + source for n in numels]
             if exchange.particle != source:
@@ -469,7 +469,7 @@ def test_from_one_by_differences_closes_in_on_the_source(particles, form, group,
     for particle, (seen, nbytes) in enumerate(results):
         for t in seen[-1]:
             torch.testing.assert_close(t, torch.linspace(1, 2, t.numel()), rtol=0, atol=1e-6)
-        assert nbytes[0] == (FORMATS[form].nbytes(padded) if particle != sources[0] else 0)
+        assert nbytes[0] == (find_format(form).nbytes(padded) if particle != sources[0] else 0)
 
 
 @relaxed

@@ -16,8 +16,8 @@ from pool import Pool
 
 from ds_pso.cli import main as cli
 from ds_pso.cli.arguments import quantity
-from ds_pso.config.cost_model import Cluster, Memory, memory, plan, synchronous
-from ds_pso.config.schema import load_config
+from ds_pso.config.cost_model import Cluster, Memory, memory, sync_cost, synchronous
+from ds_pso.config.load import load_config
 
 CLUSTER = Cluster(parameters=7.5e6, particles=2, ranks=1, step_s=0.43, bandwidth=100e6)
 
@@ -28,28 +28,28 @@ def section(**keys: Any) -> Any:
 
 def test_an_example_by_hand() -> None:
     """7.5 million fp32 numbers, twice, half of it from the other one: 30 MB, 2.4 s at 100 Mbit/s."""
-    found = plan(CLUSTER, section(sync_interval=32))
+    found = sync_cost(CLUSTER, section(sync_interval=32))
     assert found.megabytes == pytest.approx(30)
     assert found.exchange_s == pytest.approx(2.4)
     assert found.compute_share == pytest.approx(32 * 0.43 / (32 * 0.43 + 2.4))
-    late = plan(CLUSTER, section(sync_interval=32, delay=5))
+    late = sync_cost(CLUSTER, section(sync_interval=32, delay=5))
     assert late.held_up_s == pytest.approx(2.4 - 5 * 0.43)
-    assert plan(CLUSTER, section(sync_interval=32, delay=6)).compute_share == 1
+    assert sync_cost(CLUSTER, section(sync_interval=32, delay=6)).compute_share == 1
     assert synchronous(CLUSTER, {}).exchange_s == pytest.approx(2.4)
     assert synchronous(CLUSTER, {"bf16": {"enabled": True}}).exchange_s == pytest.approx(1.2)
-    waits = plan(replace(CLUSTER, latency_s=0.1), section())
+    waits = sync_cost(replace(CLUSTER, latency_s=0.1), section())
     assert waits.exchange_s == pytest.approx(2.4 + 0.1 * (5 + 2))  # to meet, and round the ring
-    assert plan(CLUSTER, section(sync_mode="nosync", nosync={"asynchronous": True})).compute_share == 1
+    assert sync_cost(CLUSTER, section(sync_mode="nosync", nosync={"asynchronous": True})).compute_share == 1
 
 
 def test_what_streams_meets_more_often_for_fewer_bytes() -> None:
     turns = {"streaming": True, "fragments": 4}
-    found = plan(CLUSTER, section(sync_interval=32, delay=2, **turns))
-    part = plan(replace(CLUSTER, parameters=7.5e6 / 4), section(sync_interval=8, delay=2))
+    found = sync_cost(CLUSTER, section(sync_interval=32, delay=2, **turns))
+    part = sync_cost(replace(CLUSTER, parameters=7.5e6 / 4), section(sync_interval=8, delay=2))
     assert (found.megabytes, found.exchange_s) == (part.megabytes, part.exchange_s)
     assert found.compute_share == part.compute_share == 1
     slow = replace(CLUSTER, bandwidth=20e6)  # 3 s for a quarter, of which 0.86 are hidden
-    late = plan(slow, section(sync_interval=32, delay=2, **turns))
+    late = sync_cost(slow, section(sync_interval=32, delay=2, **turns))
     assert late.held_up_s == pytest.approx(3 - 2 * 0.43)
     assert late.delay_for(0.999999) == math.ceil(3 / 0.43)
     assert late.interval_for(0.95) == 4 * math.ceil(19 * late.held_up_s / 0.43)
@@ -78,7 +78,7 @@ sections = st.builds(
 
 @given(clusters, sections, st.floats(0.5, 0.99))
 def test_what_it_advises_is_enough_and_no_less_is(cluster, swarm, share):
-    found = plan(cluster, swarm)
+    found = sync_cost(cluster, swarm)
     interval, delay, slowdown = found.interval_for(share), found.delay_for(share), found.slowdown_for(share)
     assert replace(found, interval=interval).compute_share >= share - 1e-6
     if interval > max(1, found.delay):
@@ -94,10 +94,12 @@ def test_what_it_advises_is_enough_and_no_less_is(cluster, swarm, share):
 
 @given(clusters, sections)
 def test_more_of_a_good_thing_never_hurts(cluster, swarm):
-    share = plan(cluster, swarm).compute_share
-    assert plan(replace(cluster, bandwidth=2 * cluster.bandwidth), swarm).compute_share >= share - 1e-9
-    assert plan(cluster, swarm.model_copy(update={"sync_interval": 2 * swarm.sync_interval})).compute_share >= share
-    assert plan(cluster, swarm, "int4").compute_share >= plan(cluster, swarm, "int8").compute_share - 1e-9
+    share = sync_cost(cluster, swarm).compute_share
+    assert sync_cost(replace(cluster, bandwidth=2 * cluster.bandwidth), swarm).compute_share >= share - 1e-9
+    assert (
+        sync_cost(cluster, swarm.model_copy(update={"sync_interval": 2 * swarm.sync_interval})).compute_share >= share
+    )
+    assert sync_cost(cluster, swarm, "int4").compute_share >= sync_cost(cluster, swarm, "int8").compute_share - 1e-9
 
 
 SWARMS: list[dict[str, Any]] = [
@@ -157,7 +159,7 @@ def test_its_bytes_are_those_that_a_swarm_counts(pool: Pool, particles: int) -> 
     (found,) = pool.run(counted, particles, world_size=1)
     for swarm_section, (numel, nbytes) in zip(SWARMS, found, strict=True):
         swarm = load_config({"swarm": {"particles": particles, **swarm_section}})[1]
-        megabytes = plan(replace(CLUSTER, parameters=numel, particles=particles), swarm).megabytes
+        megabytes = sync_cost(replace(CLUSTER, parameters=numel, particles=particles), swarm).megabytes
         assert 1e6 * megabytes == pytest.approx(nbytes, rel=0.04), swarm_section  # but for numbers about the particles
 
 
@@ -197,14 +199,14 @@ def test_what_is_kept_takes_the_memory_it_says(pool: Pool) -> None:
 
 def test_what_meeting_takes_is_bounded_by_the_bucket() -> None:
     whole = memory(CLUSTER, section(bucket_mb=4096))
-    assert whole == Memory(kept=0, pending=0, meeting=4 * 7.5e6)
-    assert memory(CLUSTER, section(bucket_mb=1)).meeting == 2**20
+    assert whole == Memory(kept=0, pending=0, exchange=4 * 7.5e6)
+    assert memory(CLUSTER, section(bucket_mb=1)).exchange == 2**20
     shared = memory(replace(CLUSTER, ranks=4), section(bucket_mb=4096, wire="int4", delay=2, fragments=2))
     share = 7.5e6 / 4
     assert (shared.kept, shared.pending) == (8 * share, 4 * share)
-    assert shared.meeting == pytest.approx(share * (4 + (1 / 2 + 1 / 64) * (2 - 1 / 2)))
+    assert shared.exchange == pytest.approx(share * (4 + (1 / 2 + 1 / 64) * (2 - 1 / 2)))
     letters = memory(CLUSTER, section(sync_mode="nosync", nosync={"asynchronous": True}))
-    assert letters == Memory(kept=7.5e6 * 4 * 3, pending=0, meeting=0)
+    assert letters == Memory(kept=7.5e6 * 4 * 3, pending=0, exchange=0)
 
 
 # -- the command ------------------------------------------------------------------------------
@@ -305,7 +307,7 @@ def test_a_varying_interval_is_planned_as_it_begins(tmp_path, capsys):
     config = write(tmp_path, sync_mode="delayed", sync_interval=16)
     assert cli.main(["plan", config, *ARGUMENTS]) == 0
     printed = capsys.readouterr().out
-    assert "delayed every 16 steps at first, wire fp32, delay 4:" in printed
+    assert "local_sgd every 16 steps at first, wire fp32, delay 4:" in printed
     plain = write(tmp_path, sync_mode="local_sgd", sync_interval=16)
     assert cli.main(["plan", plain, *ARGUMENTS]) == 0
     delays = [[line.split()[-1] for line in text.splitlines()[-4:]] for text in (printed, capsys.readouterr().out)]

@@ -12,13 +12,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ds_pso.config.schema import ALLREDUCE, SwarmConfig, find_config, load_config
+from ds_pso.config.load import find_config, load_config
+from ds_pso.config.presets import PRESETS, Preset, sync_modes
+from ds_pso.config.schema import ALLREDUCE, SwarmConfig
 from ds_pso.errors import ConfigError
 from ds_pso.rules import RULES
 
 ALL_KEYS = [*SwarmConfig.model_fields, *RULES]
 NOT_A_NUMBER = 'must be a whole number of at least 1, or "node" for one particle per node'
-A_MODE = f"must be one of allreduce, {', '.join(RULES)}, or your own as my_module:MyRule"
+A_MODE = f"must be one of {', '.join(sync_modes())}, or your own as my_module:MyRule"
 LENGTH = {"nosync": {"total_steps": 320}}  # of training, for the rules that must know it
 
 
@@ -376,7 +378,7 @@ def test_a_schedule_without_a_sync_point_is_refused(section, steps):
         load_config(schedule(steps) | {"swarm": section | {"sync_interval": steps}})
 
 
-@pytest.mark.parametrize("mode", [mode for mode in RULES if mode != "delayed"])  # whose interval adapts
+@pytest.mark.parametrize("mode", RULES)
 def test_a_training_without_a_sync_point_is_refused_whatever_the_rule(mode):
     assert message_of({"swarm": {"sync_mode": mode, "sync_interval": 8, "total_steps": 7}}) == (
         "config: swarm.total_steps = 7: no sync point falls in so short a training; lower swarm.sync_interval"
@@ -444,6 +446,32 @@ def test_delayed_leaves_what_is_wrong_to_validation(delay):
     assert message_of({"swarm": {"sync_mode": "delayed", "delay": delay}}).startswith(
         f"config: swarm.delay = {delay!r}"
     )
+
+
+def test_delayed_is_local_sgd_with_other_defaults():
+    swarm = load({"sync_mode": "delayed", "delay": 2})
+    assert swarm.sync_mode == "local_sgd"
+    written_out = {
+        "sync_mode": "local_sgd",
+        "delay": 2,
+        "fragments": 2,
+        "sync_interval": 8,
+        "schedule": {"type": "adaptive", "min_interval": 2},
+    }
+    assert swarm.resolved() == load(written_out).resolved() == load(swarm.resolved()).resolved()
+    assert load({"sync_mode": "delayed", "delayed": {}}).resolved() == load({"sync_mode": "delayed"}).resolved()
+    assert "swarm.local_sgd.part: unknown key" in message_of(
+        {"swarm": {"sync_mode": "delayed", "delayed": {"part": 1}}}
+    )
+
+
+def test_a_preset_is_added_by_one_line(monkeypatch):
+    monkeypatch.setitem(PRESETS, "rare", Preset("diloco", lambda section: section.setdefault("sync_interval", 500)))
+    assert sync_modes()[sync_modes().index("diloco") + 1] == "rare"
+    swarm = load({"sync_mode": "rare", "rare": {"outer_lr": 0.5}})
+    assert (swarm.sync_mode, swarm.sync_interval, swarm.rule_options.outer_lr) == ("diloco", 500, 0.5)
+    assert load({"sync_mode": "rare", "sync_interval": 3}).sync_interval == 3
+    assert "must be one of allreduce, local_sgd, delayed, diloco, rare, " in message_of({"swarm": {"sync_mode": "x"}})
 
 
 ADAPTIVE = {"type": "adaptive"}

@@ -18,7 +18,8 @@ from pool import Pool
 from torch import nn
 
 import ds_pso
-from ds_pso.config.schema import SwarmConfig, load_config
+from ds_pso.config.load import load_config
+from ds_pso.config.schema import SwarmConfig
 from ds_pso.errors import ConfigError, SwarmError
 from ds_pso.rules import RULES
 
@@ -61,7 +62,6 @@ VALID: dict[str, Any] = {
 }
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "local_sgd": [{}],
-    "delayed": [{}],
     "diloco": [{}, {"outer_lr": 1, "outer_momentum": 0}],
     "easgd": [{}],
     "nosync": [{}, {"growth": "constant"}, {"asynchronous": True, "growth": "constant"}],

@@ -20,7 +20,7 @@ from pool import Pool
 from torch import nn
 
 import ds_pso
-from ds_pso.config.schema import load_config
+from ds_pso.config.load import load_config
 from ds_pso.errors import ConfigError
 
 ROUNDS = 3

@@ -123,7 +123,7 @@ def test_two_nodes_counts_gpus_and_has_a_default_job(tmp_path: Path) -> None:
 
 
 def assert_default_job(found: Any) -> None:
-    from ds_pso.config.schema import load_config
+    from ds_pso.config.load import load_config
     from ds_pso.training.arguments import parse_arguments
 
     assert (ROOT / found.training_script).samefile(ROOT / "ds_pso/train.py")

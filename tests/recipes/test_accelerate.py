@@ -16,7 +16,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from pool import free_port
 from torch.utils.data import DataLoader
 
-from ds_pso.config.schema import load_config
+from ds_pso.config.load import load_config
 
 from .test_recipes import ROOT, load_recipe, under_accelerate
 

@@ -4,7 +4,7 @@ import datasets
 import pytest
 from _classification import load_splits
 
-from ds_pso.config.schema import load_config
+from ds_pso.config.load import load_config
 from ds_pso.distributed.layout import Layout
 from ds_pso.distributed.static_world import unconnected
 from ds_pso.errors import ConfigError

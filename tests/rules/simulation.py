@@ -194,7 +194,7 @@ line_search_rules = st.builds(
     make_rule, st.just("line_search"), inertia=st.floats(0.1, 1), longest=st.floats(0.5, 2), margin=st.floats(0, 0.5)
 )
 any_rule = st.one_of(
-    st.builds(make_rule, st.sampled_from(["local_sgd", "delayed"])),
+    st.builds(make_rule, st.just("local_sgd")),
     diloco_rules,
     pso_rules,
     easgd_rules,

@@ -19,9 +19,11 @@ from integration.jobs import Case, build_engine, config, swarm_of, train, workin
 from pool import Pool
 
 import ds_pso
-from ds_pso.config.schema import SwarmConfig, load_config
+from ds_pso.config.load import load_config
+from ds_pso.config.presets import sync_modes
+from ds_pso.config.schema import SwarmConfig
 from ds_pso.errors import ConfigError
-from ds_pso.rules import RULES, Rule, SyncPoint, find_rule
+from ds_pso.rules import Rule, SyncPoint, find_rule
 from ds_pso.swarm import Swarm
 
 ROOT = Path(__file__).parents[2]
@@ -156,6 +158,9 @@ USERS_MODULE = """
         class Config(RuleConfig):
             size: float
 
+    class OwnState(LocalSGD):
+        def init_state(self, x): return {"x": x}
+
     class Good(LocalSGD): pass
 """
 
@@ -163,7 +168,7 @@ USERS_MODULE = """
 @pytest.mark.parametrize(
     ("mode", "said"),
     [
-        ("users_module", f"must be one of allreduce, {', '.join(RULES)}, or your own as my_module:MyRule"),
+        ("users_module", f"must be one of {', '.join(sync_modes())}, or your own as my_module:MyRule"),
         ("users_missing:Rule", f"{CANNOT_IMPORT} (ModuleNotFoundError: No module named 'users_missing'); is it"),
         ("users_module.deeper:Rule", f"{CANNOT_IMPORT} (ModuleNotFoundError: "),
         ("users_raises:Rule", f"{CANNOT_IMPORT} (ZeroDivisionError: division by zero); is it installed, or its folder"),
@@ -180,6 +185,7 @@ USERS_MODULE = """
         ("users_module:Rule", "must name a complete rule, and Rule does not define plan and update"),
         ("users_module:NoUpdate", "must name a complete rule, and NoUpdate does not define update"),
         ("users_module:Nothing", "must name a complete rule, and Nothing does not define plan and update"),
+        ("users_module:OwnState", "must name a rule that lists its state in initial_state; OwnState overrides init"),
         ("users_module:OtherConfig", "must name a rule whose Config is a ds_pso.rules.RuleConfig, and that of Other"),
         ("users_module:InstanceAsConfig", "must name a rule whose Config is a ds_pso.rules.RuleConfig, and that of I"),
     ],

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_pso.config.schema import load_config
+from ds_pso.config.load import load_config
 from ds_pso.errors import ConfigError
 from ds_pso.training.arguments import fill_auto, parse_arguments, parse_llama, read_deepspeed_config
 

@@ -19,7 +19,7 @@ TEXTS = [f"def function_{i}(x):\n    return x + {i}  # naïve ☃\n" for i in ra
 @pytest.fixture
 def swarm():
     config = {"train_micro_batch_size_per_gpu": 1, "swarm": {"particles": 1}}
-    from ds_pso.config.schema import load_config
+    from ds_pso.config.load import load_config
 
     ds_config, swarm_config = load_config(config)
     return Swarm(ds_config, swarm_config, unconnected(Layout(0, 1, 1), 10.0)[0], None)

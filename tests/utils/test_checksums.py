@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ds_pso.comm.compression import FORMATS, Differences
+from ds_pso.comm.compression import Differences, find_format
 from ds_pso.comm.exchange import Exchange, fill
 from ds_pso.errors import PeerError
 from ds_pso.utils.checksums import TRIES, Added, checksum, sealed, unsealed
@@ -144,7 +144,7 @@ def received(exchange: Exchange, arriving: Callable[[list[Tensor]], Any]) -> lis
 
 
 def differences() -> Differences:
-    return Differences(FORMATS["int8"], [torch.zeros(NUMEL), torch.zeros(7)])
+    return Differences(find_format("int8"), [torch.zeros(NUMEL), torch.zeros(7)])
 
 
 WEIGHTS = (0.5, 0.0, 0.5)

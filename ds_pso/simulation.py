@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from ds_pso.config.schema import ConfigSource
+from ds_pso.config.load import ConfigSource
 from ds_pso.distributed.simulated_world import Simulation
 from ds_pso.errors import ConfigError
 from ds_pso.swarm import Swarm, init

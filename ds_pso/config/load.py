@@ -1,0 +1,157 @@
+"""Reading a DeepSpeed JSON config: finding it, splitting off its ``swarm`` section, explaining errors."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from ds_pso.config.checks import check_consistent
+from ds_pso.config.presets import ALLREDUCE, apply_preset
+from ds_pso.config.schema import SwarmConfig
+from ds_pso.errors import ConfigError
+from ds_pso.rules import RULES, find_rule
+
+DeepSpeedConfig = dict[str, Any]  # JSON whose keys are DeepSpeed's affair
+ConfigSource = str | Path | Mapping[str, Any]
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def find_config() -> str:
+    """Return the path of the DeepSpeed JSON that the command line or ``accelerate launch`` names.
+
+    Raises:
+        ConfigError: neither does.
+    """
+    path = named_in(sys.argv[1:])
+    if path is None and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if path in (None, "", "none", "None"):
+        raise ConfigError(
+            "ds_pso.init got no config, and none is named elsewhere; give it a path or a dict, or name the JSON with "
+            "--deepspeed_config on the command line or with --deepspeed_config_file to accelerate launch"
+        )
+    return str(path)
+
+
+def named_in(arguments: Sequence[str]) -> str | None:
+    """Return the config that a command line names, if any.
+
+    ``--deepspeed_config`` counts first, then ``--deepspeed_config_file`` and the HF Trainer's ``--deepspeed``; of
+    several values of an option the last.
+    """
+    found = {}
+    for index, word in enumerate(arguments):
+        name, equals, value = word.partition("=")
+        if not equals:
+            value = arguments[index + 1] if index + 1 < len(arguments) else ""
+        if value and not value.startswith("-"):  # ``--deepspeed`` alone is a switch of DeepSpeed's own scripts
+            found[name] = value
+    names = ("--deepspeed_config", "--deepspeed_config_file", "--deepspeed")
+    return next((found[name] for name in names if name in found), None)
+
+
+def load_config(source: ConfigSource) -> tuple[DeepSpeedConfig, SwarmConfig]:
+    """Read a DeepSpeed config and split off its swarm section.
+
+    Args:
+        source: path of a JSON file, or the config as a mapping (left unchanged).
+
+    Returns:
+        DeepSpeed's part of the config, and the validated swarm section.
+
+    Raises:
+        ConfigError: names the file, the key, the value and what is allowed.
+    """
+    if isinstance(source, Mapping):
+        where, config = "config", copy.deepcopy(dict(source))
+    else:
+        where, config = str(source), _read_json(Path(source))
+    section = config.pop("swarm", None)
+    if section is None:
+        raise ConfigError(
+            f'{where}: no "swarm" section; add one, such as "swarm": {{"particles": 2, "sync_mode": "local_sgd"}}'
+        )
+    if not isinstance(section, dict):
+        raise ConfigError(f'{where}: swarm = {section!r}: must be an object such as {{"particles": 2}}')
+    apply_preset(section)
+    modes = [*RULES, str(section.get("sync_mode"))] if ":" in str(section.get("sync_mode")) else [*RULES]
+    options = {name: section.pop(name) for name in modes if name in section}
+    swarm = _validate(SwarmConfig, section, f"{where}: swarm", known=[*SwarmConfig.model_fields, *RULES])
+    if swarm.sync_mode != ALLREDUCE:
+        options.setdefault(swarm.sync_mode, {})
+    swarm._rule_options = {
+        name: _validate(find_rule(name).Config, value, f"{where}: swarm.{name}") for name, value in options.items()
+    }
+    check_consistent(config, swarm, where)
+    return config, swarm
+
+
+def is_allowed(ds_config: Mapping[str, object], swarm: SwarmConfig, **changes: object) -> bool:
+    """Return true if the config would be accepted with these keys of the section changed."""
+    try:
+        check_consistent(ds_config, swarm.model_copy(update=changes), "")
+    except ConfigError:
+        return False
+    return True
+
+
+def _read_json(path: Path) -> DeepSpeedConfig:
+    def no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        keys = [key for key, _ in pairs]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ConfigError(f'{path}: the key "{key}" stands twice; remove one')
+        return dict(pairs)
+
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the DeepSpeed config ({error.strerror}); check the path") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a UTF-8 text file; the DeepSpeed config must be JSON") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: the DeepSpeed config must be a JSON object")
+    return config
+
+
+def _validate(model: type[Model], value: object, where: str, known: list[str] | None = None) -> Model:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where} = {value!r}: must be an object")
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        keys = known or list(model.model_fields)
+        raise ConfigError("; ".join(_explain(item, where, model, keys) for item in error.errors())) from error
+
+
+def _explain(item: ErrorDetails, where: str, model: type[BaseModel], known: list[str]) -> str:
+    path = [str(part) for part in item["loc"]]
+    key = path[0] if path else ""
+    field = model.model_fields.get(key)
+    inner = field.annotation if field and isinstance(field.annotation, type) else None
+    if inner and issubclass(inner, BaseModel) and (len(path) > 1 or isinstance(item["input"], dict)):
+        return _explain({**item, "loc": item["loc"][1:]}, f"{where}.{key}", inner, list(inner.model_fields))
+    name = f"{where}.{key}" if key else where
+    if item["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f'did you mean "{close[0]}"?' if close else f"known keys: {', '.join(known)}"
+        return f"{name}: unknown key; {hint}"
+    if item["type"] == "missing":
+        return f"{name}: is missing, and has no default; add it"
+    message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if item["type"] == "model_type":
+        return f"{name} = {item['input']!r}: must be an object"
+    if not key:  # about several keys together
+        return f"{name}: {message}"
+    return f"{name} = {item['input']!r}: {message if message.startswith('must') else 'must be ' + message}"
