@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ds_pso.checkpoint.format import DEEPSPEED_TAG, check_files, find, parse_record, rank_stem, weights_only
+from ds_pso.checkpoint.format import DEEPSPEED_TAG, RankRecord, check_files, find, parse_record, rank_stem, weights_only
 from ds_pso.checkpoint.rank_state import identity, model_fingerprint, own_tensors, restore
 from ds_pso.checkpoint.recovery import newest_whole
 from ds_pso.checkpoint.reshard import Reshaped, is_of_another_shape
@@ -20,12 +20,12 @@ _OR_RESHAPE = ", or load it with reshape=True (train.py: --reshape)"
 
 
 def load(swarm: SwarmState, folder: Path, tag: str | None = None, *, reshape: bool = False) -> int:
-    """Check the whole checkpoint on all ranks, then restore it. Returns the step it was saved at.
+    """Check the whole checkpoint on all ranks, then restore it. Return the step it was saved at.
 
     Without a ``tag`` a damaged one is passed over, with a warning, for the next older; what does not fit is an error.
 
     Args:
-        reshape: whether it may have been saved with another number of particles, or of ranks in each.
+        reshape: it may have been saved with another number of particles, or of ranks in each.
 
     Raises:
         CheckpointError: nothing there, damaged, or of another model, rule or number of ranks;
@@ -40,7 +40,7 @@ def load(swarm: SwarmState, folder: Path, tag: str | None = None, *, reshape: bo
             record = _read_record(source, swarm, _OR_RESHAPE)
             _check_fits(record, swarm, source, _OR_RESHAPE)
             if tag is not None:  # otherwise it has been done
-                check_files(record, source)
+                check_files(record["files"], source)
             tensors = _read_tensors(source, swarm)
     if reshape:
         return _load_reshaped(swarm, source)
@@ -52,8 +52,9 @@ def load(swarm: SwarmState, folder: Path, tag: str | None = None, *, reshape: bo
 
 def _load_reshaped(swarm: SwarmState, source: Path) -> int:
     with swarm.world.agree("checking the checkpoint"):
-        reshaped = Reshaped(swarm, source)
-        record = reshaped.record | {"model": model_fingerprint(swarm)}  # it compares the model itself
+        reshaped = Reshaped.open(swarm, source)
+        record = reshaped.record
+        record["model"] = model_fingerprint(swarm)  # the parameters themselves are compared below
         _check_fits(record, swarm, source)
     with swarm.world.agree("reading the checkpoint"):
         tensors = reshaped.read()
@@ -73,7 +74,7 @@ def _load_reshaped(swarm: SwarmState, source: Path) -> int:
 
 
 def check_part(swarm: SwarmState, folder: Path) -> None:
-    """Whether ``save_part`` has completed ``folder``, and its files are whole. Called on all ranks, before training.
+    """Check that ``save_part`` has completed ``folder``, and its files are whole. Called on all ranks, before training.
 
     Raises:
         CheckpointError: as ``load`` does.
@@ -84,14 +85,14 @@ def check_part(swarm: SwarmState, folder: Path) -> None:
                 f"{folder}: holds nothing of the swarm, as a checkpoint that was interrupted or was written without "
                 "SwarmCallback; move it away and resume from an older one"
             )
-        check_files(_read_record(folder, swarm), folder)
+        check_files(_read_record(folder, swarm)["files"], folder)
 
 
 def load_part(swarm: SwarmState, folder: Path, *, strict: bool = True) -> int:
-    """Restore what ``check_part`` has checked, the engine's own checkpoint included; returns its step.
+    """Restore what ``check_part`` has checked, the engine's own checkpoint included. Return its step.
 
     Args:
-        strict: whether DeepSpeed's checkpoint must hold every parameter; that of an adapter does not.
+        strict: DeepSpeed's checkpoint must hold every parameter; that of an adapter does not.
 
     Raises:
         CheckpointError: it does not fit, or cannot be loaded.
@@ -112,7 +113,7 @@ def _load_engine(swarm: SwarmState, folder: Path, tag: str | None, strict: bool 
             raise CheckpointError(f"{folder}: DeepSpeed found nothing to load; the folder is incomplete")
 
 
-def _read_record(source: Path, swarm: SwarmState, or_reshape: str = "") -> dict[str, Any]:
+def _read_record(source: Path, swarm: SwarmState, or_reshape: str = "") -> RankRecord:
     path = Path(f"{rank_stem(source, swarm.world.layout.rank)}.json")
     try:
         return parse_record(path)
@@ -124,7 +125,7 @@ def _read_record(source: Path, swarm: SwarmState, or_reshape: str = "") -> dict[
         ) from error
 
 
-def _check_fits(record: dict[str, Any], swarm: SwarmState, source: Path, or_reshape: str = "") -> None:
+def _check_fits(record: RankRecord, swarm: SwarmState, source: Path, or_reshape: str = "") -> None:
     remedies = {
         "num_particles": f"set swarm.particles to that number{or_reshape}",
         "particle_size": f"start that many ranks per particle{or_reshape}",
@@ -134,10 +135,11 @@ def _check_fits(record: dict[str, Any], swarm: SwarmState, source: Path, or_resh
         "zero_stage": "set zero_optimization.stage to that",
         "model": "build the model, precision and parameter groups it was saved with",
     }
+    saved: Mapping[str, object] = record
     for key, value in identity(swarm).items():
-        if record[key] != value:
+        if saved[key] != value:
             raise CheckpointError(
-                f"{source}: saved with {key} {record[key]}, and this run has {value}; {remedies[key]}, "
+                f"{source}: saved with {key} {saved[key]}, and this run has {value}; {remedies[key]}, "
                 "or start without resuming"
             )
     if len(record["samplers"]) != len(swarm.samplers):
@@ -162,7 +164,7 @@ def _read_tensors(source: Path, swarm: SwarmState) -> dict[str, Tensor]:
 
 
 def _check_kept(tensors: dict[str, Tensor], mine: dict[str, Tensor], swarm: SwarmState, path: str | Path) -> None:
-    """``tensors``: what was saved; ``mine``: what is to be restored from it."""
+    """Raise CheckpointError unless the saved ``tensors`` are those that ``mine`` are to be restored from."""
     expected = {key: value for key, value in mine.items() if not key.startswith("pending.")}
     found = {key: value for key, value in tensors.items() if not key.startswith(("random.", "pending."))}
     if {key: value.shape for key, value in expected.items()} != {key: value.shape for key, value in found.items()}:

@@ -1,4 +1,4 @@
-"""Which checkpoint to resume from when none is named: the newest that is whole, on all ranks alike."""
+"""Finds the checkpoint to resume from when none is named: the newest that is whole, on all ranks alike."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ds_pso.errors import CheckpointError
 
 
 def newest_whole(coordinator: Coordinator, folder: Path) -> str:
-    """Name of the checkpoint that ``latest`` names, or of the next older one if a file of that is damaged.
+    """Return the name of the checkpoint that ``latest`` names, or of the next older one if a file of that is damaged.
 
     Called on all ranks, which share the work of reading every file. Whether it fits this run is not asked.
 
@@ -51,11 +51,14 @@ def newest_whole(coordinator: Coordinator, folder: Path) -> str:
 
 
 def _damage(coordinator: Coordinator, source: Path) -> str | None:
-    """What the first rank that found something found. The ranks of the checkpoint need not be those of this run."""
+    """Return the damage that the first rank to see any has seen; None if the checkpoint is whole.
+
+    The ranks of the checkpoint need not be those of this run.
+    """
     reason = None
     try:
         for rank in range(coordinator.layout.rank, _ranks_of(source), coordinator.layout.world_size):
-            check_files(read_record(Path(f"{rank_stem(source, rank)}.json")), source)
+            check_files(read_record(Path(f"{rank_stem(source, rank)}.json"))["files"], source)
     except CheckpointError as error:
         reason = str(error).rpartition("; ")[0]  # without the remedy, which is what follows here
     except OSError as error:
@@ -65,7 +68,7 @@ def _damage(coordinator: Coordinator, source: Path) -> str | None:
 
 
 def _ranks_of(source: Path) -> int:
-    """How many ranks wrote it, from the first record that can be read."""
+    """Return the number of ranks that wrote it, from the first record that can be read."""
     reason = CheckpointError(f"{source}: missing; resume from another step_* folder")
     for path in sorted((source / "swarm").glob("rank_*.json")):
         try:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import shutil
 from pathlib import Path
+from typing import Any
 
-from ds_pso.checkpoint.format import DEEPSPEED_TAG
-from ds_pso.checkpoint.model_layout import MODEL, save_model_config
+from ds_pso.checkpoint.format import DEEPSPEED_TAG, MODEL
 from ds_pso.checkpoint.rank_state import taken
 from ds_pso.checkpoint.writer import Copies, as_checkpoint_error, complete, copying, prune, write_part
 from ds_pso.distributed.coordinator import Coordinator
@@ -19,7 +20,7 @@ def save(swarm: SwarmState, folder: Path, keep: int | None = None, *, background
     """Write ``folder/step_<n>`` and move ``latest`` to it. Called on all ranks, between steps.
 
     Args:
-        keep: how many of the newest to leave; None: all.
+        keep: number of the newest to leave; None: all.
         background: return when the state is copied to main memory; the rest happens beside training.
 
     Raises:
@@ -80,7 +81,31 @@ def save_part(swarm: SwarmState, folder: Path) -> None:
 
 
 def _my_share(folder: Path, swarm: SwarmState) -> list[Path]:
-    """The files of this particle that this rank hashes, and checks when they are loaded."""
+    """Return the files of this particle that this rank hashes, and checks when they are loaded."""
     local_ranks = swarm.world.local_ranks_on_this_node
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.parent != folder / "swarm")
     return files[local_ranks.index(swarm.world.layout.rank) :: len(local_ranks)]
+
+
+def save_model_config(swarm: SwarmState, folder: Path) -> None:
+    """Write the configs that a Hugging Face model and peft's adapter need beside weights; for other modules nothing.
+
+    Called on all ranks; the first one of the particle writes.
+    """
+    module = swarm.engine.module
+    base = module.get_base_model() if hasattr(module, "get_base_model") else module  # of a peft model
+    config: Any = getattr(base, "config", None)
+    # Other libraries' modules have a save_pretrained, too, or a config of their own kind.
+    if swarm.world.layout.shard_rank != 0 or not (hasattr(base, "save_pretrained") and hasattr(config, "to_json_file")):
+        return
+    adapters = getattr(module, "peft_config", {})
+    if adapters and (base is module or list(adapters) != ["default"]):
+        return  # several, or without a peft model around: not written anew by ``export.offline``
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(config)
+    config.architectures = [type(base).__name__]
+    config.to_json_file(folder / "config.json")
+    if getattr(base, "generation_config", None) is not None:
+        base.generation_config.to_json_file(folder / "generation_config.json")
+    if adapters:
+        adapters["default"].save_pretrained(folder)

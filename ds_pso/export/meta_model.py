@@ -12,7 +12,7 @@ import transformers
 from ds_pso.errors import ConfigError
 
 
-def load_config(model: str | Path) -> Any:
+def load_model_config(model: str | Path) -> Any:
     """The ``transformers`` config of a local folder or hub id. No code of a model is run.
 
     Raises:

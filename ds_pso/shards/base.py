@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ds_pso.errors import SwarmError
+from ds_pso.shards.engine import Engine
 from ds_pso.utils.chunks import in_chunks
 
 
@@ -37,6 +38,22 @@ def intersect(name: str, begin: int, numel: int, window: tuple[int, int], shard:
     return [Segment(name, shard, start - window[0], start - begin, stop - start)]
 
 
+def equal_parts(numels: Sequence[int], parts: int) -> list[list[tuple[int, int, int]]]:
+    """Cut tensors of these sizes into ``parts`` runs of nearly equal length: (tensor, start, stop)."""
+    total = sum(numels)
+    cut: list[list[tuple[int, int, int]]] = []
+    for part in range(parts):
+        begin, end = total * part // parts, total * (part + 1) // parts
+        pieces, offset = [], 0
+        for index, numel in enumerate(numels):
+            start, stop = max(begin, offset), min(end, offset + numel)
+            if start < stop:
+                pieces.append((index, start - offset, stop - offset))
+            offset += numel
+        cut.append(pieces)
+    return cut
+
+
 class Shards(ABC):
     """The fp32 master weights that this rank owns: about 1/S of the model, flat, live.
 
@@ -45,7 +62,9 @@ class Shards(ABC):
     forward and backward.
     """
 
-    def __init__(self, engine: Any) -> None:
+    optimizer: Any  # a subclass says what it uses of it
+
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.optimizer = engine.optimizer
         self.module = engine.module
@@ -56,21 +75,21 @@ class Shards(ABC):
         self._lr_hooked = False
 
     @abstractmethod
-    def _masters(self, engine: Any) -> list[Tensor]:
-        """The optimizer's own fp32 masters, by which it also keeps its state."""
+    def _masters(self) -> Sequence[Tensor]:
+        """Return the optimizer's own fp32 masters, by which it also keeps its state."""
 
     @property
     def tensors(self) -> list[Tensor]:
         """Flat fp32 tensors, detached, in the optimizer's memory."""
-        return [t.detach() for t in self._masters(self.engine)]
+        return [t.detach() for t in self._masters()]
 
     @abstractmethod
     def _find_segments(self) -> list[Segment]:
-        """Segments in ascending order of (shard, shard_start)."""
+        """Return the segments in ascending order of (shard, shard_start)."""
 
     @abstractmethod
-    def _parameters(self) -> list[list[Tensor]]:
-        """All parameters that the optimizer trains, on whatever rank their elements lie."""
+    def _parameters(self) -> Sequence[Sequence[object]]:
+        """Return all parameters that the optimizer trains, on whatever rank their elements lie."""
 
     @abstractmethod
     def publish(self) -> None:
@@ -80,7 +99,8 @@ class Shards(ABC):
         """Names of all parameters in the optimizer, equal on all ranks."""
         return {self.name_of(parameter) for group in self._parameters() for parameter in group}
 
-    def name_of(self, parameter: Tensor) -> str:
+    def name_of(self, parameter: object) -> str:
+        """Return the name of a parameter of the optimizer, as in ``module.named_parameters()``."""
         try:
             return self._names[id(parameter)]
         except KeyError:
@@ -116,7 +136,7 @@ class Shards(ABC):
 
         Empty before the first step.
         """
-        return [moment for master in self._masters(self.engine) for moment in self._moments_of(master)]
+        return [moment for master in self._masters() for moment in self._moments_of(master)]
 
     def _moments_of(self, master: Tensor) -> list[Tensor]:
         state = self.optimizer.state.get(master, {})
@@ -184,7 +204,7 @@ class Shards(ABC):
                 buffer.copy_(values.view(buffer.shape))
 
     def frozen(self) -> list[Tensor]:
-        """What this rank holds of the floating-point parameters that are not trained, flat and live."""
+        """Return this rank's part of the floating-point parameters that are not trained, flat and live."""
         trained = self.trained_names()
         frozen = [p for name, p in self.module.named_parameters() if name not in trained]
         tensors = [getattr(p, "ds_tensor", p) for p in frozen]  # ZeRO 3: this rank's block
