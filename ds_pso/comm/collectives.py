@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ds_pso.distributed.world import World
@@ -16,86 +17,96 @@ from ds_pso.errors import PeerError
 from ds_pso.utils.checksums import TRIES, Moved, sealed, unsealed
 
 
+class Work(Protocol):
+    """A collective that has begun."""
+
+    def wait(self, *timeout: timedelta) -> object: ...
+
+
+class PeerGroup(Protocol):
+    """The part of a ``dist.ProcessGroup`` that is used; a simulation has one that is none."""
+
+    def allreduce(self, tensors: list[Tensor], /) -> Work: ...
+    def broadcast(self, tensors: list[Tensor], options: dist.BroadcastOptions, /) -> Work: ...
+    def allgather(self, output: list[list[Tensor]], input: list[Tensor], /) -> Work: ...
+    def alltoall_base(
+        self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int], /
+    ) -> Work: ...
+
+
 class Collectives:
-    """What an exchange is made of.
+    """Runs collectives on the peer group that the world has when each begins.
 
     Attributes:
         device: where the tensors lie that are moved.
         bytes_received: by this rank.
         seconds: inside collectives, waiting included.
         repeated: collectives that were damaged on the way.
+        checksums: compare what has arrived with what was sent.
     """
 
     def __init__(self, world: World, *, checksums: bool = False) -> None:
         self.world = world
-        self.checksums = checksums
         self.device = world.peer_device
         self.bytes_received = 0
         self.seconds = 0.0
         self.repeated = 0
+        self.checksums = checksums
 
-    @property
-    def num_particles(self) -> int:
-        return self.world.layout.num_particles
-
-    @property
-    def particle(self) -> int:
-        return self.world.layout.particle
-
-    @property
-    def present(self) -> Sequence[int]:
-        """The particles of the peer group, in its order."""
-        return self.world.present
-
-    def _run(self, what: str, start: Any, received: float, prepare: Callable[[], Moved | None]) -> None:
-        """A collective, and again if it was damaged on the way.
+    def run(
+        self, name: str, start: Callable[[PeerGroup], Work], received: float, prepare: Callable[[], Moved | None]
+    ) -> None:
+        """Run a collective, and again if it was damaged on the way; counts its bytes and its time.
 
         Args:
-            what: its name.
+            name: for errors and warnings.
             start: begins it on a process group.
             received: bytes, by this rank.
-            prepare: called before each try, says what will be moved.
+            prepare: called before each try, returns what will be moved.
 
         Raises:
             PeerError: a peer was lost or is too slow, or the link damages whatever is sent.
         """
-        if self.world.peer_group is None:
-            assert len(self.present) == 1, "others are there, and no connections to them"
+        group, present = self.world.peer_group, self.world.present
+        if group is None:
+            assert len(present) == 1, "others are there, and no connections to them"
             prepare()
             return
         for count in range(1, TRIES + 1):
             moved = prepare()
-            self._collect(what, start, received)
+            self._wait(name, group, start, received)
             if not self.checksums or moved is None:
                 return
-            damage = moved.damage(self._tell(what, moved.row()))
+            damage = moved.damage(self._gather_rows(name, group, moved.row()))
             if not damage:
                 return
             me = self.world.describe(self.world.layout.rank)
             if count == TRIES:
                 raise PeerError(
-                    f"{me}: {damage} did not arrive as it was sent, {TRIES} times in a row (the {what} with its "
+                    f"{me}: {damage} did not arrive as it was sent, {TRIES} times in a row (the {name} with its "
                     "peers); a link, a network card or memory is damaged: look for which, then restart from the last "
                     "checkpoint"
                 )
             self.repeated += 1
-            if self.particle == self.present[0]:  # one of those who all know it
+            if self.world.layout.particle == present[0]:  # one of those who all know it
                 warnings.warn(
-                    f"{me}: {damage} did not arrive as it was sent; the {what} is repeated ({count} of {TRIES - 1})",
+                    f"{me}: {damage} did not arrive as it was sent; the {name} is repeated ({count} of {TRIES - 1})",
                     stacklevel=2,
                 )
 
-    def _tell(self, what: str, row: list[int]) -> list[list[int]]:
-        """The checksums of all peers. Where these are damaged, too, nobody could tell who goes on and who repeats."""
+    def _gather_rows(self, name: str, group: PeerGroup, row: list[int]) -> list[list[int]]:
+        """Return the checksums of all peers.
+
+        Raises:
+            PeerError: these are damaged, too, so nobody could know who goes on and who repeats.
+        """
+        present = self.world.present
         mine = torch.tensor(sealed(row), dtype=torch.int64, device=self.device)
-        rows = [torch.empty_like(mine) for _ in self.present]
-        self._collect(
-            f"checksums of the {what}",
-            lambda group: group.allgather([rows], [mine]),
-            (len(rows) - 1) * nbytes(mine),
-        )
+        rows = [torch.empty_like(mine) for _ in present]
+        received = (len(rows) - 1) * nbytes(mine)
+        self._wait(f"checksums of the {name}", group, lambda group: group.allgather([rows], [mine]), received)
         found = [unsealed(row.tolist()) for row in rows]
-        lost = [i for i, row in zip(self.present, found, strict=True) if row is None]
+        lost = [i for i, row in zip(present, found, strict=True) if row is None]
         if lost:
             raise PeerError(
                 f"{self.world.describe(self.world.layout.rank)}: the checksums of particle {lost[0]} were damaged on "
@@ -104,8 +115,8 @@ class Collectives:
             )
         return [row for row in found if row is not None]
 
-    def _collect(self, what: str, start: Any, received: float) -> None:
-        group = self.world.peer_group
+    def _wait(self, name: str, group: PeerGroup, start: Callable[[PeerGroup], Work], received: float) -> None:
+        """Run one collective to its end."""
         self.world.settle()
         begin = time.perf_counter()
         try:
@@ -121,7 +132,7 @@ class Collectives:
             layout = self.world.layout
             peers = "; ".join(self.world.describe(rank) for rank in layout.peers if rank != layout.rank)
             raise PeerError(
-                f"{self.world.describe(layout.rank)}: the {what} with its peers broke ({error}); one of these was "
+                f"{self.world.describe(layout.rank)}: the {name} with its peers broke ({error}); one of these was "
                 f"lost or is slower than swarm.timeout_s: {peers}. Look at their logs, then restart "
                 "from the last checkpoint"
             ) from error
@@ -130,4 +141,5 @@ class Collectives:
 
 
 def nbytes(tensor: Tensor) -> int:
+    """Return the bytes of a tensor's elements."""
     return tensor.numel() * tensor.element_size()

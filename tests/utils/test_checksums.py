@@ -226,7 +226,7 @@ def test_bytes_of_checksums_are_counted():
         return exchange.bytes_received
 
     def plain(exchange: Exchange) -> int:
-        exchange.checksums = False
+        exchange.collectives.checksums = False
         return job(exchange)
 
     for (counted, _), (without, _) in zip(run(job), run(plain), strict=True):
