@@ -123,7 +123,7 @@ class _CopyingEngine:
     def create(self, info: object) -> None:
         pass
 
-    def load(self, path: str, map_location: object = None) -> dict[str, Any]:
+    def load(self, path: str, map_location: object = None) -> object:
         return self._engine.load(path, map_location)
 
     def save(self, state_dict: object, path: str) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Protocol
 
 import deepspeed
 import torch
@@ -21,12 +21,17 @@ from torch import Tensor
 from ds_pso.errors import ConfigError
 from ds_pso.session.parts import SwarmState
 from ds_pso.shards import Segment, Shards, find_shards
+from ds_pso.sync.consensus import Choice
 from ds_pso.utils.atomic_io import move_files
 
-Choice = Literal["consensus", "best"]
+
+class Tokenizer(Protocol):
+    """A tokenizer or processor that can be saved beside a model."""
+
+    def save_pretrained(self, folder: Path, /) -> object: ...
 
 
-def export(swarm: SwarmState, folder: Path, which: Choice = "consensus", tokenizer: Any = None) -> Path:
+def export(swarm: SwarmState, folder: Path, which: Choice = "consensus", tokenizer: Tokenizer | None = None) -> Path:
     """Write the model to ``folder``; ``from_pretrained(folder)`` opens it. Called on all ranks.
 
     Files of the same names are replaced; whatever else is in the folder stays.
@@ -127,9 +132,10 @@ def _frozen(parameter: Tensor) -> Tensor:
     return parameter.detach()
 
 
-def _write(module: Any, state_dict: dict[str, Tensor], folder: Path) -> None:
-    if hasattr(module, "save_pretrained"):
-        module.save_pretrained(folder, state_dict=state_dict)
+def _write(module: torch.nn.Module, state_dict: dict[str, Tensor], folder: Path) -> None:
+    save = getattr(module, "save_pretrained", None)
+    if save is not None:
+        save(folder, state_dict=state_dict)
     else:
         first_name = {id(parameter): name for name, parameter in module.named_parameters()}
         for name, parameter in module.named_parameters(remove_duplicate=False):

@@ -14,12 +14,12 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from ds_pso.checkpoint.format import LATEST, MODEL, find, verified_record, weights_only
 from ds_pso.checkpoint.reader import Flat, SavedParticle
@@ -101,7 +101,7 @@ def write(model: Model, folder: Path) -> str | None:
     return reason
 
 
-def _module_of(model: Model) -> tuple[Any, str | None]:
+def _module_of(model: Model) -> tuple[PreTrainedModel | None, str | None]:
     """Return the module to which the tensors belong, without memory; or the reason why there is none."""
     if not model.config.is_dir():
         return None, "the module that was trained has no Hugging Face config"

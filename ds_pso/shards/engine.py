@@ -17,7 +17,7 @@ class CheckpointEngine(Protocol):
 
     def create(self, info: object) -> None: ...
     def save(self, state_dict: object, path: str) -> object: ...
-    def load(self, path: str, map_location: object = None) -> dict[str, Any]: ...
+    def load(self, path: str, map_location: object = None) -> object: ...
     def commit(self, info: object) -> bool: ...
     def is_decoupled(self) -> bool: ...
 
@@ -58,8 +58,8 @@ class Engine(Protocol):
     zenflow: object
 
     # Attributes rather than methods: they are replaced on one engine.
-    backward: Callable[..., Any]
-    step: Callable[..., Any]
+    backward: Callable[..., object]
+    step: Callable[..., object]
     _copy_recovery_script: Callable[[str], None]
     _get_all_ckpt_names: Callable[..., list[str]]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ds_pso.errors import CheckpointError, UnsupportedError
-from ds_pso.shards import bf16_optimizer, fp16_flat, fp16_split, replicated, zero3, zero12
+from ds_pso.shards import bf16_optimizer, fp16_flat, fp16_split, fp32, zero3, zero12
 from ds_pso.shards.base import Shards
 from ds_pso.shards.engine import Engine, why_unsupported
 from ds_pso.shards.layout import ShardLayout
@@ -16,7 +16,7 @@ LAYOUTS: list[ShardLayout] = [
     bf16_optimizer.LAYOUT,
     fp16_flat.LAYOUT,
     fp16_split.LAYOUT,
-    replicated.LAYOUT,
+    fp32.LAYOUT,
 ]
 
 

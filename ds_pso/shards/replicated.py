@@ -1,4 +1,4 @@
-"""ZeRO 0, where every rank of a particle holds the whole model; here with a plain torch optimizer in fp32.
+"""Base of the layouts at ZeRO 0, where every rank of a particle holds the whole model.
 
 The swarm still gives each rank one 1/S of it, so that S ranks share the traffic between the
 particles as under ZeRO; publishing ends with the ranks of a particle sending each other their parts.
@@ -7,21 +7,19 @@ particles as under ZeRO; publishing ends with the ranks of a particle sending ea
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ds_pso.errors import UnsupportedError
 from ds_pso.shards.base import Segment, Shards, equal_parts, intersect
 from ds_pso.shards.engine import Engine
-from ds_pso.shards.layout import ShardLayout
-from ds_pso.shards.saved import SavedWhole
 
 
 class ReplicatedShards(Shards):
-    """Equal parts of whole masters, which here are the parameters. A subclass names others, and what lies in them."""
+    """Equal parts of whole masters. A subclass names these, the parameters that lie in them, and how they are cast."""
 
     def __init__(self, engine: Engine) -> None:
         self._group = engine.data_parallel_group
@@ -34,9 +32,9 @@ class ReplicatedShards(Shards):
         """The part of each rank: (master, start, stop)."""
         return equal_parts([master.numel() for master in self._masters()], self._size)
 
+    @abstractmethod
     def _masters(self) -> Sequence[Tensor]:
         """Return those of the whole model."""
-        return [param for group in self.optimizer.param_groups for param in group["params"]]
 
     def _flat_masters(self) -> list[Tensor]:
         masters = self._masters()
@@ -48,9 +46,9 @@ class ReplicatedShards(Shards):
                 )
         return [master.data.view(-1) for master in masters]
 
+    @abstractmethod
     def _parameters(self) -> Sequence[Sequence[Tensor]]:
         """Return those of each master, in the order in which they lie in it."""
-        return [[param] for group in self.optimizer.param_groups for param in group["params"]]
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -90,19 +88,6 @@ class ReplicatedShards(Shards):
                 for tensor in flat[master]:
                     dist.broadcast(tensor[start:stop], source, group=self._group)
 
+    @abstractmethod
     def _cast(self, masters: list[Tensor]) -> None:
-        """Bring the working weights in line with the masters; in pure fp32 they are the same."""
-
-
-class SavedReplicated(SavedWhole):
-    """The state of a torch optimizer; the masters are the model's parameters, and are saved with the model."""
-
-    @classmethod
-    def recognizes(cls, values: Mapping[str, object]) -> bool:
-        return "param_groups" in values
-
-    def masters(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-        return parameters
-
-
-LAYOUT = ShardLayout(lambda: torch.optim.Optimizer, ReplicatedShards, SavedReplicated)
+        """Bring the working weights in line with the masters."""

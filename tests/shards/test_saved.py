@@ -20,7 +20,7 @@ STATES = {
     "SavedBF16": {"base_optimizer_state": BASE, "single_partition_of_fp32_groups": X, "group_paddings": [0, 2]},
     "SavedFlatMasters": {"optimizer_state_dict": BASE, "fp32_groups_flat": X, "clip_grad": 0.0},
     "SavedSplitMasters": {"optimizer_state_dict": BASE, "fp32_groups": [X[:1], X[1:]]},
-    "SavedReplicated": BASE,
+    "SavedParameters": BASE,
 }
 
 
