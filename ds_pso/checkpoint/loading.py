@@ -1,7 +1,9 @@
-"""Checking and restoring a checkpoint."""
+"""Checks a checkpoint and restores it."""
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from ds_pso.checkpoint.recovery import newest_whole
 from ds_pso.checkpoint.reshard import Reshaped, is_of_another_shape
 from ds_pso.errors import CheckpointError
 from ds_pso.session.parts import SwarmState
+
+log = logging.getLogger(__name__)
 
 _OR_RESHAPE = ", or load it with reshape=True (train.py: --reshape)"
 
@@ -32,6 +36,7 @@ def load(swarm: SwarmState, folder: Path, tag: str | None = None, *, reshape: bo
             the engine is untouched.
     """
     swarm.writer.wait()
+    begin = time.perf_counter()
     name = newest_whole(swarm.world, folder) if tag is None else tag
     with swarm.world.agree("checking the checkpoint"):
         source = find(folder, name)
@@ -43,14 +48,18 @@ def load(swarm: SwarmState, folder: Path, tag: str | None = None, *, reshape: bo
                 check_files(record["files"], source)
             tensors = _read_tensors(source, swarm)
     if reshape:
-        return _load_reshaped(swarm, source)
-    _load_engine(swarm, source / f"particle_{swarm.particle}", DEEPSPEED_TAG)
-    restore(swarm, record, tensors)
+        record = _load_reshaped(swarm, source)
+    else:
+        _load_engine(swarm, source / f"particle_{swarm.particle}", DEEPSPEED_TAG)
+        restore(swarm, record, tensors)
     swarm.metrics.rewind(record["step"])
-    return int(record["step"])
+    if swarm.is_leader:
+        how = ", saved with another number of ranks" if reshape else ""
+        log.info("checkpoint %s: loaded in %.1f s%s", source, time.perf_counter() - begin, how)
+    return record["step"]
 
 
-def _load_reshaped(swarm: SwarmState, source: Path) -> int:
+def _load_reshaped(swarm: SwarmState, source: Path) -> RankRecord:
     with swarm.world.agree("checking the checkpoint"):
         reshaped = Reshaped.open(swarm, source)
         record = reshaped.record
@@ -69,8 +78,7 @@ def _load_reshaped(swarm: SwarmState, source: Path) -> int:
         record["synchronizer"] = swarm.synchronizer.state_dict()
         tensors = own_tensors(swarm) | tensors
     restore(swarm, record, tensors)
-    swarm.metrics.rewind(record["step"])
-    return int(record["step"])
+    return record
 
 
 def check_part(swarm: SwarmState, folder: Path) -> None:
@@ -103,7 +111,7 @@ def load_part(swarm: SwarmState, folder: Path, *, strict: bool = True) -> int:
         tensors = _read_tensors(folder, swarm)
     _load_engine(swarm, folder, None, strict)
     restore(swarm, record, tensors)
-    return int(record["step"])
+    return record["step"]
 
 
 def _load_engine(swarm: SwarmState, folder: Path, tag: str | None, strict: bool = True) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from ds_pso.checkpoint.format import (
 )
 from ds_pso.distributed.coordinator import Coordinator
 from ds_pso.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 
 def newest_whole(coordinator: Coordinator, folder: Path) -> str:
@@ -44,7 +47,9 @@ def newest_whole(coordinator: Coordinator, folder: Path) -> str:
         reason = _damage(coordinator, folder / name)
         if reason is None:
             if wrong and coordinator.is_leader:
-                warnings.warn(f"{'; '.join(wrong)}; resuming from {folder / name} instead", stacklevel=4)
+                message = f"{'; '.join(wrong)}; resuming from {folder / name} instead"
+                log.warning(message)
+                warnings.warn(message, stacklevel=4)
             return name
         wrong.append(reason)
     raise CheckpointError(f"{folder}: no checkpoint to resume is whole: {'; '.join(wrong)}", agreed=True)

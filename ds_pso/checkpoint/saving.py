@@ -1,10 +1,12 @@
-"""Writing a checkpoint."""
+"""Saves a checkpoint of a running swarm."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from ds_pso.checkpoint.writer import Copies, as_checkpoint_error, complete, copy
 from ds_pso.distributed.coordinator import Coordinator
 from ds_pso.errors import ConfigError
 from ds_pso.session.parts import SwarmState
+
+log = logging.getLogger(__name__)
 
 
 def save(swarm: SwarmState, folder: Path, keep: int | None = None, *, background: bool = False) -> Path:
@@ -30,6 +34,7 @@ def save(swarm: SwarmState, folder: Path, keep: int | None = None, *, background
     if keep is not None and keep < 1:
         raise ConfigError(f"swarm.save keep = {keep}: must be at least 1, or None to keep all")
     swarm.writer.wait()
+    begin = time.perf_counter()
     name = f"step_{swarm.engine.global_steps:08d}"
     temporary, final = folder / f".{name}.tmp", folder / name
     particle = temporary / f"particle_{swarm.particle}"
@@ -38,6 +43,7 @@ def save(swarm: SwarmState, folder: Path, keep: int | None = None, *, background
         leads = world.leads_disk(folder)
     with world.agree("starting a checkpoint"), as_checkpoint_error(temporary):
         if leads:
+            log.info("checkpoint %s: begun%s", final, " in the background" if background else "")
             shutil.rmtree(temporary, ignore_errors=True)
             (temporary / "swarm").mkdir(parents=True, exist_ok=True)
     with world.agree("starting a checkpoint"), as_checkpoint_error(temporary):
@@ -56,6 +62,7 @@ def save(swarm: SwarmState, folder: Path, keep: int | None = None, *, background
         with coordinator.agree("completing a checkpoint"), as_checkpoint_error(final):
             if leads:
                 complete(temporary, final)
+                log.info("checkpoint %s: complete after %.1f s", final, time.perf_counter() - begin)
         if leads and keep is not None:
             prune(final, keep)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import os
 import shutil
 import warnings
@@ -21,6 +22,8 @@ from ds_pso.checkpoint.format import LATEST, RankRecord, rank_stem, record_check
 from ds_pso.errors import CheckpointError, SwarmError
 from ds_pso.shards.engine import CheckpointEngine, Engine
 from ds_pso.utils.atomic_io import hash_file, replace_folder, to_disk, write_atomically
+
+log = logging.getLogger(__name__)
 
 
 def write_part(folder: Path, rank: int, record: RankRecord, tensors: dict[str, Tensor], files: Iterable[Path]) -> None:
@@ -54,6 +57,7 @@ def prune(newest: Path, keep: int) -> None:
             os.replace(path, path.with_name(f".{path.name}.old"))
         for path in [*folder.glob(".step_*.old"), *folder.glob(".step_*.tmp")]:
             shutil.rmtree(path)
+            log.debug("%s: removed; the newest %d checkpoints stay", path, keep)
     except OSError as error:
         warnings.warn(f"{error.filename}: an old checkpoint cannot be removed ({error.strerror})", stacklevel=2)
 

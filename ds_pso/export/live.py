@@ -7,7 +7,9 @@ whole model once, in CPU memory, as ``save_pretrained`` needs it.
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +25,8 @@ from ds_pso.session.parts import SwarmState
 from ds_pso.shards import Segment, Shards, find_shards
 from ds_pso.sync.consensus import Choice
 from ds_pso.utils.atomic_io import move_files
+
+log = logging.getLogger(__name__)
 
 
 class Tokenizer(Protocol):
@@ -43,6 +47,7 @@ def export(swarm: SwarmState, folder: Path, which: Choice = "consensus", tokeniz
     """
     if which not in ("consensus", "best"):
         raise ConfigError(f'export which = {which!r}: must be "consensus" or "best"')
+    begin = time.perf_counter()
     if swarm.synchronizer is not None:
         shards = swarm.synchronizer.shards
         tensors, buffers = swarm.synchronizer.consensus.collect(which)
@@ -56,6 +61,7 @@ def export(swarm: SwarmState, folder: Path, which: Choice = "consensus", tokeniz
                 _write(swarm.engine.module, state_dict, temporary)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(temporary)
+            log.info("%s: exported the %s model in %.1f s", folder, which, time.perf_counter() - begin)
     return folder
 
 
@@ -89,7 +95,7 @@ def _decides(path: Path) -> int:
 
 
 def _state_dict(swarm: SwarmState, shards: Shards, tensors: list[Tensor], buffers: list[Tensor]) -> dict[str, Tensor]:
-    """The whole model in its working dtype on the leader; empty elsewhere."""
+    """Return the whole model in its working dtype on the leader; elsewhere an empty dict."""
     state_dict: dict[str, Tensor] = {}
     for name, tensor in _parameters(swarm, shards, tensors):
         if swarm.is_leader:
@@ -105,7 +111,7 @@ def _state_dict(swarm: SwarmState, shards: Shards, tensors: list[Tensor], buffer
 
 
 def _parameters(swarm: SwarmState, shards: Shards, tensors: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Full parameters, one at a time, right on rank 0 of each particle."""
+    """Yield full parameters, one at a time; their values are right on rank 0 of each particle."""
     pieces: dict[str, list[Segment]] = {}
     for segment in shards.segments:
         pieces.setdefault(segment.name, []).append(segment)
@@ -125,7 +131,7 @@ def _parameters(swarm: SwarmState, shards: Shards, tensors: list[Tensor]) -> Ite
 
 
 def _frozen(parameter: Tensor) -> Tensor:
-    """A parameter that is not trained, gathered if ZeRO 3 has partitioned it."""
+    """Return a parameter that is not trained, gathered if ZeRO 3 has partitioned it."""
     if hasattr(parameter, "ds_id"):
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()

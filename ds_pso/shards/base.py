@@ -31,7 +31,7 @@ class Segment:
 
 
 def intersect(name: str, begin: int, numel: int, window: tuple[int, int], shard: int) -> list[Segment]:
-    """The part of parameter [begin, begin + numel) of a flat group that lies in this rank's window."""
+    """Return the part of parameter [begin, begin + numel) of a flat group that lies in this rank's window."""
     start, stop = max(begin, window[0]), min(begin + numel, window[1])
     if start >= stop:
         return []
@@ -96,7 +96,7 @@ class Shards(ABC):
         """Make the working weights of every rank of the particle the cast of the masters."""
 
     def trained_names(self) -> set[str]:
-        """Names of all parameters in the optimizer, equal on all ranks."""
+        """Return the names of all parameters in the optimizer, equal on all ranks."""
         return {self.name_of(parameter) for group in self._parameters() for parameter in group}
 
     def name_of(self, parameter: object) -> str:
@@ -110,18 +110,20 @@ class Shards(ABC):
             ) from None
 
     def check_present(self) -> None:
-        """Raises SwarmError while ``engine.offload_states()`` is in force: the shards are elsewhere."""
+        """Raise SwarmError while ``engine.offload_states()`` is in force: the shards are elsewhere."""
         if getattr(self.optimizer, "offloaded_states", None):
             raise SwarmError("the optimizer's states are offloaded; call engine.reload_states() before engine.step()")
 
     def zero_padding(self) -> None:
-        """Alignment padding may hold anything, NaN included; nobody may see it."""
+        """Set alignment padding, which may hold anything, NaN included, to zero."""
         tensors = self.tensors
         for shard, start, stop in self.padding:
             tensors[shard][start:stop].zero_()
 
     def square_norm(self) -> float:
-        """Sum of the squares of this rank's weights and buffers; not finite if one is not. Padding must be zero.
+        """Return the sum of the squares of this rank's weights and buffers; not finite if one of them is not.
+
+        Padding must be zero.
 
         One pass over the memory says two things: whether all is finite, and whether something is far too large. That
         is what memory that flips a bit does to a weight: with the top bit of the exponent an |x| < 2 becomes
@@ -132,7 +134,7 @@ class Shards(ABC):
         return sum(square_of_norm(t) for t in tensors if t.numel())
 
     def moments(self) -> list[Tensor]:
-        """The optimizer's moments for ``tensors``, flat and live, in an order that is equal on all peers.
+        """Return the optimizer's moments for ``tensors``, flat and live, in an order that is equal on all peers.
 
         Empty before the first step.
         """
@@ -144,7 +146,7 @@ class Shards(ABC):
         return [value.view(-1) for value in values if value.is_floating_point() and value.shape == master.shape]
 
     def publish_moments(self) -> None:  # noqa: B027
-        """After writing to ``moments``: bring the optimizers of the whole particle in line."""
+        """Bring the optimizers of the whole particle in line with ``moments``, after writing to these."""
 
     def reset_optimizer_state(self) -> None:
         """Zero the moments of a particle, and its optimizer's count of steps, which corrects their bias.
@@ -163,7 +165,7 @@ class Shards(ABC):
 
     @property
     def lr_factor(self) -> float:
-        """The optimizer's learning rates are multiplied by it while it takes a step."""
+        """The factor by which the optimizer's learning rates are multiplied while it takes a step."""
         return self._lr_factor
 
     @lr_factor.setter
@@ -185,7 +187,7 @@ class Shards(ABC):
             group["lr"] = lr
 
     def buffers(self) -> list[tuple[str, Tensor]]:
-        """Persistent floating-point buffers (batch-norm statistics and the like), by name."""
+        """Return the persistent floating-point buffers (batch-norm statistics and the like), by name."""
         found = []
         for prefix, module in self.module.named_modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -195,7 +197,7 @@ class Shards(ABC):
 
     @contextlib.contextmanager
     def flat_buffers(self) -> Iterator[list[Tensor]]:
-        """The buffers, flat; what is written to them counts, also where flattening had to copy."""
+        """Yield the buffers, flat; writes to them in the block count, also where flattening had to copy."""
         buffers = [buffer for _, buffer in self.buffers()]
         flat = [buffer.reshape(-1) for buffer in buffers]
         yield flat
@@ -211,7 +213,7 @@ class Shards(ABC):
         return [t.detach().view(-1) for t in tensors if t.is_floating_point()]
 
     def fingerprint(self) -> str:
-        """Equal on two ranks exactly when their shards hold the same slices of the same model."""
+        """Return a hash that is equal on two ranks exactly when their shards hold the same slices of the same model."""
         segments = [(s.name, s.shard, s.shard_start, s.param_start, s.numel) for s in self.segments]
         sizes = [t.numel() for t in self.tensors]
         shapes = [
@@ -223,7 +225,7 @@ class Shards(ABC):
 
 
 def square_of_norm(flat: Tensor) -> float:
-    """Not finite if an element is not. In fp32 inside a chunk, and in fp64 over them."""
+    """Return ||flat||^2, summed in fp32 inside a chunk and in fp64 over them; not finite if an element is not."""
     wide = torch.promote_types(flat.dtype, torch.float32)
     parts = [torch.dot(part, part) for part in (part.to(wide) for (part,) in in_chunks(flat))]
     total = float(torch.stack(parts).sum(dtype=torch.float64))
@@ -240,7 +242,7 @@ def replace(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 
 def _gaps(segments: Sequence[Segment], numels: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(shard, start, stop) of what no segment covers."""
+    """Return the (shard, start, stop) that no segment covers."""
     gaps, ends = [], [0] * len(numels)
     for segment in segments:
         if segment.shard_start > ends[segment.shard]:
