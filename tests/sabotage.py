@@ -258,18 +258,20 @@ def decide_alone() -> None:
 @sabotage("integration/test_resume.py")
 def forget_what_is_owed() -> None:
     """The state of the wire is not in the checkpoint."""
-    from ds_pso.checkpoint import kept, loading
+    from ds_pso.checkpoint import loading, rank_state
 
-    real = kept.own_tensors
-    kept.own_tensors = loading.own_tensors = lambda swarm: {k: v for k, v in real(swarm).items() if "wire" not in k}
+    real = rank_state.own_tensors
+    rank_state.own_tensors = loading.own_tensors = lambda swarm: {
+        k: v for k, v in real(swarm).items() if "wire" not in k
+    }
 
 
 @sabotage("integration/test_bytes.py")
 def count_bytes_wrong() -> None:
-    from ds_pso.comm.exchange import Exchange
+    from ds_pso.comm.collectives import Collectives
 
-    real = Exchange._run
-    Exchange._run = lambda self, what, start, received: real(self, what, start, received / 2)
+    real = Collectives.run
+    Collectives.run = lambda self, name, start, received, prepare: real(self, name, start, received / 2, prepare)
 
 
 @sabotage("faults/test_diverged_particles.py")
@@ -415,9 +417,9 @@ def believe_the_link() -> None:
 @sabotage("faults/test_damaged_links.py")
 def repeat_alone() -> None:
     """Rank 3 judges by its own numbers, and so do the others by theirs."""
-    from ds_pso.comm.exchange import Exchange
+    from ds_pso.comm.collectives import Collectives
 
-    Exchange._tell = lambda self, what, row: [row] * self.num_particles
+    Collectives._gather_rows = lambda self, name, group, row: [row] * self.world.layout.num_particles
 
 
 @sabotage("integration/test_agreement.py")
@@ -624,9 +626,9 @@ def forget_the_data_position() -> None:
 
 @sabotage("integration/test_resume.py")
 def forget_the_random_state() -> None:
-    from ds_pso.checkpoint import rank_state as kept
+    from ds_pso.checkpoint import rank_state
 
-    kept._restore_random = do_nothing
+    rank_state._restore_random = do_nothing
 
 
 @sabotage("integration/test_resume.py")
@@ -639,10 +641,9 @@ def forget_the_rate_of_the_particle() -> None:
 
 @sabotage("faults/test_bad_checkpoints.py")
 def believe_every_file() -> None:
-    from ds_pso.checkpoint import loading
-    from ds_pso.checkpoint import recovery as fallback
+    from ds_pso.checkpoint import loading, recovery
 
-    loading.check_files = fallback.check_files = do_nothing
+    loading.check_files = recovery.check_files = do_nothing
 
 
 @sabotage("faults/test_bad_checkpoints.py")
@@ -652,11 +653,11 @@ def load_before_checking() -> None:
 
     real = loading.check_files
 
-    def check(record: Any, source: Path) -> None:
+    def check(files: Any, source: Path) -> None:
         import random
 
         random.seed(0)
-        real(record, source)
+        real(files, source)
 
     loading.check_files = check
 
@@ -741,39 +742,40 @@ def read_a_piece_too_early() -> None:
 
     from ds_pso.checkpoint.reader import SavedParticle
 
-    real = SavedParticle.__init__
+    real = SavedParticle.open
 
-    def init(self: Any, *args: Any) -> None:
-        real(self, *args)
-        for pieces in self.pieces.values():
+    def shifted(*args: Any) -> Any:
+        particle = real(*args)
+        for pieces in particle.pieces.values():
             pieces[1:] = [replace(p, shard_start=max(0, p.shard_start - 1)) for p in pieces[1:]]
+        return particle
 
-    SavedParticle.__init__ = init
+    SavedParticle.open = shifted
 
 
 @sabotage("integration/test_reshape.py")
 def continue_particle_0() -> None:
-    from ds_pso.checkpoint import reshard as reshape
+    from ds_pso.checkpoint.reader import SavedParticle
 
-    real = reshape.SavedParticle
-    reshape.SavedParticle = lambda source, number, records: real(source, 0, records)
+    real = SavedParticle.open
+    SavedParticle.open = lambda source, number, records: real(source, 0, records)
 
 
 @sabotage("integration/test_reshape.py")
 def leave_the_moments() -> None:
-    from ds_pso.checkpoint.deepspeed_reshard import Repartitioned
+    from ds_pso.checkpoint.deepspeed_reshard import _Repartition
 
-    Repartitioned._moments = lambda *_: {}
+    _Repartition._moments = lambda *_: {}
 
 
 @sabotage("integration/test_reshape.py")
 def share_a_count_of_steps() -> None:
-    from ds_pso.checkpoint import deepspeed_reshard as repartition
+    from ds_pso.checkpoint import deepspeed_reshard
 
     class Copy:
         deepcopy = staticmethod(lambda value: value)
 
-    repartition.copy = Copy
+    deepspeed_reshard.copy = Copy
 
 
 @sabotage("integration/test_reshape.py")

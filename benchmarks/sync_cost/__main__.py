@@ -176,14 +176,14 @@ def _bare(case: Case, exchange: Exchange, payload: Tensor) -> None:
 def _timed(job: Callable[[], Any], exchange: Exchange, case: Case) -> tuple[float, float]:
     """Seconds of the job, and of them inside ``Exchange``'s collectives."""
     exchange.all_gather([0.0])  # begin together
-    before = exchange.seconds
+    before = exchange.traffic.seconds
     if case.device == "cuda":
         torch.cuda.synchronize()
     begin = time.perf_counter()
     job()
     if case.device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begin, exchange.seconds - before
+    return time.perf_counter() - begin, exchange.traffic.seconds - before
 
 
 def _ratios(case: Case, cost: Cost) -> str:

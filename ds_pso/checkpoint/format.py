@@ -1,4 +1,4 @@
-"""A checkpoint as it lies on disk: names, records, hashes, and what may be unpickled of it. Knows no swarm."""
+"""A checkpoint as it lies on disk: names, records, hashes, and the classes that may be unpickled. Knows no swarm."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
@@ -21,11 +21,48 @@ from ds_pso.utils.atomic_io import hash_file
 FORMAT = 5
 LATEST = "latest"
 DEEPSPEED_TAG = "deepspeed"
+MODEL = "model"  # a folder beside DeepSpeed's in that of a particle
 _STEP = re.compile(r"step_\d{8,}")
 
 
+class ShardRecord(TypedDict):
+    """Where the elements of a rank's shards belong."""
+
+    model_in: str  # where the rule keeps the model, see ``Rule.model_in``
+    segments: list[tuple[str, int, int, int, int]]  # the fields of each ``Segment``
+
+
+class RandomRecord(TypedDict):
+    """The random state of a rank, but for torch's, which is among its tensors."""
+
+    python: tuple[int, tuple[int, ...], float | None]
+    numpy: list[Any]  # the tuple that NumPy gives
+
+
+class RankRecord(TypedDict):
+    """The JSON file of a rank: counters and positions, and the files that belong to it."""
+
+    format: int
+    step: int
+    # What must be equal where a checkpoint is loaded.
+    num_particles: int
+    particle_size: int
+    sync_mode: str
+    wire: str
+    turns: int
+    zero_stage: int
+    model: str  # a fingerprint
+    # What is restored.
+    shards: ShardRecord | None  # None: they cannot be read, and a lone particle trains without
+    window: list[float]  # ``FitnessWindow.state``
+    synchronizer: dict[str, Any] | None  # ``Synchronizer.state_dict``
+    samplers: list[dict[str, int]]
+    random: RandomRecord | None  # None: a rank that was not there, and begins from its seed
+    files: NotRequired[dict[str, tuple[int, str]]]  # bytes and SHA-256 by path; of a record that was written
+
+
 def find(folder: Path, tag: str | None = None) -> Path:
-    """The folder of checkpoint ``tag``, or of the one that ``latest`` names."""
+    """Return the folder of checkpoint ``tag``, or of the one that ``latest`` names."""
     if tag is None:
         try:
             tag = (folder / LATEST).read_text(encoding="utf-8").strip()
@@ -41,7 +78,7 @@ def find(folder: Path, tag: str | None = None) -> Path:
 
 
 def pointed_at(folder: Path) -> str | None:
-    """What ``latest`` says, if it can be read."""
+    """Return the name in ``latest``, if it can be read."""
     try:
         return (folder / LATEST).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
@@ -59,15 +96,19 @@ def steps_in(folder: Path) -> list[str]:
     return sorted((path.name for path in found if (path / "swarm").is_dir()), key=step_number, reverse=True)
 
 
-def verified_record(source: Path, rank: int) -> dict[str, Any]:
-    """The record of a rank, after checking it and the files that it names. For reading without a swarm."""
+def verified_record(source: Path, rank: int) -> RankRecord:
+    """Return the record of a rank, after checking it and the files that it names. For reading without a swarm."""
     record = record_of(source, rank)
-    check_files(record, source)
+    check_files(record["files"], source)
     return record
 
 
-def record_of(source: Path, rank: int) -> dict[str, Any]:
-    """The record of any rank that took part. Raises CheckpointError unless it lies here and is as it was written."""
+def record_of(source: Path, rank: int) -> RankRecord:
+    """Return the record of any rank that took part.
+
+    Raises:
+        CheckpointError: it does not lie here, or is not as it was written.
+    """
     path = Path(f"{rank_stem(source, rank)}.json")
     try:
         return parse_record(path)
@@ -77,30 +118,40 @@ def record_of(source: Path, rank: int) -> dict[str, Any]:
         ) from error
 
 
-def parse_record(path: Path) -> dict[str, Any]:
-    """Raises OSError if it cannot be read, CheckpointError if it is not what was written, or of another format."""
+def parse_record(path: Path) -> RankRecord:
+    """Read a record of this format.
+
+    Raises:
+        OSError: it cannot be read.
+        CheckpointError: it is not as it was written, or of another format.
+    """
     record = read_record(path)
     if record.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format {record.get('format')!r} is not {FORMAT}; use the ds_pso that wrote it")
     return record
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """A record of any format. Raises OSError if it cannot be read, CheckpointError if it is not what was written."""
+def read_record(path: Path) -> RankRecord:
+    """Read a record of any format; of another one than ``FORMAT`` only that number can be relied on.
+
+    Raises:
+        OSError: it cannot be read.
+        CheckpointError: it is not as it was written.
+    """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path}: damaged ({error}); resume from another step_* folder") from error
     if not isinstance(record, dict):
         raise CheckpointError(f"{path}: damaged (not an object); resume from another step_* folder")
-    if record.pop("checksum", None) != checksum(record):
+    if record.pop("checksum", None) != record_checksum(record):
         raise CheckpointError(f"{path}: damaged (checksum differs); resume from another step_* folder")
-    return record
+    return cast(RankRecord, record)
 
 
-def check_files(record: dict[str, Any], source: Path) -> None:
-    """Raises CheckpointError unless the files that the record names are as they were written."""
-    for name, (size, digest) in record["files"].items():
+def check_files(files: Mapping[str, tuple[int, str]], source: Path) -> None:
+    """Raise CheckpointError unless these files, by path in ``source``, have the size and SHA-256 given."""
+    for name, (size, digest) in files.items():
         path = source / name
         if not path.is_file():
             raise CheckpointError(f"{path}: missing; resume from another step_* folder")
@@ -113,8 +164,8 @@ def check_files(record: dict[str, Any], source: Path) -> None:
             raise CheckpointError(f"{path}: damaged (checksum differs); resume from another step_* folder")
 
 
-def checksum(record: dict[str, Any]) -> str:
-    """Of a record without its own."""
+def record_checksum(record: Mapping[str, object]) -> str:
+    """Return the checksum of a record that does not hold it."""
     return hashlib.sha256(json.dumps(record).encode()).hexdigest()[:16]
 
 
@@ -144,4 +195,5 @@ def weights_only() -> Iterator[None]:
 
 
 def rank_stem(folder: Path, rank: int) -> Path:
+    """Return the path of a rank's two files without their extension."""
     return folder / "swarm" / f"rank_{rank:05d}"

@@ -1,37 +1,42 @@
-"""Checking and restoring a checkpoint."""
+"""Checks a checkpoint and restores it."""
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ds_pso.checkpoint.format import DEEPSPEED_TAG, check_files, find, parse_record, rank_stem, weights_only
+from ds_pso.checkpoint.format import DEEPSPEED_TAG, RankRecord, check_files, find, parse_record, rank_stem, weights_only
 from ds_pso.checkpoint.rank_state import identity, model_fingerprint, own_tensors, restore
 from ds_pso.checkpoint.recovery import newest_whole
 from ds_pso.checkpoint.reshard import Reshaped, is_of_another_shape
 from ds_pso.errors import CheckpointError
 from ds_pso.session.session import Session
 
+log = logging.getLogger(__name__)
+
 _OR_RESHAPE = ", or load it with reshape=True (train.py: --reshape)"
 
 
 def load(session: Session, folder: Path, tag: str | None = None, *, reshape: bool = False) -> int:
-    """Check the whole checkpoint on all ranks, then restore it. Returns the step it was saved at.
+    """Check the whole checkpoint on all ranks, then restore it. Return the step it was saved at.
 
     Without a ``tag`` a damaged one is passed over, with a warning, for the next older; what does not fit is an error.
 
     Args:
-        reshape: whether it may have been saved with another number of particles, or of ranks in each.
+        reshape: it may have been saved with another number of particles, or of ranks in each.
 
     Raises:
         CheckpointError: nothing there, damaged, or of another model, rule or number of ranks;
             the engine is untouched.
     """
     session.writer.wait()
+    begin = time.perf_counter()
     name = newest_whole(session.world.coordinator, folder) if tag is None else tag
     with session.world.coordinator.agree("checking the checkpoint"):
         source = find(folder, name)
@@ -40,20 +45,25 @@ def load(session: Session, folder: Path, tag: str | None = None, *, reshape: boo
             record = _read_record(source, session, _OR_RESHAPE)
             _check_fits(record, session, source, _OR_RESHAPE)
             if tag is not None:  # otherwise it has been done
-                check_files(record, source)
+                check_files(record["files"], source)
             tensors = _read_tensors(source, session)
     if reshape:
-        return _load_reshaped(session, source)
-    _load_engine(session, source / f"particle_{session.particle}", DEEPSPEED_TAG)
-    restore(session, record, tensors)
+        record = _load_reshaped(session, source)
+    else:
+        _load_engine(session, source / f"particle_{session.particle}", DEEPSPEED_TAG)
+        restore(session, record, tensors)
     session.metrics.rewind(record["step"])
-    return int(record["step"])
+    if session.is_leader:
+        how = ", saved with another number of ranks" if reshape else ""
+        log.info("checkpoint %s: loaded in %.1f s%s", source, time.perf_counter() - begin, how)
+    return record["step"]
 
 
-def _load_reshaped(session: Session, source: Path) -> int:
+def _load_reshaped(session: Session, source: Path) -> RankRecord:
     with session.world.coordinator.agree("checking the checkpoint"):
-        reshaped = Reshaped(session, source)
-        record = reshaped.record | {"model": model_fingerprint(session)}  # it compares the model itself
+        reshaped = Reshaped.open(session, source)
+        record = reshaped.record
+        record["model"] = model_fingerprint(session)  # the parameters themselves are compared below
         _check_fits(record, session, source)
     with session.world.coordinator.agree("reading the checkpoint"):
         tensors = reshaped.read()
@@ -68,12 +78,11 @@ def _load_reshaped(session: Session, source: Path) -> int:
         record["synchronizer"] = session.synchronizer.state_dict()
         tensors = own_tensors(session) | tensors
     restore(session, record, tensors)
-    session.metrics.rewind(record["step"])
-    return int(record["step"])
+    return record
 
 
 def check_part(session: Session, folder: Path) -> None:
-    """Whether ``save_part`` has completed ``folder``, and its files are whole. Called on all ranks, before training.
+    """Check that ``save_part`` has completed ``folder``, and its files are whole. Called on all ranks, before training.
 
     Raises:
         CheckpointError: as ``load`` does.
@@ -84,14 +93,14 @@ def check_part(session: Session, folder: Path) -> None:
                 f"{folder}: holds nothing of the swarm, as a checkpoint that was interrupted or was written without "
                 "SwarmCallback; move it away and resume from an older one"
             )
-        check_files(_read_record(folder, session), folder)
+        check_files(_read_record(folder, session)["files"], folder)
 
 
 def load_part(session: Session, folder: Path, *, strict: bool = True) -> int:
-    """Restore what ``check_part`` has checked, the engine's own checkpoint included; returns its step.
+    """Restore what ``check_part`` has checked, the engine's own checkpoint included. Return its step.
 
     Args:
-        strict: whether DeepSpeed's checkpoint must hold every parameter; that of an adapter does not.
+        strict: DeepSpeed's checkpoint must hold every parameter; that of an adapter does not.
 
     Raises:
         CheckpointError: it does not fit, or cannot be loaded.
@@ -102,7 +111,7 @@ def load_part(session: Session, folder: Path, *, strict: bool = True) -> int:
         tensors = _read_tensors(folder, session)
     _load_engine(session, folder, None, strict)
     restore(session, record, tensors)
-    return int(record["step"])
+    return record["step"]
 
 
 def _load_engine(session: Session, folder: Path, tag: str | None, strict: bool = True) -> None:
@@ -112,7 +121,7 @@ def _load_engine(session: Session, folder: Path, tag: str | None, strict: bool =
             raise CheckpointError(f"{folder}: DeepSpeed found nothing to load; the folder is incomplete")
 
 
-def _read_record(source: Path, session: Session, or_reshape: str = "") -> dict[str, Any]:
+def _read_record(source: Path, session: Session, or_reshape: str = "") -> RankRecord:
     path = Path(f"{rank_stem(source, session.world.layout.rank)}.json")
     try:
         return parse_record(path)
@@ -124,7 +133,7 @@ def _read_record(source: Path, session: Session, or_reshape: str = "") -> dict[s
         ) from error
 
 
-def _check_fits(record: dict[str, Any], session: Session, source: Path, or_reshape: str = "") -> None:
+def _check_fits(record: RankRecord, session: Session, source: Path, or_reshape: str = "") -> None:
     remedies = {
         "num_particles": f"set swarm.particles to that number{or_reshape}",
         "particle_size": f"start that many ranks per particle{or_reshape}",
@@ -134,10 +143,11 @@ def _check_fits(record: dict[str, Any], session: Session, source: Path, or_resha
         "zero_stage": "set zero_optimization.stage to that",
         "model": "build the model, precision and parameter groups it was saved with",
     }
+    saved: Mapping[str, object] = record
     for key, value in identity(session).items():
-        if record[key] != value:
+        if saved[key] != value:
             raise CheckpointError(
-                f"{source}: saved with {key} {record[key]}, and this run has {value}; {remedies[key]}, "
+                f"{source}: saved with {key} {saved[key]}, and this run has {value}; {remedies[key]}, "
                 "or start without resuming"
             )
     if len(record["samplers"]) != len(session.samplers):
@@ -162,7 +172,7 @@ def _read_tensors(source: Path, session: Session) -> dict[str, Tensor]:
 
 
 def _check_kept(tensors: dict[str, Tensor], mine: dict[str, Tensor], session: Session, path: str | Path) -> None:
-    """``tensors``: what was saved; ``mine``: what is to be restored from it."""
+    """Raise CheckpointError unless the saved ``tensors`` are those that ``mine`` are to be restored from."""
     expected = {key: value for key, value in mine.items() if not key.startswith("pending.")}
     found = {key: value for key, value in tensors.items() if not key.startswith(("random.", "pending."))}
     if {key: value.shape for key, value in expected.items()} != {key: value.shape for key, value in found.items()}:

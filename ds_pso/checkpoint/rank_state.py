@@ -1,26 +1,40 @@
-"""What a rank keeps beside DeepSpeed's own checkpoint: taken, restored, and what it must fit."""
+"""The state of a rank that DeepSpeed's own checkpoint does not hold: taken, restored, and what it must fit."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import random
-from typing import Any
+from dataclasses import astuple
+from typing import TypedDict, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ds_pso.checkpoint.format import FORMAT
-from ds_pso.checkpoint.model_layout import describe_shards
+from ds_pso.checkpoint.format import FORMAT, RankRecord, ShardRecord
+from ds_pso.errors import SwarmError
 from ds_pso.session.session import Session
+from ds_pso.shards import find_shards
+
+
+class Identity(TypedDict):
+    """The values of a record that must be equal where it is loaded."""
+
+    num_particles: int
+    particle_size: int
+    sync_mode: str
+    wire: str
+    turns: int
+    zero_stage: int
+    model: str
 
 
 def own_tensors(session: Session) -> dict[str, Tensor]:
-    """What differs from rank to rank and DeepSpeed does not keep: state of rule and wire, the movement of a
-    delayed sync point, and the buffers, live.
+    """Return the tensors that differ from rank to rank and that DeepSpeed does not save, live.
 
-    Batch-norm statistics are a rank's own, and DeepSpeed saves those of one rank of each particle.
+    They are the state of rule and wire, the movement of a delayed sync point, and the buffers: batch-norm
+    statistics are a rank's own, and DeepSpeed saves those of one rank of each particle.
     """
     states = session.synchronizer.parts.updater.state if session.synchronizer else []
     tensors = {f"rule.{i}.{key}": value for i, state in enumerate(states) for key, value in state.items()}
@@ -36,14 +50,15 @@ def own_tensors(session: Session) -> dict[str, Tensor]:
 
 
 def model_fingerprint(session: Session) -> str:
+    """Return a hash of what this rank trains; of a lone particle, whose shards need not be readable, its shapes."""
     if session.synchronizer is not None:
         return session.synchronizer.parts.shards.fingerprint()
     shapes = [(n, list(getattr(p, "ds_shape", p.shape))) for n, p in session.engine.module.named_parameters()]
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
 
 
-def identity(session: Session) -> dict[str, Any]:
-    """What must be equal where a checkpoint is loaded; JSON values by the names that it has in the record."""
+def identity(session: Session) -> Identity:
+    """Return the values of this run that a checkpoint must have, too."""
     layout = session.world.layout
     return {
         "num_particles": layout.num_particles,
@@ -56,14 +71,30 @@ def identity(session: Session) -> dict[str, Any]:
     }
 
 
-def taken(session: Session) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Record and tensors of this rank, as they are now; they do not change when training goes on."""
+def describe_shards(session: Session) -> ShardRecord | None:
+    """Return where each element of this rank's shards belongs, so that a model can be read without an engine.
+
+    None if the shards cannot be read: a lone particle needs nothing of them to train.
+    """
+    if session.synchronizer is not None:
+        shards, model_in = session.synchronizer.parts.shards, session.synchronizer.parts.rule.model_in
+    else:
+        try:
+            shards, model_in = find_shards(session.engine), "x"
+        except SwarmError:
+            return None
+    return {"model_in": model_in, "segments": [astuple(segment) for segment in shards.segments]}
+
+
+def taken(session: Session) -> tuple[RankRecord, dict[str, Tensor]]:
+    """Return record and tensors of this rank, as they are now; they do not change when training goes on."""
     tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in own_tensors(session).items()}
     tensors["random.torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()  # on the CPU, as torch's
-    numpy_state: Any = np.random.get_state()
-    record: dict[str, Any] = {
+    numpy_state = np.random.get_state(legacy=True)
+    assert isinstance(numpy_state, tuple)
+    record: RankRecord = {
         "format": FORMAT,
         "step": session.engine.global_steps,
         **identity(session),
@@ -76,17 +107,18 @@ def taken(session: Session) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "numpy": [numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]],
         },
     }
-    return json.loads(json.dumps(record)), tensors
+    return cast(RankRecord, json.loads(json.dumps(record))), tensors
 
 
-def restore(session: Session, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def restore(session: Session, record: RankRecord, tensors: dict[str, Tensor]) -> None:
     """Continue from what ``taken`` has returned; all of it has been checked."""
     movement = [tensors[f"pending.{i}"] for i in range(sum(key.startswith("pending.") for key in tensors))]
-    if session.synchronizer is not None:
+    if session.synchronizer is not None and record["synchronizer"] is not None:
         session.synchronizer.load_state_dict(record["synchronizer"], movement)
     for key, value in own_tensors(session).items():
         value.copy_(tensors[key])
-    session.window.restore(*record["window"])
+    total, count, steps = record["window"]
+    session.window.restore(total, int(count), int(steps))
     for sampler, state in zip(session.samplers, record["samplers"], strict=True):
         sampler.load_state_dict(state)
     _restore_random(record, tensors)
@@ -94,7 +126,7 @@ def restore(session: Session, record: dict[str, Any], tensors: dict[str, Tensor]
         sampler.on_resume = lambda: _restore_random(record, tensors)
 
 
-def _restore_random(record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def _restore_random(record: RankRecord, tensors: dict[str, Tensor]) -> None:
     if record["random"] is None:
         return  # a rank that was not there: it begins from its seed
     version, internal, gauss = record["random"]["python"]

@@ -5,23 +5,23 @@ Files are mapped into memory: what is not asked for is not read.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypedDict
 
 import torch
-from deepspeed.checkpoint.constants import FP32_FLAT_GROUPS, OPTIMIZER_STATE_DICT, SINGLE_PARTITION_OF_FP32_GROUPS
 from safetensors import safe_open
 from torch import Tensor
 
-from ds_pso.checkpoint.format import DEEPSPEED_TAG, rank_stem
+from ds_pso.checkpoint.format import DEEPSPEED_TAG, RankRecord, rank_stem
 from ds_pso.errors import CheckpointError
-from ds_pso.shards import Segment
+from ds_pso.shards import SavedOptimizer, Segment, saved_optimizer
 
 
 @dataclass(frozen=True)
-class Piece:
+class SavedPiece:
     """A run of elements of a parameter: where it was saved, and where it lies in the parameter."""
 
     rank: int  # in the particle
@@ -31,59 +31,113 @@ class Piece:
     numel: int
 
 
+class ModelStates(TypedDict):
+    """The part of DeepSpeed's ``*_model_states.pt`` that is used here."""
+
+    module: dict[str, Tensor]
+    optimizer: dict[str, object]  # at ZeRO 0; otherwise None
+    param_shapes: list[dict[str, torch.Size]]
+    shared_params: dict[str, str]
+    frozen_param_shapes: dict[str, torch.Size] | None
+    frozen_param_fragments: dict[str, Tensor] | None
+    dp_world_size: int
+
+
+class Flat(Protocol):
+    """A flat tensor, or a part of a file that can be sliced like one."""
+
+    def __getitem__(self, index: slice, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
 class SavedParticle:
-    """Give it records whose files have been checked: what is unpickled here is trusted to be what was written.
+    """The files of one particle, mapped into memory.
 
     Attributes:
-        own: of each rank its safetensors.
-        pieces: of each parameter that is trained.
-        module: DeepSpeed's; at stage 3 only buffers, names and dtypes.
+        folder: DeepSpeed's.
+        stage: of ZeRO.
+        own: the safetensors of each rank.
+        pieces: the runs of each parameter that is trained, in the order of the optimizer.
+        model_states: DeepSpeed's, one of all ranks or at ZeRO 3 one of each.
     """
 
-    def __init__(self, source: Path, number: int, records: Sequence[Mapping[str, Any]]) -> None:
-        """``records``: of its ranks."""
-        self.folder = source / f"particle_{number}" / DEEPSPEED_TAG
-        self.size = len(records)
-        self.stage: int = records[0]["zero_stage"]
-        first = number * self.size
-        self.own = [safe_open(f"{rank_stem(source, first + rank)}.safetensors", "pt") for rank in range(self.size)]
-        self.pieces: dict[str, list[Piece]] = {}
+    folder: Path
+    stage: int
+    own: Sequence[safe_open]
+    pieces: Mapping[str, list[SavedPiece]]
+    model_states: Sequence[ModelStates]
+
+    @classmethod
+    def open(cls, source: Path, number: int, records: Sequence[RankRecord]) -> SavedParticle:
+        """Open the files of particle ``number``.
+
+        Args:
+            records: of its ranks. Their files must have been checked: what is unpickled is trusted to be what was
+                written.
+        """
+        folder, size, stage = source / f"particle_{number}" / DEEPSPEED_TAG, len(records), records[0]["zero_stage"]
+        pieces: dict[str, list[SavedPiece]] = {}
         for rank, record in enumerate(records):
+            assert record["shards"] is not None
             for name, *numbers in record["shards"]["segments"]:
-                self.pieces.setdefault(name, []).append(Piece(rank, *numbers))
-        self.numel = {name: sum(piece.numel for piece in pieces) for name, pieces in self.pieces.items()}
-        self.model_states = [_load(self.folder, f"{prefix}mp_rank_00_model_states.pt") for prefix in self._prefixes()]
-        self.module: dict[str, Tensor] = self.model_states[0]["module"]
+                pieces.setdefault(name, []).append(SavedPiece(rank, *numbers))
+        prefixes = [f"zero_pp_rank_{rank}_" for rank in range(size)] if stage == 3 else [""]
+        return cls(
+            folder,
+            stage,
+            [safe_open(f"{rank_stem(source, number * size + rank)}.safetensors", "pt") for rank in range(size)],
+            pieces,
+            [_load(folder, f"{prefix}mp_rank_00_model_states.pt") for prefix in prefixes],
+        )
 
-    def _prefixes(self) -> list[str]:
-        return [f"zero_pp_rank_{rank}_" for rank in range(self.size)] if self.stage == 3 else [""]
+    @property
+    def size(self) -> int:
+        """S, the number of its ranks."""
+        return len(self.own)
 
-    def optimizer_states(self) -> list[dict[str, Any]]:
-        """What DeepSpeed's ZeRO optimizer has saved on each rank."""
+    @property
+    def module(self) -> dict[str, Tensor]:
+        """The module's state; at ZeRO 3 of its parameters only the names and dtypes."""
+        return self.model_states[0]["module"]
+
+    @functools.cached_property
+    def optimizers(self) -> list[SavedOptimizer]:
+        """The saved state of each rank's optimizer; at ZeRO 0 it is the same one."""
+        if self.stage == 0:
+            return [saved_optimizer(self.model_states[0]["optimizer"])] * self.size
         names = [f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(self.size)]
-        return [_load(self.folder, name)[OPTIMIZER_STATE_DICT] for name in names]
+        return [saved_optimizer(_load(self.folder, name)["optimizer_state_dict"]) for name in names]
+
+    def masters(self) -> list[list[Tensor]]:
+        """Return the fp32 masters by rank and shard, as ``Shards.tensors`` were; padding at an end may be missing."""
+        parameters = [self.module[name] for name in self.pieces]
+        return [state.shards(rank, self.size, parameters) for rank, state in enumerate(self.optimizers)]
 
     def shape(self, name: str) -> torch.Size:
-        """Of a parameter."""
+        """Return the shape of a parameter."""
         if self.stage < 3:
             return self.module[name].shape
         shapes = (*self.model_states[0]["param_shapes"], self.model_states[0]["frozen_param_shapes"] or {})
         return next(torch.Size(group[name]) for group in shapes if name in group)
 
+    def numel(self, name: str) -> int:
+        """Return the number of elements of a parameter that is trained."""
+        return sum(piece.numel for piece in self.pieces[name])
+
     def frozen(self, name: str) -> Tensor:
-        """A parameter that is not trained, flat."""
+        """Return a parameter that is not trained, flat."""
         if self.stage < 3:
             return self.module[name].view(-1)
-        blocks = [saved["frozen_param_fragments"][name] for saved in self.model_states]
+        blocks = [(saved["frozen_param_fragments"] or {})[name] for saved in self.model_states]
         return torch.cat(blocks)[: self.shape(name).numel()]
 
     def gather(
-        self, segments: Sequence[Segment], sizes: Sequence[int], dtype: torch.dtype, read: Callable[[int, int], Any]
+        self, segments: Sequence[Segment], sizes: Sequence[int], dtype: torch.dtype, read: Callable[[int, int], Flat]
     ) -> list[Tensor]:
-        """Flat tensors of these sizes with the values that belong into ``segments`` of them, and zeros elsewhere.
+        """Return flat tensors of these sizes with the values that belong into ``segments``, and zeros elsewhere.
 
         Args:
-            read: the values that a rank has saved for a shard: a flat tensor, or what can be sliced like one.
+            read: returns the values that a rank has saved for a shard.
         """
         tensors = [torch.zeros(size, dtype=dtype) for size in sizes]
         for segment in segments:
@@ -97,15 +151,8 @@ class SavedParticle:
         return tensors
 
 
-def masters_of(state: Mapping[str, Any]) -> list[Tensor]:
-    """Of a ZeRO optimizer's saved state; padding at their end may be missing."""
-    masters: list[Tensor] = state[FP32_FLAT_GROUPS if FP32_FLAT_GROUPS in state else SINGLE_PARTITION_OF_FP32_GROUPS]
-    return masters
-
-
-def _load(folder: Path, pattern: str) -> dict[str, Any]:
+def _load(folder: Path, pattern: str) -> Any:
     path = next(folder.glob(pattern), None)
     if path is None:
         raise CheckpointError(f"{folder / pattern}: missing; name another checkpoint with --tag")
-    state: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    return state
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)

@@ -1,7 +1,8 @@
-"""Which checkpoint to resume from when none is named: the newest that is whole, on all ranks alike."""
+"""Finds the checkpoint to resume from when none is named: the newest that is whole, on all ranks alike."""
 
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
 
@@ -18,19 +19,21 @@ from ds_pso.checkpoint.format import (
 from ds_pso.distributed.coordinator import Coordinator
 from ds_pso.errors import CheckpointError
 
+log = logging.getLogger(__name__)
+
 
 def newest_whole(coordinator: Coordinator, folder: Path) -> str:
-    """Name of the checkpoint that ``latest`` names, or of the next older one if a file of that is damaged.
+    """Return the name of the checkpoint that ``latest`` names, or of the next older one if a file of that is damaged.
 
     Called on all ranks, which share the work of reading every file. Whether it fits this run is not asked.
 
     Raises:
         CheckpointError: there is none; it lists what is wrong with each. All ranks raise it.
     """
-    mine = [pointed_at(folder), steps_in(folder)]
+    mine: tuple[str | None, list[str]] = (pointed_at(folder), steps_in(folder))
     seen = coordinator.gather("looking for checkpoints", mine)  # without a shared disk each sees its own
     names = sorted({name for _, steps in seen for name in steps}, key=step_number, reverse=True)
-    latest = max((name for name, _ in seen if name in names), key=step_number, default=None)
+    latest = max((name for name, _ in seen if name is not None and name in names), key=step_number, default=None)
     if not names:
         raise CheckpointError(
             f"{folder}: no checkpoint to resume (it holds no step_* folder that is complete); check the path, or start "
@@ -44,18 +47,23 @@ def newest_whole(coordinator: Coordinator, folder: Path) -> str:
         reason = _damage(coordinator, folder / name)
         if reason is None:
             if wrong and coordinator.is_leader:
-                warnings.warn(f"{'; '.join(wrong)}; resuming from {folder / name} instead", stacklevel=4)
+                message = f"{'; '.join(wrong)}; resuming from {folder / name} instead"
+                log.warning(message)
+                warnings.warn(message, stacklevel=4)
             return name
         wrong.append(reason)
     raise CheckpointError(f"{folder}: no checkpoint to resume is whole: {'; '.join(wrong)}", agreed=True)
 
 
 def _damage(coordinator: Coordinator, source: Path) -> str | None:
-    """What the first rank that found something found. The ranks of the checkpoint need not be those of this run."""
+    """Return the damage that the first rank to see any has seen; None if the checkpoint is whole.
+
+    The ranks of the checkpoint need not be those of this run.
+    """
     reason = None
     try:
         for rank in range(coordinator.layout.rank, _ranks_of(source), coordinator.layout.world_size):
-            check_files(read_record(Path(f"{rank_stem(source, rank)}.json")), source)
+            check_files(read_record(Path(f"{rank_stem(source, rank)}.json"))["files"], source)
     except CheckpointError as error:
         reason = str(error).rpartition("; ")[0]  # without the remedy, which is what follows here
     except OSError as error:
@@ -65,7 +73,7 @@ def _damage(coordinator: Coordinator, source: Path) -> str | None:
 
 
 def _ranks_of(source: Path) -> int:
-    """How many ranks wrote it, from the first record that can be read."""
+    """Return the number of ranks that wrote it, from the first record that can be read."""
     reason = CheckpointError(f"{source}: missing; resume from another step_* folder")
     for path in sorted((source / "swarm").glob("rank_*.json")):
         try:

@@ -1,25 +1,30 @@
-"""Writing a checkpoint."""
+"""Saves a checkpoint of a running swarm."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import logging
 import shutil
+import time
 from pathlib import Path
+from typing import Any
 
-from ds_pso.checkpoint.format import DEEPSPEED_TAG
-from ds_pso.checkpoint.model_layout import MODEL, save_model_config
+from ds_pso.checkpoint.format import DEEPSPEED_TAG, MODEL
 from ds_pso.checkpoint.rank_state import taken
 from ds_pso.checkpoint.writer import Copies, as_checkpoint_error, complete, copying, prune, write_part
 from ds_pso.distributed.coordinator import Coordinator
 from ds_pso.errors import ConfigError
 from ds_pso.session.session import Session
 
+log = logging.getLogger(__name__)
+
 
 def save(session: Session, folder: Path, keep: int | None = None, *, background: bool = False) -> Path:
     """Write ``folder/step_<n>`` and move ``latest`` to it. Called on all ranks, between steps.
 
     Args:
-        keep: how many of the newest to leave; None: all.
+        keep: number of the newest to leave; None: all.
         background: return when the state is copied to main memory; the rest happens beside training.
 
     Raises:
@@ -29,6 +34,7 @@ def save(session: Session, folder: Path, keep: int | None = None, *, background:
     if keep is not None and keep < 1:
         raise ConfigError(f"swarm.save keep = {keep}: must be at least 1, or None to keep all")
     session.writer.wait()
+    begin = time.perf_counter()
     name = f"step_{session.engine.global_steps:08d}"
     temporary, final = folder / f".{name}.tmp", folder / name
     particle = temporary / f"particle_{session.particle}"
@@ -37,6 +43,7 @@ def save(session: Session, folder: Path, keep: int | None = None, *, background:
         leads = world.coordinator.leads_disk(folder)
     with world.coordinator.agree("starting a checkpoint"), as_checkpoint_error(temporary):
         if leads:
+            log.info("checkpoint %s: begun%s", final, " in the background" if background else "")
             shutil.rmtree(temporary, ignore_errors=True)
             (temporary / "swarm").mkdir(parents=True, exist_ok=True)
     with world.coordinator.agree("starting a checkpoint"), as_checkpoint_error(temporary):
@@ -55,6 +62,7 @@ def save(session: Session, folder: Path, keep: int | None = None, *, background:
         with coordinator.agree("completing a checkpoint"), as_checkpoint_error(final):
             if leads:
                 complete(temporary, final)
+                log.info("checkpoint %s: complete after %.1f s", final, time.perf_counter() - begin)
         if leads and keep is not None:
             prune(final, keep)
 
@@ -80,7 +88,33 @@ def save_part(session: Session, folder: Path) -> None:
 
 
 def _my_share(folder: Path, session: Session) -> list[Path]:
-    """The files of this particle that this rank hashes, and checks when they are loaded."""
+    """Return the files of this particle that this rank hashes, and checks when they are loaded."""
     local_ranks = session.world.coordinator.local_ranks_on_this_node
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.parent != folder / "swarm")
     return files[local_ranks.index(session.world.layout.rank) :: len(local_ranks)]
+
+
+def save_model_config(session: Session, folder: Path) -> None:
+    """Write the configs that a Hugging Face model and peft's adapter need beside weights; for other modules nothing.
+
+    Called on all ranks; the first one of the particle writes.
+    """
+    module = session.engine.module
+    base = module.get_base_model() if hasattr(module, "get_base_model") else module  # of a peft model
+    config: Any = getattr(base, "config", None)
+    # Other libraries' modules have a save_pretrained, too, or a config of their own kind.
+    if session.world.layout.shard_rank != 0 or not (
+        hasattr(base, "save_pretrained") and hasattr(config, "to_json_file")
+    ):
+        return
+    adapters = getattr(module, "peft_config", {})
+    if adapters and (base is module or list(adapters) != ["default"]):
+        return  # several, or without a peft model around: not written anew by ``export.offline``
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(config)
+    config.architectures = [type(base).__name__]
+    config.to_json_file(folder / "config.json")
+    if getattr(base, "generation_config", None) is not None:
+        base.generation_config.to_json_file(folder / "generation_config.json")
+    if adapters:
+        adapters["default"].save_pretrained(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import os
 import shutil
 import warnings
@@ -17,23 +18,24 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ds_pso.checkpoint.format import LATEST, checksum, rank_stem, step_number, steps_in
+from ds_pso.checkpoint.format import LATEST, RankRecord, rank_stem, record_checksum, step_number, steps_in
 from ds_pso.errors import CheckpointError, SwarmError
+from ds_pso.shards.engine import CheckpointEngine, Engine
 from ds_pso.utils.atomic_io import hash_file, replace_folder, to_disk, write_atomically
 
+log = logging.getLogger(__name__)
 
-def write_part(
-    folder: Path, rank: int, record: dict[str, Any], tensors: dict[str, Tensor], files: Iterable[Path]
-) -> None:
+
+def write_part(folder: Path, rank: int, record: RankRecord, tensors: dict[str, Tensor], files: Iterable[Path]) -> None:
     """Write the tensors and then the record of a rank, which lists the ``files`` that are there already."""
     stem = rank_stem(folder, rank)
     save_file(tensors, f"{stem}.safetensors")
-    listed: dict[str, list[Any]] = {}
+    listed: dict[str, tuple[int, str]] = {}
     for path in [Path(f"{stem}.safetensors"), *files]:
         to_disk(path)
-        listed[str(path.relative_to(folder))] = [path.stat().st_size, hash_file(path)]
-    whole = record | {"files": listed}
-    write_atomically(Path(f"{stem}.json"), json.dumps(whole | {"checksum": checksum(whole)}))
+        listed[str(path.relative_to(folder))] = (path.stat().st_size, hash_file(path))
+    whole = {**record, "files": listed}
+    write_atomically(Path(f"{stem}.json"), json.dumps({**whole, "checksum": record_checksum(whole)}))
 
 
 def complete(temporary: Path, final: Path) -> None:
@@ -55,6 +57,7 @@ def prune(newest: Path, keep: int) -> None:
             os.replace(path, path.with_name(f".{path.name}.old"))
         for path in [*folder.glob(".step_*.old"), *folder.glob(".step_*.tmp")]:
             shutil.rmtree(path)
+            log.debug("%s: removed; the newest %d checkpoints stay", path, keep)
     except OSError as error:
         warnings.warn(f"{error.filename}: an old checkpoint cannot be removed ({error.strerror})", stacklevel=2)
 
@@ -63,14 +66,14 @@ def prune(newest: Path, keep: int) -> None:
 
 
 class Copies:
-    """What DeepSpeed has given to be written: the bytes of each file, as they would be on disk."""
+    """The files that DeepSpeed wants to write, in memory: the bytes of each, as they would be on disk."""
 
     def __init__(self) -> None:
         self._files: dict[Path, list[bytes]] = {}
         self._scripts: list[Callable[[], list[Path]]] = []
 
     def write(self) -> list[Path]:
-        """Write the files, and free the memory one by one. Returns their paths."""
+        """Write the files, and free the memory one by one. Return their paths."""
         paths = list(self._files)
         for path in paths:
             with path.open("wb") as file:
@@ -86,7 +89,8 @@ class Copies:
 
         self._scripts.append(script)
 
-    def add(self, content: Any, path: Path, zipped: bool) -> None:
+    def add(self, content: object, path: Path, zipped: bool) -> None:
+        """Copy what ``torch.save`` would write of ``content``."""
         chunks = _Chunks()
         crc = torch.serialization.get_crc32_options()
         torch.serialization.set_crc32_options(False)  # takes longer than all else, and the file gets a SHA-256
@@ -112,21 +116,24 @@ class _Chunks:
 
 
 class _CopyingEngine:
-    """DeepSpeed's checkpoint engine in all but one thing: what it is given to save, it keeps."""
+    """DeepSpeed's checkpoint engine in all but one thing: it saves into memory."""
 
-    def __init__(self, engine: Any, copies: Copies) -> None:
+    def __init__(self, engine: CheckpointEngine, copies: Copies) -> None:
         self._engine, self._copies = engine, copies
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def create(self, info: Any) -> None:
+    def create(self, info: object) -> None:
         pass
 
-    def save(self, state_dict: Any, path: str) -> None:
+    def load(self, path: str, map_location: object = None) -> object:
+        return self._engine.load(path, map_location)
+
+    def save(self, state_dict: object, path: str) -> None:
         self._copies.add(state_dict, Path(path), getattr(self._engine, "zipfile_serialization", True))
 
-    def commit(self, info: Any) -> bool:
+    def commit(self, info: object) -> bool:
         return True
 
     def is_decoupled(self) -> bool:
@@ -134,7 +141,7 @@ class _CopyingEngine:
 
 
 @contextlib.contextmanager
-def copying(engine: Any) -> Iterator[Copies]:
+def copying(engine: Engine) -> Iterator[Copies]:
     """Inside the block DeepSpeed's ``engine`` saves into memory."""
     copies, real = Copies(), engine.checkpoint_engine
     engine.checkpoint_engine = _CopyingEngine(real, copies)
@@ -148,7 +155,7 @@ def copying(engine: Any) -> Iterator[Copies]:
 
 @contextlib.contextmanager
 def as_checkpoint_error(path: Path) -> Iterator[None]:
-    """Whatever keeps a checkpoint from being written."""
+    """Turn any error of the block that keeps a checkpoint from being written into a CheckpointError."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError

@@ -171,14 +171,14 @@ def _cost(swarm: SwarmConfig, arguments: argparse.Namespace) -> ModelCost:
 
 
 def _count(model: str) -> int:
-    from ds_pso.export.meta_model import load_config, num_parameters, skeleton
+    from ds_pso.export.meta_model import load_model_config, num_parameters, skeleton
 
     if model.startswith("llama:"):
         from ds_pso.training.model import llama_config
         from ds_pso.training.text import VOCABULARY
 
         return num_parameters(skeleton(llama_config(model, VOCABULARY)))
-    return num_parameters(skeleton(load_config(model)))
+    return num_parameters(skeleton(load_model_config(model)))
 
 
 def _text(found: Findings) -> str:

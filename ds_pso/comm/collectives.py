@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ds_pso.distributed.peer_group import ProcessGroup, Work
 from ds_pso.distributed.world import World
 from ds_pso.errors import PeerError
 from ds_pso.utils.checksums import TRIES, Moved, sealed, unsealed
 
 
-@dataclass(frozen=True)
+@dataclass
 class Traffic:
-    """Sums over all collectives of a rank so far.
+    """Sums over all collectives of a rank.
 
     Attributes:
         bytes_received: by this rank.
@@ -27,112 +27,90 @@ class Traffic:
         repeated: collectives that were damaged on the way.
     """
 
-    bytes_received: int
-    seconds: float
-    repeated: int
+    bytes_received: int = 0
+    seconds: float = 0.0
+    repeated: int = 0
 
 
 class Collectives:
-    """What an exchange is made of.
+    """Runs collectives on the peer group that the world has when each begins.
 
     Attributes:
         device: where the tensors lie that are moved.
-        bytes_received: by this rank.
-        seconds: inside collectives, waiting included.
-        repeated: collectives that were damaged on the way.
+        traffic: sums so far.
+        checksums: compare what has arrived with what was sent.
     """
 
     def __init__(self, world: World, *, checksums: bool = False) -> None:
         self.world = world
-        self.checksums = checksums
         self.device = world.peers.device
-        self.bytes_received = 0
-        self.seconds = 0.0
-        self.repeated = 0
+        self.traffic = Traffic()
+        self.checksums = checksums
 
-    def traffic(self) -> Traffic:
-        """Return the sums so far."""
-        return Traffic(self.bytes_received, self.seconds, self.repeated)
-
-    def count(self, received: int) -> None:
-        """Count bytes that came on another way."""
-        self.bytes_received += received
-
-    @property
-    def num_particles(self) -> int:
-        return self.world.layout.num_particles
-
-    @property
-    def particle(self) -> int:
-        return self.world.layout.particle
-
-    @property
-    def present(self) -> Sequence[int]:
-        """The particles of the peer group, in its order."""
-        return self.world.peers.present
-
-    def _run(self, what: str, start: Any, received: float, prepare: Callable[[], Moved | None]) -> None:
-        """A collective, and again if it was damaged on the way.
+    def run(
+        self, name: str, start: Callable[[ProcessGroup], Work], received: float, prepare: Callable[[], Moved | None]
+    ) -> None:
+        """Run a collective, and again if it was damaged on the way; counts its bytes and its time.
 
         Args:
-            what: its name.
+            name: for errors and warnings.
             start: begins it on a process group.
             received: bytes, by this rank.
-            prepare: called before each try, says what will be moved.
+            prepare: called before each try, returns what will be moved.
 
         Raises:
             PeerError: a peer was lost or is too slow, or the link damages whatever is sent.
         """
-        if self.world.peers.group is None:
-            assert len(self.present) == 1, "others are there, and no connections to them"
+        group, present = self.world.peers.group, self.world.peers.present
+        if group is None:
+            assert len(present) == 1, "others are there, and no connections to them"
             prepare()
             return
         for count in range(1, TRIES + 1):
             moved = prepare()
-            self._collect(what, start, received)
+            self._wait(name, group, start, received)
             if not self.checksums or moved is None:
                 return
-            damage = moved.damage(self._tell(what, moved.row()))
+            damage = moved.damage(self._gather_rows(name, group, moved.row()))
             if not damage:
                 return
             me = self.world.coordinator.describe(self.world.layout.rank)
             if count == TRIES:
                 raise PeerError(
-                    f"{me}: {damage} did not arrive as it was sent, {TRIES} times in a row (the {what} with its "
+                    f"{me}: {damage} did not arrive as it was sent, {TRIES} times in a row (the {name} with its "
                     "peers); a link, a network card or memory is damaged: look for which, then restart from the last "
                     "checkpoint"
                 )
-            self.repeated += 1
-            if self.particle == self.present[0]:  # one of those who all know it
+            self.traffic.repeated += 1
+            if self.world.layout.particle == present[0]:  # one of those who all know it
                 warnings.warn(
-                    f"{me}: {damage} did not arrive as it was sent; the {what} is repeated ({count} of {TRIES - 1})",
+                    f"{me}: {damage} did not arrive as it was sent; the {name} is repeated ({count} of {TRIES - 1})",
                     stacklevel=2,
                 )
 
-    def _who(self) -> str:
-        return self.world.coordinator.describe(self.world.layout.rank)
+    def _gather_rows(self, name: str, group: ProcessGroup, row: list[int]) -> list[list[int]]:
+        """Return the checksums of all peers.
 
-    def _tell(self, what: str, row: list[int]) -> list[list[int]]:
-        """The checksums of all peers. Where these are damaged, too, nobody could tell who goes on and who repeats."""
+        Raises:
+            PeerError: these are damaged, too, so nobody could know who goes on and who repeats.
+        """
+        present = self.world.peers.present
         mine = torch.tensor(sealed(row), dtype=torch.int64, device=self.device)
-        rows = [torch.empty_like(mine) for _ in self.present]
-        self._collect(
-            f"checksums of the {what}",
-            lambda group: group.allgather([rows], [mine]),
-            (len(rows) - 1) * nbytes(mine),
-        )
+        rows = [torch.empty_like(mine) for _ in present]
+        received = (len(rows) - 1) * nbytes(mine)
+        self._wait(f"checksums of the {name}", group, lambda group: group.allgather([rows], [mine]), received)
         found = [unsealed(row.tolist()) for row in rows]
-        lost = [i for i, row in zip(self.present, found, strict=True) if row is None]
+        lost = [i for i, row in zip(present, found, strict=True) if row is None]
         if lost:
             raise PeerError(
-                f"{self._who()}: the checksums of particle {lost[0]} were damaged on the way;"
-                " a link, a network card or memory is damaged: look for which, then restart from the last "
+                f"{self.world.coordinator.describe(self.world.layout.rank)}: the checksums of particle {lost[0]} were "
+                "damaged on the way; a link, a network card or memory is damaged: look for which, then restart from the last "
                 "checkpoint"
             )
         return [row for row in found if row is not None]
 
-    def _collect(self, what: str, start: Any, received: float) -> None:
-        group = self.world.peers.group
+    def _wait(self, name: str, group: ProcessGroup, start: Callable[[ProcessGroup], Work], received: float) -> None:
+        """Run one collective to its end."""
         self.world.background.settle()
         begin = time.perf_counter()
         try:
@@ -149,13 +127,14 @@ class Collectives:
             layout = self.world.layout
             peers = "; ".join(self.world.coordinator.describe(rank) for rank in layout.peers if rank != layout.rank)
             raise PeerError(
-                f"{self._who()}: the {what} with its peers broke ({error}); one of these was lost"
-                f" or is slower than swarm.timeout_s: {peers}. Look at their logs, then restart "
+                f"{self.world.coordinator.describe(layout.rank)}: the {name} with its peers broke ({error}); one of "
+                f"these was lost or is slower than swarm.timeout_s: {peers}. Look at their logs, then restart "
                 "from the last checkpoint"
             ) from error
-        self.seconds += time.perf_counter() - begin
-        self.bytes_received += round(received)
+        self.traffic.seconds += time.perf_counter() - begin
+        self.traffic.bytes_received += round(received)
 
 
 def nbytes(tensor: Tensor) -> int:
+    """Return the bytes of a tensor's elements."""
     return tensor.numel() * tensor.element_size()

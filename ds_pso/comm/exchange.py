@@ -6,7 +6,7 @@ Knows the peer group; knows nothing of rules or of DeepSpeed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -31,9 +31,11 @@ class Piece:
     offset: int  # first element in the bucket
 
     def of(self, flat: Tensor) -> Tensor:
+        """Return its elements in the tensor."""
         return flat[self.start : self.stop]
 
     def in_bucket(self, bucket: Tensor) -> Tensor:
+        """Return its elements in the bucket."""
         return bucket[self.offset : self.offset + self.stop - self.start]
 
 
@@ -65,12 +67,12 @@ def plan_buckets(numels: Sequence[int], bucket_numel: int) -> list[list[Piece]]:
 
 
 def wire_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Sums are made in fp32 at least."""
+    """Return the dtype in which tensors of ``dtype`` are summed: fp32 at least."""
     return torch.promote_types(dtype, torch.float32)
 
 
-class Exchange(Collectives):
-    """Collectives of one peer group.
+class Exchange:
+    """Moves flat tensors between the particles; the same calls in the same order on all peers.
 
     ``bytes_received`` counts what this rank receives under the bandwidth-optimal algorithm for
     each collective, N bytes in a group of P: 2 N (P - 1) / P for an all-reduce, N for a
@@ -79,11 +81,31 @@ class Exchange(Collectives):
     particles that are present; weights and sources stand for all, and of those that are absent they do not count. With
     ``checksums``, an all-gather of a few numbers follows each collective, and counts, too; and what has been damaged
     on the way is moved again before anybody uses it.
+
+    Attributes:
+        particle: the number of this rank's particle.
+        num_particles: P, those that are absent included.
+        device: where the tensors lie that are moved.
+        collectives: runs, times and counts them.
+        traffic: sums so far.
     """
 
     def __init__(self, world: World, bucket_mb: float, *, checksums: bool = False) -> None:
-        super().__init__(world, checksums=checksums)
+        self.world = world
+        self.particle, self.num_particles = world.layout.particle, world.layout.num_particles
+        self.collectives = Collectives(world, checksums=checksums)
+        self.device, self.traffic = self.collectives.device, self.collectives.traffic
         self.bucket_bytes = int(bucket_mb * 2**20)
+
+    @property
+    def present(self) -> Sequence[int]:
+        """The particles of the peer group, in its order."""
+        return self.world.peers.present
+
+    @property
+    def bytes_received(self) -> int:
+        """Bytes that this rank has received so far."""
+        return self.traffic.bytes_received
 
     def weighted_mean(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Iterator[tuple[Piece, Tensor]]:
         """Yield, piece by piece, sum_i weights[i] * (the tensor of particle i).
@@ -92,14 +114,11 @@ class Exchange(Collectives):
         ``tensors`` are flat and of floating dtype, with the same sizes on every peer; those
         already yielded may be overwritten. A yielded tensor is valid until the next one.
         """
-        share = 2 * (len(self.present) - 1) / len(self.present)
+        present = len(self.present)
+        share = 2 * (present - 1) / present
         for bucket, pieces in self._buckets(tensors):
-            self._run(
-                "all-reduce",
-                lambda group, bucket=bucket: group.allreduce([bucket]),
-                share * nbytes(bucket),
-                partial(self._weigh, bucket, pieces, tensors, weights[self.particle]),
-            )
+            weigh = partial(self._weigh, bucket, pieces, tensors, weights[self.particle])
+            self._all_reduce(bucket, share * nbytes(bucket), weigh)
             yield from self._unpack(bucket, pieces, tensors)
 
     def mean_by_differences(
@@ -112,15 +131,15 @@ class Exchange(Collectives):
 
         Args:
             weights: sum to one.
-            feedback: whether what is rounded away here goes with the next message, and what is yielded is
-                common knowledge from then on; false for a mean that may be thrown away.
+            feedback: what is rounded away here goes with the next message, and what is yielded is common knowledge
+                from then on; false for a mean that may be thrown away.
         """
         weight, form = weights[self.particle], differences.format
         for pieces, values in self._blocks(tensors):
             for piece in pieces:
                 here, common = piece.of(tensors[piece.tensor]), piece.of(differences.common[piece.tensor])
-                owed = piece.of(differences.residual[piece.tensor])
-                for part, x, c, e in in_chunks(piece.in_bucket(values), here, common, owed):
+                residual = piece.of(differences.residual[piece.tensor])
+                for part, x, c, e in in_chunks(piece.in_bucket(values), here, common, residual):
                     if weight != 0:
                         torch.sub(x, c.to(x), out=part).mul_(weight)
                     if feedback:
@@ -128,9 +147,9 @@ class Exchange(Collectives):
             encoded = self._sum_rounded(values, form)
             if feedback:
                 for piece in pieces:
-                    owed = piece.of(differences.residual[piece.tensor])
-                    # What overflowed would be owed for ever.
-                    owed.copy_(piece.in_bucket(values).nan_to_num_(0.0, 0.0, 0.0))
+                    residual = piece.of(differences.residual[piece.tensor])
+                    # What overflowed would stay in it for ever.
+                    residual.copy_(piece.in_bucket(values).nan_to_num_(0.0, 0.0, 0.0))
             for part, row in zip(values.chunk(len(self.present)), self._gather_parts(encoded), strict=True):
                 form.decode(row, part)
             yield from self._add_common(values, pieces, differences, become_common=feedback)
@@ -163,24 +182,20 @@ class Exchange(Collectives):
 
     def from_each(self, tensors: Sequence[Tensor], sources: Sequence[int]) -> Iterator[tuple[Piece, Tensor]]:
         """Yield, piece by piece, the tensors of particle ``sources[i]`` to particle i."""
-        me, source = self.particle, sources[self.particle]
-        if all(sources[i] == source for i in self.present):
+        me, source, present = self.particle, sources[self.particle], self.present
+        if all(sources[i] == source for i in present):
             yield from self.from_one(tensors, source)
             return
-        takers = [i != me and sources[i] == me for i in self.present]
+        takers = [i != me and sources[i] == me for i in present]
         for bucket, pieces in self._buckets(tensors):
             self._fill(bucket, pieces, tensors)
             copies = bucket.repeat(sum(takers))
             outgoing = [bucket if taker else None for taker in takers]
             send = [bucket.numel() * taker for taker in takers]
-            receive = [bucket.numel() * (i == source != me) for i in self.present]
+            receive = [bucket.numel() * (i == source != me) for i in present]
             arrived = bucket.new_empty(sum(receive))
-            self._run(
-                "all-to-all",
-                lambda group, a=arrived, c=copies, r=receive, s=send: group.alltoall_base(a, c, r, s),
-                nbytes(arrived),
-                partial(Copied, outgoing, [arrived if numel else None for numel in receive]),
-            )
+            moved = partial(Copied, outgoing, [arrived if numel else None for numel in receive])
+            self._all_to_all(arrived, copies, receive, send, moved)
             yield from self._unpack(bucket if source == me else arrived, pieces, tensors)
 
     def from_self(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Piece, Tensor]]:
@@ -190,7 +205,7 @@ class Exchange(Collectives):
                 yield piece, piece.of(tensors[piece.tensor])
 
     def all_gather(self, values: Sequence[float]) -> list[list[float]]:
-        """A few float64 of every particle, exactly, in the order of particles; NaN of those that are absent."""
+        """Return a few float64 of every particle, exactly, in the order of particles; NaN of those that are absent."""
         if self.num_particles == 1:
             return [list(values)]
         mine = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -199,21 +214,35 @@ class Exchange(Collectives):
             table[particle] = row.tolist()
         return table
 
+    def _all_reduce(self, tensor: Tensor, received: float, prepare: Callable[[], Added | None]) -> None:
+        self.collectives.run("all-reduce", lambda group: group.allreduce([tensor]), received, prepare)
+
+    def _all_to_all(
+        self, arrived: Tensor, sent: Tensor, receive: list[int], send: list[int], prepare: Callable[[], Copied]
+    ) -> None:
+        """Send ``send[i]`` elements to the i-th peer, one behind the other, and receive ``receive[i]`` from it."""
+        self.collectives.run(
+            "all-to-all", lambda group: group.alltoall_base(arrived, sent, receive, send), nbytes(arrived), prepare
+        )
+
     def _broadcast(self, tensor: Tensor, source: int) -> Tensor:
-        options = dist.BroadcastOptions()
-        options.rootRank, options.rootTensor = self.present.index(source), 0
+        options, present = dist.BroadcastOptions(), self.present
+        options.rootRank, options.rootTensor = present.index(source), 0
         received = 0 if self.particle == source else nbytes(tensor)
-        mine = [tensor if self.particle == source else None] * len(self.present)
-        theirs = [tensor if i == source != self.particle else None for i in self.present]
-        self._run("broadcast", lambda group: group.broadcast([tensor], options), received, lambda: Copied(mine, theirs))
+        mine = [tensor if self.particle == source else None] * len(present)
+        theirs = [tensor if i == source != self.particle else None for i in present]
+        self.collectives.run(
+            "broadcast", lambda group: group.broadcast([tensor], options), received, lambda: Copied(mine, theirs)
+        )
         return tensor
 
     def _sum_rounded(self, values: Tensor, form: Format) -> Tensor:
-        """The sum over all peers of their values in this particle's part, rounded twice, as bytes.
+        """Return the sum over all peers of their values in this particle's part, rounded twice, as bytes.
 
         What remains in ``values`` is what was rounded away here.
         """
-        parts, here = values.chunk(len(self.present)), self.present.index(self.particle)
+        present = self.present
+        parts, here = values.chunk(len(present)), present.index(self.particle)
         mine, others = parts[here], [i for i in range(len(parts)) if i != here]
         encoded = torch.empty(form.nbytes(len(mine)), dtype=torch.uint8, device=values.device)
         outgoing = encoded.new_empty(len(others), len(encoded))
@@ -221,30 +250,25 @@ class Exchange(Collectives):
             form.encode_and_subtract(parts[other], row)
         for row in self._swap_parts(outgoing):
             form.add_decoded(row, mine)
-        form.encode_and_subtract(mine, encoded)  # the second rounding is owed by who made it
+        form.encode_and_subtract(mine, encoded)  # this second residual stays with who made it
         return encoded
 
     def _swap_parts(self, outgoing: Tensor) -> Tensor:
-        """Send a row (P - 1, n) to each other peer; returns those that they sent, in the order of particles."""
+        """Send a row (P - 1, n) to each other peer. Return those that they sent, in the order of particles."""
         sizes = [outgoing.shape[1] * (i != self.particle) for i in self.present]
         sent = outgoing.view(-1).to(self.device)
         arrived = torch.empty_like(sent)
-        self._run(
-            "all-to-all",
-            lambda group: group.alltoall_base(arrived, sent, sizes, sizes),
-            nbytes(arrived),
-            lambda: Copied(sent.split(sizes), arrived.split(sizes)),
-        )
+        self._all_to_all(arrived, sent, sizes, sizes, lambda: Copied(sent.split(sizes), arrived.split(sizes)))
         return arrived.to(outgoing.device).view_as(outgoing)
 
     def _gather_parts(self, encoded: Tensor) -> list[Tensor]:
-        """The bytes (n,) of every particle, in the order of particles."""
+        """Return the bytes (n,) of every particle, in the order of particles."""
         return [row.to(encoded.device) for row in self._gather(encoded.to(self.device))]
 
     def _gather(self, mine: Tensor) -> list[Tensor]:
-        """As many bytes of every peer, in the order of particles."""
+        """Return a tensor like ``mine`` from every peer, in the order of particles."""
         rows = [torch.empty_like(mine) for _ in self.present]
-        self._run(
+        self.collectives.run(
             "all-gather",
             lambda group: group.allgather([rows], [mine]),
             (len(rows) - 1) * nbytes(mine),
@@ -253,7 +277,7 @@ class Exchange(Collectives):
         return rows
 
     def _blocks(self, tensors: Sequence[Tensor]) -> Iterator[tuple[list[Piece], Tensor]]:
-        """Buckets of fp32 zeros, as large as a whole number of blocks for each particle."""
+        """Yield buckets of fp32 zeros, as large as a whole number of blocks for each particle."""
         unit = len(self.present) * BLOCK
         capacity = max(1, self.bucket_bytes // (4 * unit)) * unit
         numels = [t.numel() for t in tensors]
@@ -293,7 +317,7 @@ class Exchange(Collectives):
             for piece in pieces:
                 for part, x in in_chunks(piece.in_bucket(bucket), piece.of(tensors[piece.tensor])):
                     part.copy_(x).mul_(weight)
-        return Added(bucket) if self.checksums else None
+        return Added(bucket) if self.collectives.checksums else None
 
     @staticmethod
     def _fill(bucket: Tensor, pieces: list[Piece], tensors: Sequence[Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -46,11 +47,11 @@ class FullDuplexGloo(dist.ProcessGroupGloo):
 
 
 class _Works:
-    """Several, waited for like one."""
+    """Several works, waited for like one."""
 
     def __init__(self, works: Sequence[Any]) -> None:
         self._works = works
 
-    def wait(self) -> None:
+    def wait(self, *timeout: timedelta) -> None:
         for work in self._works:
-            work.wait()
+            work.wait(*timeout)

@@ -7,15 +7,33 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ds_pso.distributed.full_duplex_gloo import FullDuplexGloo
 from ds_pso.errors import ConfigError, PeerError
 
 _CPU = torch.device("cpu")
+
+
+class Work(Protocol):
+    """A collective that has begun."""
+
+    def wait(self, *timeout: timedelta) -> object: ...
+
+
+class ProcessGroup(Protocol):
+    """The part of a ``dist.ProcessGroup`` that is used; a simulation has one that is none."""
+
+    def allreduce(self, tensors: list[Tensor], /) -> Work: ...
+    def broadcast(self, tensors: list[Tensor], options: dist.BroadcastOptions, /) -> Work: ...
+    def allgather(self, output: list[list[Tensor]], input: list[Tensor], /) -> Work: ...
+    def alltoall_base(
+        self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int], /
+    ) -> Work: ...
 
 
 @dataclass
@@ -29,7 +47,7 @@ class PeerGroup:
         device: where the tensors lie that it moves.
     """
 
-    group: Any = None
+    group: ProcessGroup | None = None
     present: Sequence[int] = (0,)
     backend: str = "none"
     device: torch.device = field(default=_CPU)
@@ -37,7 +55,7 @@ class PeerGroup:
     def shut(self) -> None:
         """End it in good order; the peers do so, too."""
         group, self.group = self.group, None
-        if group is not None and self.backend == "nccl":
+        if isinstance(group, dist.ProcessGroupNCCL):
             group.shutdown()
 
 

@@ -7,10 +7,12 @@ whole model once, in CPU memory, as ``save_pretrained`` needs it.
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Protocol
 
 import deepspeed
 import torch
@@ -22,12 +24,19 @@ from ds_pso.distributed.local_group import local_device
 from ds_pso.errors import ConfigError
 from ds_pso.session.session import Session
 from ds_pso.shards import Segment, Shards, find_shards
+from ds_pso.sync.consensus import Choice
 from ds_pso.utils.atomic_io import move_files
 
-Choice = Literal["consensus", "best"]
+log = logging.getLogger(__name__)
 
 
-def export(session: Session, folder: Path, which: Choice = "consensus", tokenizer: Any = None) -> Path:
+class Tokenizer(Protocol):
+    """A tokenizer or processor that can be saved beside a model."""
+
+    def save_pretrained(self, folder: Path, /) -> object: ...
+
+
+def export(session: Session, folder: Path, which: Choice = "consensus", tokenizer: Tokenizer | None = None) -> Path:
     """Write the model to ``folder``; ``from_pretrained(folder)`` opens it. Called on all ranks.
 
     Files of the same names are replaced; whatever else is in the folder stays.
@@ -39,6 +48,7 @@ def export(session: Session, folder: Path, which: Choice = "consensus", tokenize
     """
     if which not in ("consensus", "best"):
         raise ConfigError(f'export which = {which!r}: must be "consensus" or "best"')
+    begin = time.perf_counter()
     if session.synchronizer is not None:
         shards = session.synchronizer.parts.shards
         tensors, buffers = session.synchronizer.consensus.collect(which)
@@ -52,6 +62,7 @@ def export(session: Session, folder: Path, which: Choice = "consensus", tokenize
                 _write(session.engine.module, state_dict, temporary)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(temporary)
+            log.info("%s: exported the %s model in %.1f s", folder, which, time.perf_counter() - begin)
     return folder
 
 
@@ -85,7 +96,7 @@ def _decides(path: Path) -> int:
 
 
 def _state_dict(session: Session, shards: Shards, tensors: list[Tensor], buffers: list[Tensor]) -> dict[str, Tensor]:
-    """The whole model in its working dtype on the leader; empty elsewhere."""
+    """Return the whole model in its working dtype on the leader; elsewhere an empty dict."""
     state_dict: dict[str, Tensor] = {}
     for name, tensor in _parameters(session, shards, tensors):
         if session.is_leader:
@@ -101,7 +112,7 @@ def _state_dict(session: Session, shards: Shards, tensors: list[Tensor], buffers
 
 
 def _parameters(session: Session, shards: Shards, tensors: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Full parameters, one at a time, right on rank 0 of each particle."""
+    """Yield full parameters, one at a time; their values are right on rank 0 of each particle."""
     pieces: dict[str, list[Segment]] = {}
     for segment in shards.segments:
         pieces.setdefault(segment.name, []).append(segment)
@@ -121,16 +132,17 @@ def _parameters(session: Session, shards: Shards, tensors: list[Tensor]) -> Iter
 
 
 def _frozen(parameter: Tensor) -> Tensor:
-    """A parameter that is not trained, gathered if ZeRO 3 has partitioned it."""
+    """Return a parameter that is not trained, gathered if ZeRO 3 has partitioned it."""
     if hasattr(parameter, "ds_id"):
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
     return parameter.detach()
 
 
-def _write(module: Any, state_dict: dict[str, Tensor], folder: Path) -> None:
-    if hasattr(module, "save_pretrained"):
-        module.save_pretrained(folder, state_dict=state_dict)
+def _write(module: torch.nn.Module, state_dict: dict[str, Tensor], folder: Path) -> None:
+    save = getattr(module, "save_pretrained", None)
+    if save is not None:
+        save(folder, state_dict=state_dict)
     else:
         first_name = {id(parameter): name for name, parameter in module.named_parameters()}
         for name, parameter in module.named_parameters(remove_duplicate=False):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import accelerate
 import torch
@@ -11,9 +11,12 @@ import transformers
 
 from ds_pso.errors import ConfigError
 
+if TYPE_CHECKING:
+    from peft import PeftModel
 
-def load_config(model: str | Path) -> Any:
-    """The ``transformers`` config of a local folder or hub id. No code of a model is run.
+
+def load_model_config(model: str | Path) -> transformers.PretrainedConfig:
+    """Return the ``transformers`` config of a local folder or hub id. No code of a model is run.
 
     Raises:
         ConfigError: there is none, or its type is not one of transformers'.
@@ -28,8 +31,8 @@ def load_config(model: str | Path) -> Any:
         ) from error
 
 
-def skeleton(config: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """The model of this config, on the meta device.
+def skeleton(config: transformers.PretrainedConfig, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
+    """Return the model of this config, on the meta device.
 
     The class is the one that the config names, or the one for causal language models, or the bare one.
 
@@ -50,8 +53,8 @@ def skeleton(config: Any, dtype: torch.dtype = torch.float32) -> Any:
     return model.to(dtype)
 
 
-def with_adapter(model: Any, folder: Path) -> Any:
-    """The peft model around it, as the adapter_config.json in this folder has it."""
+def with_adapter(model: transformers.PreTrainedModel, folder: Path) -> PeftModel:
+    """Return the peft model around it, as the adapter_config.json in this folder has it."""
     import peft
 
     config = peft.PeftConfig.from_pretrained(folder)
@@ -60,6 +63,6 @@ def with_adapter(model: Any, folder: Path) -> Any:
         return peft.get_peft_model(model, config)
 
 
-def num_parameters(model: Any) -> int:
-    """Tied ones count once."""
+def num_parameters(model: torch.nn.Module) -> int:
+    """Return the number of a model's parameters; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())

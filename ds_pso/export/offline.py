@@ -14,31 +14,29 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
-from ds_pso.checkpoint.format import LATEST, find, verified_record, weights_only
-from ds_pso.checkpoint.model_layout import MODEL
-from ds_pso.checkpoint.reader import SavedParticle, masters_of
+from ds_pso.checkpoint.format import LATEST, MODEL, find, verified_record, weights_only
+from ds_pso.checkpoint.reader import Flat, SavedParticle
 from ds_pso.comm.exchange import wire_dtype
 from ds_pso.errors import CheckpointError, ConfigError
 from ds_pso.export.live import replacing_model
-from ds_pso.export.meta_model import load_config, skeleton, with_adapter
+from ds_pso.export.meta_model import load_model_config, skeleton, with_adapter
 from ds_pso.rules import SyncPoint
 from ds_pso.shards import Segment
 from ds_pso.shards.base import square_of_norm
-from ds_pso.shards.replicated import equal_parts
 from ds_pso.sync.fitness import ParticleReport
 from ds_pso.sync.health import Limits, judge
 
 
 @dataclass(frozen=True)
 class Model:
-    """What was put together."""
+    """A model that was put together from a checkpoint."""
 
     state_dict: dict[str, Tensor]  # in the working dtype
     tied: dict[str, str]  # names that are not in it, and under which the same tensor is
@@ -52,7 +50,7 @@ class Model:
 
 
 def find_checkpoint(run: Path, tag: str | None = None) -> Path:
-    """The step_* folder that ``run`` is, or the one in it that ``tag`` or ``latest`` names.
+    """Return the step_* folder that ``run`` is, or the one in it that ``tag`` or ``latest`` names.
 
     Args:
         run: a run folder with a folder ``checkpoints``, a checkpoints folder, or a step_* folder.
@@ -68,7 +66,7 @@ def find_checkpoint(run: Path, tag: str | None = None) -> Path:
 
 
 def consolidate(source: Path, which: Literal["consensus", "best"] | int = "consensus") -> Model:
-    """The model that ``swarm.export`` would have written when the checkpoint ``source`` was saved.
+    """Return the model that ``swarm.export`` would have written when the checkpoint ``source`` was saved.
 
     Args:
         which: as for ``swarm.export``, or the number of a particle.
@@ -82,7 +80,7 @@ def consolidate(source: Path, which: Literal["consensus", "best"] | int = "conse
     if isinstance(which, int) and not 0 <= which < P:
         raise ConfigError(f"--particle {which}: {source} has particles 0 to {P - 1}")
     with weights_only():
-        particles = [None if which not in ("consensus", "best", p) else _Particle(source, p, S) for p in range(P)]
+        particles = [None if which not in ("consensus", "best", p) else _Particle.open(source, p, S) for p in range(P)]
         weights = _weights(source, particles, which)
         chosen = [(w, particle) for w, particle in zip(weights, particles, strict=True) if particle is not None and w]
         state_dict, tied = _combine(chosen, of_rule=which == "consensus")
@@ -91,7 +89,7 @@ def consolidate(source: Path, which: Literal["consensus", "best"] | int = "conse
 
 
 def write(model: Model, folder: Path) -> str | None:
-    """Write it as ``swarm.export`` does. Returns why it is not a whole Hugging Face model; None if it is."""
+    """Write it as ``swarm.export`` does. Return why it is not a whole Hugging Face model; None if it is."""
     with replacing_model(folder) as temporary:
         module, reason = _module_of(model)
         if module is not None:
@@ -104,13 +102,13 @@ def write(model: Model, folder: Path) -> str | None:
     return reason
 
 
-def _module_of(model: Model) -> tuple[Any, str | None]:
-    """The module to which the tensors belong, without memory; or the reason why there is none."""
+def _module_of(model: Model) -> tuple[PreTrainedModel | None, str | None]:
+    """Return the module to which the tensors belong, without memory; or the reason why there is none."""
     if not model.config.is_dir():
         return None, "the module that was trained has no Hugging Face config"
     dtype = next((t.dtype for t in model.state_dict.values() if t.is_floating_point()), torch.float32)
     try:
-        module = skeleton(load_config(model.config), dtype)
+        module = skeleton(load_model_config(model.config), dtype)
     except ConfigError:
         return None, "its class is not one of transformers'; its config.json is copied"
     if (model.config / "adapter_config.json").is_file():
@@ -126,12 +124,11 @@ def _module_of(model: Model) -> tuple[Any, str | None]:
 
 
 def _weights(source: Path, particles: Sequence[_Particle | None], which: str | int) -> tuple[float, ...]:
-    """Of each particle in the model; they sum to one."""
+    """Return the weight of each particle in the model; they sum to one."""
     there = {i: particle for i, particle in enumerate(particles) if particle is not None}
     limits = Limits(norm=next(iter(there.values())).norm_limit)
-    reasons = judge(
-        [ParticleReport(particle.loss, 0, particle.norm(), math.nan) for particle in there.values()], limits
-    )
+    reports = [ParticleReport(particle.loss, 0, particle.norm(), math.nan) for particle in there.values()]
+    reasons = judge(reports, limits)
     left_out = {i for number, i in enumerate(there) if number in reasons}
     alive = tuple(i in there and i not in left_out for i in range(len(particles)))
     if not any(alive):
@@ -145,14 +142,17 @@ def _weights(source: Path, particles: Sequence[_Particle | None], which: str | i
 
 
 def _combine(chosen: Sequence[tuple[float, _Particle]], of_rule: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The weighted mean, and which names are tied to which. What is no number or not trained comes from the first."""
+    """Return the weighted mean, and the names that are tied with the names that they are tied to.
+
+    Integers, and parameters that are not trained, come from the first particle.
+    """
     leader = chosen[0][1]
     frozen, tied = leader.frozen_and_tied()
     state_dict = dict(frozen)
-    for name in leader.pieces:
-        like = leader.module[name]
+    for name in leader.saved.pieces:
+        like = leader.saved.module[name]
         mean = _mean([(weight, particle.parameter(name, of_rule)) for weight, particle in chosen])
-        state_dict[name] = mean.to(like.dtype).view(leader.shape(name))
+        state_dict[name] = mean.to(like.dtype).view(leader.saved.shape(name))
     for name in leader.buffers:
         buffer = leader.buffer(name)
         if buffer.is_floating_point():
@@ -170,75 +170,86 @@ def _mean(parts: Sequence[tuple[float, Tensor]]) -> Tensor:
     return mean
 
 
-class _Particle(SavedParticle):
-    """The files of one particle, checked and mapped into memory."""
+@dataclass(frozen=True)
+class _Particle:
+    """A particle of the checkpoint, whose files are checked and mapped into memory.
 
-    def __init__(self, source: Path, number: int, size: int) -> None:
+    Attributes:
+        masters: by rank and shard.
+        loss: at the last sync point; NaN if there was none.
+        norm_limit: above it a particle is left out; None: there is no limit.
+        model_in: where the rule keeps the model, see ``Rule.model_in``.
+    """
+
+    saved: SavedParticle
+    masters: list[list[Tensor]]
+    loss: float
+    norm_limit: float | None
+    model_in: str
+
+    @classmethod
+    def open(cls, source: Path, number: int, size: int) -> _Particle:
+        """Read the records of its ranks, and check the files that they name.
+
+        Raises:
+            CheckpointError: missing or damaged, or does not say where parameters lie.
+        """
         records = [verified_record(source, rank) for rank in range(number * size, (number + 1) * size)]
-        if any(record.get("shards") is None for record in records):
+        shards, synced = records[0].get("shards"), records[0]["synchronizer"]
+        if shards is None or any(record.get("shards") is None for record in records):
             raise CheckpointError(
                 f"{source}: does not say where the parameters of its engine lie (an older ds_pso, or an engine whose "
                 "shards cannot be read); load it and use swarm.export"
             )
-        super().__init__(source, number, records)
-        met = records[0]["synchronizer"]
-        self.loss = math.nan if met is None else float(met["last_losses"][number])
-        self.norm_limit = None if met is None else met.get("norm_limit")
-        self._model_in = records[0]["shards"]["model_in"]
-        if self.stage == 0:
-            self._masters = self._replicated(size)
-        else:
-            self._masters = [masters_of(state) for state in self.optimizer_states()]
-
-    def _replicated(self, size: int) -> list[list[Tensor]]:
-        """At stage 0, the part of the whole masters that each rank exchanges: see ``ReplicatedShards``."""
-        optimizer = self.model_states[0]["optimizer"]
-        if "fp32_groups_flat" in optimizer:
-            masters = optimizer["fp32_groups_flat"]
-        elif "fp32_groups" in optimizer:
-            masters = [master for group in optimizer["fp32_groups"] for master in group]
-        else:  # fp32: the parameters themselves, in the optimizer's order
-            masters = [self.module[name] for name in self.pieces]
-        parts = equal_parts([master.numel() for master in masters], size)
-        return [[masters[m].detach().view(-1)[start:stop] for m, start, stop in part] for part in parts]
+        saved = SavedParticle.open(source, number, records)
+        loss = math.nan if synced is None else float(synced["last_losses"][number])
+        limit = None if synced is None else synced.get("norm_limit")
+        return cls(saved, saved.masters(), loss, limit, shards["model_in"])
 
     def parameter(self, name: str, of_rule: bool = False) -> Tensor:
-        """fp32 and flat. ``of_rule``: from where the rule keeps the model, which may be its state."""
+        """Return a parameter, fp32 and flat.
 
-        def read(rank: int, shard: int) -> Any:
-            if of_rule and self._model_in != "x":
-                return self.own[rank].get_slice(f"rule.{shard}.{self._model_in}")
-            return self._masters[rank][shard].detach()
+        Args:
+            of_rule: from where the rule keeps the model, which may be its state.
+        """
 
-        numel = self.numel[name]
-        return self.gather([Segment(name, 0, 0, 0, numel)], [numel], torch.float32, read)[0]
+        def read(rank: int, shard: int) -> Flat:
+            if of_rule and self.model_in != "x":
+                return self.saved.own[rank].get_slice(f"rule.{shard}.{self.model_in}")
+            return self.masters[rank][shard]
+
+        numel = self.saved.numel(name)
+        return self.saved.gather([Segment(name, 0, 0, 0, numel)], [numel], torch.float32, read)[0]
 
     @property
     def buffers(self) -> list[str]:
-        return [key.removeprefix("buffer.") for key in self.own[0].keys() if key.startswith("buffer.")]  # noqa: SIM118
+        """Names of its persistent buffers."""
+        return [key.removeprefix("buffer.") for key in self.saved.own[0].keys() if key.startswith("buffer.")]  # noqa: SIM118
 
     def buffer(self, name: str, rank: int = 0) -> Tensor:
-        return self.own[rank].get_tensor(f"buffer.{name}")
+        """Return a buffer as it is on a rank."""
+        return self.saved.own[rank].get_tensor(f"buffer.{name}")
 
     def norm(self) -> float:
-        """Of all weights, and the buffers of all ranks; not finite if one is not. Padding does not count."""
-        buffers = [self.buffer(name, rank) for name in self.buffers for rank in range(len(self.own))]
+        """Return the norm of all weights and of the buffers of all ranks, without padding; not finite if one is not."""
+        buffers = [self.buffer(name, rank) for name in self.buffers for rank in range(self.saved.size)]
         squares = [square_of_norm(b.reshape(-1)) for b in buffers if b.is_floating_point() and b.numel()]
-        return math.sqrt(sum(squares) + sum(square_of_norm(self.parameter(name)) for name in self.pieces))
+        return math.sqrt(sum(squares) + sum(square_of_norm(self.parameter(name)) for name in self.saved.pieces))
 
     def frozen_and_tied(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Parameters that are not trained, in their working dtype; and names of the same tensor as another name."""
-        known = {*self.pieces, *self.buffers}
-        others = [n for n, t in self.module.items() if n not in known and isinstance(t, Tensor)]
-        if self.stage == 3:
-            shared = self.model_states[0]["shared_params"]
-            names = self.model_states[0]["frozen_param_shapes"]
-            frozen = {name: self.frozen(name).view(self.shape(name)) for name in names}
+        """Return parameters that are not trained, in their working dtype; and names that share another tensor."""
+        saved = self.saved
+        known = {*saved.pieces, *self.buffers}
+        others = [n for n, t in saved.module.items() if n not in known and isinstance(t, Tensor)]
+        if saved.stage == 3:
+            shared = saved.model_states[0]["shared_params"]
+            names = saved.model_states[0]["frozen_param_shapes"] or {}
+            frozen = {name: saved.frozen(name).view(saved.shape(name)) for name in names}
         else:
             first: dict[int, str] = {}
-            for name, tensor in self.module.items():
+            for name, tensor in saved.module.items():
                 if isinstance(tensor, Tensor) and tensor.numel():
                     first.setdefault(tensor.data_ptr(), name)
-            shared = {n: first.get(self.module[n].data_ptr(), n) for n in others}
-            frozen = {n: self.module[n].clone() for n in others if shared[n] == n}
+            shared = {n: first.get(saved.module[n].data_ptr(), n) for n in others}
+            frozen = {n: saved.module[n].clone() for n in others if shared[n] == n}
         return frozen, {n: shared[n] for n in others if shared.get(n, n) != n}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ds_pso._version import __version__
+from ds_pso.utils.atomic_io import write_atomically
 
 
 class MetricsLog:
@@ -39,9 +39,7 @@ class MetricsLog:
             kept.pop()
         now = {"step": step, "time_s": kept[-1]["time_s"] if kept else 0.0}
         kept += [record | now for record in last if record["event"] == "start"]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self._start = time.time() - (kept[-1]["time_s"] if kept else 0.0)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ds_pso.errors import SwarmError
+from ds_pso.shards.engine import Engine
 from ds_pso.utils.chunks import in_chunks
 
 
@@ -30,11 +31,27 @@ class Segment:
 
 
 def intersect(name: str, begin: int, numel: int, window: tuple[int, int], shard: int) -> list[Segment]:
-    """The part of parameter [begin, begin + numel) of a flat group that lies in this rank's window."""
+    """Return the part of parameter [begin, begin + numel) of a flat group that lies in this rank's window."""
     start, stop = max(begin, window[0]), min(begin + numel, window[1])
     if start >= stop:
         return []
     return [Segment(name, shard, start - window[0], start - begin, stop - start)]
+
+
+def equal_parts(numels: Sequence[int], parts: int) -> list[list[tuple[int, int, int]]]:
+    """Cut tensors of these sizes into ``parts`` runs of nearly equal length: (tensor, start, stop)."""
+    total = sum(numels)
+    cut: list[list[tuple[int, int, int]]] = []
+    for part in range(parts):
+        begin, end = total * part // parts, total * (part + 1) // parts
+        pieces, offset = [], 0
+        for index, numel in enumerate(numels):
+            start, stop = max(begin, offset), min(end, offset + numel)
+            if start < stop:
+                pieces.append((index, start - offset, stop - offset))
+            offset += numel
+        cut.append(pieces)
+    return cut
 
 
 class Shards(ABC):
@@ -45,7 +62,9 @@ class Shards(ABC):
     forward and backward.
     """
 
-    def __init__(self, engine: Any) -> None:
+    optimizer: Any  # a subclass says what it uses of it
+
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.optimizer = engine.optimizer
         self.module = engine.module
@@ -56,31 +75,32 @@ class Shards(ABC):
         self._lr_hooked = False
 
     @abstractmethod
-    def _masters(self, engine: Any) -> list[Tensor]:
-        """The optimizer's own fp32 masters, by which it also keeps its state."""
+    def _masters(self) -> Sequence[Tensor]:
+        """Return the optimizer's own fp32 masters, by which it also keeps its state."""
 
     @property
     def tensors(self) -> list[Tensor]:
         """Flat fp32 tensors, detached, in the optimizer's memory."""
-        return [t.detach() for t in self._masters(self.engine)]
+        return [t.detach() for t in self._masters()]
 
     @abstractmethod
     def _find_segments(self) -> list[Segment]:
-        """Segments in ascending order of (shard, shard_start)."""
+        """Return the segments in ascending order of (shard, shard_start)."""
 
     @abstractmethod
-    def _parameters(self) -> list[list[Tensor]]:
-        """All parameters that the optimizer trains, on whatever rank their elements lie."""
+    def _parameters(self) -> Sequence[Sequence[object]]:
+        """Return all parameters that the optimizer trains, on whatever rank their elements lie."""
 
     @abstractmethod
     def publish(self) -> None:
         """Make the working weights of every rank of the particle the cast of the masters."""
 
     def trained_names(self) -> set[str]:
-        """Names of all parameters in the optimizer, equal on all ranks."""
+        """Return the names of all parameters in the optimizer, equal on all ranks."""
         return {self.name_of(parameter) for group in self._parameters() for parameter in group}
 
-    def name_of(self, parameter: Tensor) -> str:
+    def name_of(self, parameter: object) -> str:
+        """Return the name of a parameter of the optimizer, as in ``module.named_parameters()``."""
         try:
             return self._names[id(parameter)]
         except KeyError:
@@ -90,18 +110,20 @@ class Shards(ABC):
             ) from None
 
     def check_present(self) -> None:
-        """Raises SwarmError while ``engine.offload_states()`` is in force: the shards are elsewhere."""
+        """Raise SwarmError while ``engine.offload_states()`` is in force: the shards are elsewhere."""
         if getattr(self.optimizer, "offloaded_states", None):
             raise SwarmError("the optimizer's states are offloaded; call engine.reload_states() before engine.step()")
 
     def zero_padding(self) -> None:
-        """Alignment padding may hold anything, NaN included; nobody may see it."""
+        """Set alignment padding, which may hold anything, NaN included, to zero."""
         tensors = self.tensors
         for shard, start, stop in self.padding:
             tensors[shard][start:stop].zero_()
 
     def square_norm(self) -> float:
-        """Sum of the squares of this rank's weights and buffers; not finite if one is not. Padding must be zero.
+        """Return the sum of the squares of this rank's weights and buffers; not finite if one of them is not.
+
+        Padding must be zero.
 
         One pass over the memory says two things: whether all is finite, and whether something is far too large. That
         is what memory that flips a bit does to a weight: with the top bit of the exponent an |x| < 2 becomes
@@ -112,11 +134,11 @@ class Shards(ABC):
         return sum(square_of_norm(t) for t in tensors if t.numel())
 
     def moments(self) -> list[Tensor]:
-        """The optimizer's moments for ``tensors``, flat and live, in an order that is equal on all peers.
+        """Return the optimizer's moments for ``tensors``, flat and live, in an order that is equal on all peers.
 
         Empty before the first step.
         """
-        return [moment for master in self._masters(self.engine) for moment in self._moments_of(master)]
+        return [moment for master in self._masters() for moment in self._moments_of(master)]
 
     def _moments_of(self, master: Tensor) -> list[Tensor]:
         state = self.optimizer.state.get(master, {})
@@ -124,7 +146,7 @@ class Shards(ABC):
         return [value.view(-1) for value in values if value.is_floating_point() and value.shape == master.shape]
 
     def publish_moments(self) -> None:  # noqa: B027
-        """After writing to ``moments``: bring the optimizers of the whole particle in line."""
+        """Bring the optimizers of the whole particle in line with ``moments``, after writing to these."""
 
     def reset_optimizer_state(self) -> None:
         """Zero the moments of a particle, and its optimizer's count of steps, which corrects their bias.
@@ -143,7 +165,7 @@ class Shards(ABC):
 
     @property
     def lr_factor(self) -> float:
-        """The optimizer's learning rates are multiplied by it while it takes a step."""
+        """The factor by which the optimizer's learning rates are multiplied while it takes a step."""
         return self._lr_factor
 
     @lr_factor.setter
@@ -165,7 +187,7 @@ class Shards(ABC):
             group["lr"] = lr
 
     def buffers(self) -> list[tuple[str, Tensor]]:
-        """Persistent floating-point buffers (batch-norm statistics and the like), by name."""
+        """Return the persistent floating-point buffers (batch-norm statistics and the like), by name."""
         found = []
         for prefix, module in self.module.named_modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -175,7 +197,7 @@ class Shards(ABC):
 
     @contextlib.contextmanager
     def flat_buffers(self) -> Iterator[list[Tensor]]:
-        """The buffers, flat; what is written to them counts, also where flattening had to copy."""
+        """Yield the buffers, flat; writes to them in the block count, also where flattening had to copy."""
         buffers = [buffer for _, buffer in self.buffers()]
         flat = [buffer.reshape(-1) for buffer in buffers]
         yield flat
@@ -184,14 +206,14 @@ class Shards(ABC):
                 buffer.copy_(values.view(buffer.shape))
 
     def frozen(self) -> list[Tensor]:
-        """What this rank holds of the floating-point parameters that are not trained, flat and live."""
+        """Return this rank's part of the floating-point parameters that are not trained, flat and live."""
         trained = self.trained_names()
         frozen = [p for name, p in self.module.named_parameters() if name not in trained]
         tensors = [getattr(p, "ds_tensor", p) for p in frozen]  # ZeRO 3: this rank's block
         return [t.detach().view(-1) for t in tensors if t.is_floating_point()]
 
     def fingerprint(self) -> str:
-        """Equal on two ranks exactly when their shards hold the same slices of the same model."""
+        """Return a hash that is equal on two ranks exactly when their shards hold the same slices of the same model."""
         segments = [(s.name, s.shard, s.shard_start, s.param_start, s.numel) for s in self.segments]
         sizes = [t.numel() for t in self.tensors]
         shapes = [
@@ -203,7 +225,7 @@ class Shards(ABC):
 
 
 def square_of_norm(flat: Tensor) -> float:
-    """Not finite if an element is not. In fp32 inside a chunk, and in fp64 over them."""
+    """Return ||flat||^2, summed in fp32 inside a chunk and in fp64 over them; not finite if an element is not."""
     wide = torch.promote_types(flat.dtype, torch.float32)
     parts = [torch.dot(part, part) for part in (part.to(wide) for (part,) in in_chunks(flat))]
     total = float(torch.stack(parts).sum(dtype=torch.float64))
@@ -220,7 +242,7 @@ def replace(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 
 def _gaps(segments: Sequence[Segment], numels: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(shard, start, stop) of what no segment covers."""
+    """Return the (shard, start, stop) that no segment covers."""
     gaps, ends = [], [0] * len(numels)
     for segment in segments:
         if segment.shard_start > ends[segment.shard]:

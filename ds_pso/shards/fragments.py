@@ -20,6 +20,7 @@ class Range:
     stop: int
 
     def of(self, shards: Sequence[Tensor]) -> Tensor:
+        """Return its elements, live."""
         return shards[self.shard][self.start : self.stop]
 
 
@@ -27,7 +28,7 @@ Fragment = Sequence[Range]
 
 
 def cut(shards: Shards, count: int) -> list[Fragment]:
-    """``count`` fragments of equal size, those first whose parameters the forward pass needs first.
+    """Return ``count`` fragments of equal size, those first whose parameters the forward pass needs first.
 
     Every element that belongs to a parameter is in exactly one of them. As the forward pass goes, so it is assumed, the
     parameters were registered in the module. One fragment is the shards as they are, with their padding.
@@ -38,7 +39,11 @@ def cut(shards: Shards, count: int) -> list[Fragment]:
 
 
 def cut_segments(segments: Sequence[Segment], names: Sequence[str], count: int) -> list[Fragment]:
-    """More than one fragment of a rank that holds these segments. ``names``: of the parameters, in their order."""
+    """Return more than one fragment of a rank that holds these segments.
+
+    Args:
+        names: of the parameters, in their order.
+    """
     order = {name: place for place, name in enumerate(names)}
     segments = sorted(segments, key=lambda s: (order[s.name], s.param_start))
     total = sum(s.numel for s in segments)
@@ -47,7 +52,7 @@ def cut_segments(segments: Sequence[Segment], names: Sequence[str], count: int) 
 
 
 def _between(segments: Sequence[Segment], start: int, stop: int) -> Iterator[Range]:
-    """The elements [start, stop) of all segments, one behind the other; neighbours in a shard are one range."""
+    """Yield the elements [start, stop) of all segments, one behind the other; neighbours in a shard are one range."""
     begin, last = 0, None
     for s in segments:
         low, high = max(start, begin) - begin, min(stop, begin + s.numel) - begin
@@ -66,7 +71,7 @@ def _between(segments: Sequence[Segment], start: int, stop: int) -> Iterator[Ran
 
 
 def segments_in(fragment: Fragment, segments: Sequence[Segment]) -> list[Segment]:
-    """The segments of a fragment, whose ranges are taken for shards."""
+    """Return the segments of a fragment, as if each of its ranges were a shard."""
     found = []
     for number, r in enumerate(fragment):
         for s in segments:
@@ -86,5 +91,5 @@ def segments_in(fragment: Fragment, segments: Sequence[Segment]) -> list[Segment
 
 
 def states_in(fragment: Fragment, states: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Of each range the state tensors, live."""
+    """Return the state tensors of each range, live."""
     return [{key: value[r.start : r.stop] for key, value in states[r.shard].items()} for r in fragment]

@@ -1,36 +1,43 @@
-"""Shards at ZeRO 0, where every rank of a particle holds the whole model.
+"""Base of the layouts at ZeRO 0, where every rank of a particle holds the whole model.
 
 The swarm still gives each rank one 1/S of it, so that S ranks share the traffic between the
-particles as under ZeRO; publishing ends with the ranks of a particle telling each other their parts.
+particles as under ZeRO; publishing ends with the ranks of a particle sending each other their parts.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch.distributed as dist
 from torch import Tensor
 
 from ds_pso.errors import UnsupportedError
-from ds_pso.shards.base import Segment, Shards, intersect
+from ds_pso.shards.base import Segment, Shards, equal_parts, intersect
+from ds_pso.shards.engine import Engine
 
 
 class ReplicatedShards(Shards):
-    """Base of the stage 0 cases. A subclass names the full masters and what lies in them."""
+    """Equal parts of whole masters. A subclass names these, the parameters that lie in them, and how they are cast."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._group = engine.data_parallel_group
         self._rank = dist.get_rank(self._group)
         self._size = dist.get_world_size(self._group)
-        self._owned = equal_parts([m.numel() for m in self._masters(engine)], self._size)
         super().__init__(engine)
 
-    def _masters(self, engine: Any) -> list[Tensor]:
-        """Of the whole model; here, the parameters themselves (pure fp32)."""
-        return [param for group in engine.optimizer.param_groups for param in group["params"]]
+    @functools.cached_property
+    def _owned(self) -> list[list[tuple[int, int, int]]]:
+        """The part of each rank: (master, start, stop)."""
+        return equal_parts([master.numel() for master in self._masters()], self._size)
+
+    @abstractmethod
+    def _masters(self) -> Sequence[Tensor]:
+        """Return those of the whole model."""
 
     def _flat_masters(self) -> list[Tensor]:
-        masters = self._masters(self.engine)
+        masters = self._masters()
         for master in masters:
             if not master.data.is_contiguous():
                 raise UnsupportedError(
@@ -39,9 +46,9 @@ class ReplicatedShards(Shards):
                 )
         return [master.data.view(-1) for master in masters]
 
-    def _parameters(self) -> list[list[Tensor]]:
-        """Those of each master, in the order in which they lie in it."""
-        return [[param] for group in self.optimizer.param_groups for param in group["params"]]
+    @abstractmethod
+    def _parameters(self) -> Sequence[Sequence[Tensor]]:
+        """Return those of each master, in the order in which they lie in it."""
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -63,13 +70,13 @@ class ReplicatedShards(Shards):
         self._cast(masters)
 
     def moments(self) -> list[Tensor]:
-        masters = self._masters(self.engine)
+        masters = self._masters()
         return [
             moment[start:stop] for m, start, stop in self._owned[self._rank] for moment in self._moments_of(masters[m])
         ]
 
     def publish_moments(self) -> None:
-        self._share_with_local_ranks([self._moments_of(master) for master in self._masters(self.engine)])
+        self._share_with_local_ranks([self._moments_of(master) for master in self._masters()])
 
     def _share_with_local_ranks(self, flat: list[list[Tensor]]) -> None:
         """Each rank of the particle sends its own part of each master's tensors to the others."""
@@ -81,52 +88,6 @@ class ReplicatedShards(Shards):
                 for tensor in flat[master]:
                     dist.broadcast(tensor[start:stop], source, group=self._group)
 
+    @abstractmethod
     def _cast(self, masters: list[Tensor]) -> None:
-        """Bring the working weights in line with the masters; in pure fp32 they are the same."""
-
-
-class FlatMasterShards(ReplicatedShards):
-    """bf16 or fp16 with FP16_Optimizer: one flat fp32 master per parameter group."""
-
-    def _masters(self, engine: Any) -> list[Tensor]:
-        return list(engine.optimizer.fp32_groups_flat)
-
-    def _parameters(self) -> list[list[Tensor]]:
-        return [list(group) for group in self.optimizer.fp16_groups]
-
-    def _cast(self, masters: list[Tensor]) -> None:
-        for master, params in zip(masters, self._parameters(), strict=True):
-            offset = 0
-            for param in params:
-                param.data.copy_(master[offset : offset + param.numel()].view_as(param))
-                offset += param.numel()
-
-
-class SplitMasterShards(ReplicatedShards):
-    """bf16 or fp16 with FP16_UnfusedOptimizer: one fp32 master per parameter."""
-
-    def _masters(self, engine: Any) -> list[Tensor]:
-        return [master for group in engine.optimizer.fp32_groups for master in group]
-
-    def _parameters(self) -> list[list[Tensor]]:
-        return [[param] for group in self.optimizer.fp16_groups for param in group]
-
-    def _cast(self, masters: list[Tensor]) -> None:
-        for master, (param,) in zip(masters, self._parameters(), strict=True):
-            param.data.copy_(master.view_as(param))
-
-
-def equal_parts(numels: list[int], parts: int) -> list[list[tuple[int, int, int]]]:
-    """Cut tensors of these sizes into ``parts`` runs of nearly equal length: (tensor, start, stop)."""
-    total = sum(numels)
-    cut: list[list[tuple[int, int, int]]] = []
-    for part in range(parts):
-        begin, end = total * part // parts, total * (part + 1) // parts
-        pieces, offset = [], 0
-        for index, numel in enumerate(numels):
-            start, stop = max(begin, offset), min(end, offset + numel)
-            if start < stop:
-                pieces.append((index, start - offset, stop - offset))
-            offset += numel
-        cut.append(pieces)
-    return cut
+        """Bring the working weights in line with the masters."""

@@ -1,19 +1,36 @@
-"""Shards of ZeRO 1 and 2, and of DeepSpeed's BF16_Optimizer (ZeRO 1 with fp32 accumulation)."""
+"""ZeRO 1 and 2: one flat partition per parameter group."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
+import torch.distributed as dist
 from torch import Tensor
 
 from ds_pso.shards.base import Segment, Shards, intersect
+from ds_pso.shards.layout import ShardLayout
+from ds_pso.shards.saved import SavedPartition
+
+
+class _Optimizer(Protocol):
+    """The part of ``DeepSpeedZeroOptimizer`` that is used here."""
+
+    single_partition_of_fp32_groups: list[Tensor]
+    round_robin_bit16_groups: list[list[Tensor]]
+    round_robin_bit16_offsets: list[list[int]]
+    real_dp_process_group: list[dist.ProcessGroup]
+
+    def update_lp_params(self) -> None: ...
 
 
 class Zero12Shards(Shards):
     """One flat partition per parameter group; parameters lie at known offsets, zeros between them."""
 
-    def _masters(self, engine: Any) -> list[Tensor]:
-        return list(engine.optimizer.single_partition_of_fp32_groups)
+    optimizer: _Optimizer
+
+    def _masters(self) -> Sequence[Tensor]:
+        return self.optimizer.single_partition_of_fp32_groups
 
     def _find_segments(self) -> list[Segment]:
         segments = []
@@ -26,32 +43,28 @@ class Zero12Shards(Shards):
                 segments += intersect(self.name_of(param), offset, param.numel(), window, shard)
         return segments
 
-    def _parameters(self) -> list[list[Tensor]]:
-        return list(self.optimizer.round_robin_bit16_groups)
+    def _parameters(self) -> Sequence[Sequence[Tensor]]:
+        return self.optimizer.round_robin_bit16_groups
 
     def publish(self) -> None:
         self.optimizer.update_lp_params()
 
 
-class BF16Shards(Shards):
-    """BF16_Optimizer: the same layout without padding between parameters."""
+class SavedZero12(SavedPartition):
+    """One master per parameter group, saved without the padding at its end."""
 
-    def _masters(self, engine: Any) -> list[Tensor]:
-        return list(engine.optimizer.fp32_groups_flat_partition)
+    masters_key = "single_partition_of_fp32_groups"
+    base_key = "base_optimizer_state"
 
-    def _find_segments(self) -> list[Segment]:
-        segments = []
-        for shard, tensor in enumerate(self.tensors):
-            rank = self.optimizer.real_dp_process_group[shard].rank()
-            window = (rank * tensor.numel(), (rank + 1) * tensor.numel())
-            offset = 0
-            for param in self.optimizer.bf16_groups[shard]:
-                segments += intersect(self.name_of(param), offset, param.numel(), window, shard)
-                offset += param.numel()
-        return segments
+    @classmethod
+    def recognizes(cls, values: Mapping[str, object]) -> bool:
+        return cls.masters_key in values and "loss_scaler" in values
 
-    def _parameters(self) -> list[list[Tensor]]:
-        return list(self.optimizer.bf16_groups)
 
-    def publish(self) -> None:
-        self.optimizer.update_lp_params()
+def optimizer_class() -> type:
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    return DeepSpeedZeroOptimizer
+
+
+LAYOUT = ShardLayout(optimizer_class, Zero12Shards, SavedZero12)

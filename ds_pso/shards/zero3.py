@@ -1,12 +1,34 @@
-"""Shards of ZeRO 3: each rank holds one block of every parameter, grouped into sub-groups."""
+"""ZeRO 3: each rank holds one block of every parameter, grouped into sub-groups."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
+import torch.distributed as dist
 from torch import Tensor
 
 from ds_pso.shards.base import Segment, Shards
+from ds_pso.shards.layout import ShardLayout
+from ds_pso.shards.saved import SavedPartition
+
+
+class _Parameter(Protocol):
+    ds_numel: int
+
+    def partition_numel(self) -> int: ...
+
+
+class _Optimizer(Protocol):
+    """The part of ``DeepSpeedZeroOptimizer_Stage3`` that is used here."""
+
+    fp32_partitioned_groups_flat: list[Tensor]
+    fp16_groups: list[list[_Parameter]]
+    dp_process_group: dist.ProcessGroup
+
+    def checkpoint_event_prologue(self) -> None: ...
+    def checkpoint_event_epilogue(self) -> None: ...
+    def _reassign_or_swap_out_partitioned_parameters(self, sub_group_id: int) -> None: ...
 
 
 class Zero3Shards(Shards):
@@ -16,8 +38,10 @@ class Zero3Shards(Shards):
     that DeepSpeed leaves uninitialised.
     """
 
-    def _masters(self, engine: Any) -> list[Tensor]:
-        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    optimizer: _Optimizer
+
+    def _masters(self) -> Sequence[Tensor]:
+        return self.optimizer.fp32_partitioned_groups_flat
 
     def _find_segments(self) -> list[Segment]:
         segments = []
@@ -33,8 +57,8 @@ class Zero3Shards(Shards):
                 offset += block
         return segments
 
-    def _parameters(self) -> list[list[Tensor]]:
-        return list(self.optimizer.fp16_groups)
+    def _parameters(self) -> Sequence[Sequence[object]]:
+        return self.optimizer.fp16_groups
 
     def publish(self) -> None:
         optimizer = self.optimizer
@@ -42,3 +66,23 @@ class Zero3Shards(Shards):
         for sub_group in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
         optimizer.checkpoint_event_epilogue()  # gathers them anew, and drops hpZ's secondary copies
+
+
+class SavedZero3(SavedPartition):
+    """One master per sub-group; padding, which lies inside them, is saved."""
+
+    masters_key = "fp32_flat_groups"
+    base_key = "optimizer_state_dict"
+
+    @classmethod
+    def recognizes(cls, values: Mapping[str, object]) -> bool:
+        return cls.masters_key in values
+
+
+def optimizer_class() -> type:
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    return DeepSpeedZeroOptimizer_Stage3
+
+
+LAYOUT = ShardLayout(optimizer_class, Zero3Shards, SavedZero3)

@@ -41,7 +41,7 @@ class Gossip:
             mine = [-1.0, -1.0] if message is None else [float(message.sender), float(message.index)]
             rows = local.gather(mine)
             received, self._bytes = mailbox.bytes_received - self._bytes, mailbox.bytes_received
-            parts.exchange.count(received)
+            parts.exchange.traffic.bytes_received += received
             if message is None or any(row != mine for row in rows):
                 return {"from": None}  # the same message will have come to all by the next sync, or a newer one
             mailbox.drop(message)

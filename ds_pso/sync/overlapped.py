@@ -145,7 +145,7 @@ class Overlap:
     def _exchange(self, pending: PendingSync, report: ParticleReport) -> None:
         """Do in the background what peers do together; the particle's own ranks are busy training."""
         parts, membership, updater = self._parts, self._parts.membership, self._parts.updater
-        begin, before = time.perf_counter(), parts.exchange.traffic()
+        begin, before = time.perf_counter(), replace(parts.exchange.traffic)
         memories, step_s, highest = list(parts.memories), parts.assessor.step_s, parts.assessor.highest_loss
         snapshot = Snapshot([*shared_state(updater), *residuals(updater)]) if membership.can_fail else None
         error = None

@@ -150,7 +150,7 @@ class SyncParts:
 
     def traffic_since(self, before: Traffic) -> dict[str, Any]:
         """Return what a ``SyncRecord`` says of the bytes that have moved since then."""
-        now = self.exchange.traffic()
+        now = self.exchange.traffic
         received, seconds = now.bytes_received - before.bytes_received, now.seconds - before.seconds
         return {
             "bytes_received": received,

@@ -130,7 +130,7 @@ class Synchronizer:
         parts, membership = self.parts, self.parts.membership
         for _ in range(_ATTEMPTS):
             snapshot = Snapshot(self._all_tensors(), window, self.state_dict()) if membership.can_fail else None
-            begin, before = time.perf_counter(), parts.exchange.traffic()
+            begin, before = time.perf_counter(), replace(parts.exchange.traffic)
             attempt, error = _Attempt(step), None
             try:
                 self._try(attempt, window)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -28,15 +29,28 @@ def to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """A reader sees the old text or the new one, also after a power cut."""
+@contextlib.contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """Yield a path to write a file to; at the end of the block it replaces ``path``. After an error it is gone.
+
+    A reader sees the old content or the new one, also after a power cut.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        to_disk(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
     to_disk(path.parent)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace the text of a file, as ``replacing_file`` does."""
+    with replacing_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def replace_folder(temporary: Path, final: Path) -> None:

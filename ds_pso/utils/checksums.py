@@ -1,4 +1,4 @@
-"""Whether what has arrived is what was sent: sums that are compared before any element is used.
+"""Checksums of tensors that travel: compared between all peers before any element is used.
 
 Knows tensors; knows nothing of process groups.
 """
@@ -22,7 +22,7 @@ _ROUNDING = 2.0**-24  # of fp32, relative
 
 
 def checksum(tensor: Tensor) -> int:
-    """The sum of the tensor's bytes, taken 8 at a time as whole numbers that wrap around at 2^64; as int64.
+    """Return the sum of the tensor's bytes, taken 8 at a time as whole numbers that wrap around at 2^64; as int64.
 
     Every single flipped bit changes it, and of other damage all but one in about 2^64; not the order of whole words.
     """
@@ -37,12 +37,12 @@ def checksum(tensor: Tensor) -> int:
 
 
 def sealed(row: Sequence[int]) -> list[int]:
-    """The row with a number behind it that belongs to no other row."""
+    """Return the row with a CRC-32 of it behind."""
     return [*row, _seal(row)]
 
 
 def unsealed(row: Sequence[int]) -> list[int] | None:
-    """What was sealed; None if it is damaged."""
+    """Return the row that ``sealed`` was given; None if it is damaged."""
     *inside, seal = row
     return inside if seal == _seal(inside) else None
 
@@ -52,15 +52,15 @@ def _seal(row: Sequence[int]) -> int:
 
 
 class Moved(ABC):
-    """What a collective has moved, as one peer sees it."""
+    """The tensors that a collective has moved, as one peer sees them."""
 
     @abstractmethod
     def row(self) -> list[int]:
-        """What this peer tells the others of it: int64, of equal length on all."""
+        """Return this peer's checksums, for all others: int64, of equal length on all."""
 
     @abstractmethod
     def damage(self, rows: Sequence[Sequence[int]]) -> str:
-        """What the rows of all peers say was damaged, in words; empty if nothing was. Equal on all."""
+        """Return a description of the damage that the rows of all peers show; empty if there is none. Equal on all."""
 
 
 @dataclass

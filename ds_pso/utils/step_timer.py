@@ -1,4 +1,4 @@
-"""The time that an optimizer step takes, whatever else happens between two of them."""
+"""Times optimizer steps, without whatever else happens between two of them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ class StepTimer:
         self._steps: list[float] = []
 
     def tick(self) -> None:
-        """Note that a step has just been made."""
+        """Count the step that has just been made."""
         now = time.perf_counter()
         if self._since is not None:
             self._steps.append(now - self._since)
         self._since = now
 
     def skip(self) -> None:
-        """Time no step that began before now: what this rank did since the last one was none."""
+        """Leave out the time since the last step, which was spent on something else."""
         self._since = time.perf_counter()
 
     def take(self) -> float:
-        """Return the seconds of a step since this was last called; 0 if none was timed."""
+        """Return the median seconds of the steps since the last call; 0 if none was timed."""
         steps, self._steps = self._steps, []
         return statistics.median(steps) if steps else 0.0

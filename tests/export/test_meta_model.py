@@ -9,7 +9,7 @@ import torch
 from transformers import BertConfig, LlamaConfig, LlamaForCausalLM
 
 from ds_pso import ConfigError
-from ds_pso.export.meta_model import load_config, num_parameters, skeleton
+from ds_pso.export.meta_model import load_model_config, num_parameters, skeleton
 from ds_pso.training.model import llama_config
 
 
@@ -50,4 +50,4 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "mine"}')
     for model in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(ConfigError, match="its config cannot be loaded"):
-            load_config(model)
+            load_model_config(model)

@@ -22,7 +22,7 @@ from pool import Pool
 
 from ds_pso import CheckpointError
 from ds_pso.checkpoint import writer
-from ds_pso.checkpoint.format import checksum
+from ds_pso.checkpoint.format import record_checksum
 from ds_pso.swarm import Swarm
 from ds_pso.utils.atomic_io import hash_file
 
@@ -128,7 +128,7 @@ def change_record(key: str, value: Any) -> Callable[[Path], None]:
         record = json.loads(path.read_text()) | {key: value}
         if key == "format":  # as another version would have written it
             del record["checksum"]
-            record["checksum"] = checksum(record)
+            record["checksum"] = record_checksum(record)
         path.write_text(json.dumps(record))
 
     return damage

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import ds_pso
-from ds_pso.checkpoint.format import checksum
+from ds_pso.checkpoint.format import record_checksum
 from ds_pso.cli import main as cli
 from ds_pso.export.offline import consolidate, find_checkpoint, write
 from ds_pso.utils.atomic_io import hash_file
@@ -327,7 +327,7 @@ def seal(source: Path, changed: Path) -> None:
         if name in record["files"]:
             del record["checksum"]
             record["files"][name] = [changed.stat().st_size, hash_file(changed)]
-            path.write_text(json.dumps(record | {"checksum": checksum(record)}))
+            path.write_text(json.dumps(record | {"checksum": record_checksum(record)}))
 
 
 @dataclass
@@ -364,7 +364,7 @@ def edit(key: str, value: Any) -> Callable[[Path], None]:
             record = json.loads(path.read_text())
             del record["checksum"]
             record[key] = value
-            path.write_text(json.dumps(record | {"checksum": checksum(record)}))
+            path.write_text(json.dumps(record | {"checksum": record_checksum(record)}))
 
     return change
 

@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_pso.errors import SwarmError
-from ds_pso.shards.base import Segment, Shards, _gaps, intersect, square_of_norm
-from ds_pso.shards.replicated import equal_parts
+from ds_pso.shards.base import Segment, Shards, _gaps, equal_parts, intersect, square_of_norm
 
 relaxed = settings(deadline=None)
 sizes = st.lists(st.integers(0, 20), max_size=6)
@@ -129,7 +128,7 @@ class OneShard(Shards):
         for segment in self.segments:
             self.flat[segment.shard_start : segment.shard_start + segment.numel] = 1.0
 
-    def _masters(self, engine):
+    def _masters(self):
         return [self.flat]
 
     def _find_segments(self):

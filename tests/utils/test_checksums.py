@@ -118,7 +118,7 @@ def run(job: Callable[[Exchange], Any], damage: Callable[[Any], Any] | None = No
     def live(world: Any) -> Any:
         exchange = Exchange(world, NUMEL * 4 / 2**20 / 2, checksums=True)  # several buckets
         try:
-            return job(exchange), exchange.repeated
+            return job(exchange), exchange.traffic.repeated
         except PeerError as error:
             return error
 
@@ -226,7 +226,7 @@ def test_bytes_of_checksums_are_counted():
         return exchange.bytes_received
 
     def plain(exchange: Exchange) -> int:
-        exchange.checksums = False
+        exchange.collectives.checksums = False
         return job(exchange)
 
     for (counted, _), (without, _) in zip(run(job), run(plain), strict=True):

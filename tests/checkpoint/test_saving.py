@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of the config: only of Hugging Face models, and saving never fails for it."""
+"""The config that is saved with a checkpoint: only of Hugging Face models, and saving never fails for it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ds_pso.checkpoint.model_layout import save_model_config
+from ds_pso.checkpoint.saving import save_model_config
 
 
 class HubMixin(nn.Linear):
