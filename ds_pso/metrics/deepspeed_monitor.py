@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
-_NUMBERS = (
-    *("drift", "staleness", "next_interval"),
-    *("seconds", "waited_s", "overlapped_s", "exchange_s", "step_s", "bytes_received", "bandwidth_mbit_s"),
-)
+from ds_pso.metrics.records import SyncRecord
+
 OWN_FOLDERS = ("tensorboard", "csv_monitor")  # sections of those that write files
-_OF_PARTICLES = {"losses": "loss", "alive": "alive", "weights": "weight", "lr_factors": "lr_factor"}
 
 
 def give_each_a_folder(ds_config: dict[str, Any], particle: int) -> None:
@@ -22,9 +18,30 @@ def give_each_a_folder(ds_config: dict[str, Any], particle: int) -> None:
             section["job_name"] = f"{section.get('job_name', 'DeepSpeedJobName')}/particle_{particle}"
 
 
-def events(record: Mapping[str, Any], samples: int) -> list[tuple[str, float, int]]:
-    """A record of a sync point as DeepSpeed's monitors want it: (name, value, samples so far)."""
-    found = [(f"Swarm/{name}", record[name]) for name in _NUMBERS if record.get(name) is not None]
-    for key, name in _OF_PARTICLES.items():
-        found += [(f"Swarm/{name}/particle_{i}", value) for i, value in enumerate(record.get(key) or ())]
-    return [(name, float(value), samples) for name, value in found if math.isfinite(value)]
+def events(record: SyncRecord, samples: int) -> list[tuple[str, float, int]]:
+    """Return the record as DeepSpeed's monitors want it: (name, value, samples so far); what is not finite is left out.
+
+    Args:
+        samples: that a particle has seen.
+    """
+    numbers: dict[str, float] = {
+        "drift": record.drift,
+        "staleness": record.staleness,
+        "next_interval": record.next_interval,
+        "seconds": record.seconds,
+        "waited_s": record.waited_s,
+        "overlapped_s": record.overlapped_s or math.nan,  # nothing went on beside training
+        "exchange_s": record.exchange_s,
+        "step_s": record.step_s,
+        "bytes_received": record.bytes_received,
+        "bandwidth_mbit_s": record.bandwidth_mbit_s,
+    }
+    of_particles = {
+        "loss": record.losses,
+        "alive": record.alive,
+        "weight": record.note.get("weights") or (),
+        "lr_factor": record.lr_factors,
+    }
+    for name, values in of_particles.items():
+        numbers |= {f"{name}/particle_{i}": value for i, value in enumerate(values)}
+    return [(f"Swarm/{name}", float(value), samples) for name, value in numbers.items() if math.isfinite(value)]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ds_pso._version import __version__
+from ds_pso.utils.atomic_io import write_atomically
 
 
 class MetricsLog:
@@ -21,7 +22,8 @@ class MetricsLog:
         self.path = path
         self._start = time.time()
 
-    def write(self, event: str, step: int, values: dict[str, Any]) -> None:
+    def write(self, event: str, step: int, values: Mapping[str, object]) -> None:
+        """Append a line; NaN and infinities become null."""
         if self.path is None:
             return
         record = {"event": event, "step": step, "time_s": round(time.time() - self._start, 3), **values}
@@ -39,9 +41,7 @@ class MetricsLog:
             kept.pop()
         now = {"step": step, "time_s": kept[-1]["time_s"] if kept else 0.0}
         kept += [record | now for record in last if record["event"] == "start"]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self._start = time.time() - (kept[-1]["time_s"] if kept else 0.0)
 
 
@@ -55,12 +55,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def versions() -> dict[str, str]:
-    """Of what a run depends on most."""
+    """Return the versions of what a run depends on most."""
     return {"ds_pso": __version__, **{name: version(name) for name in ("torch", "deepspeed")}}
 
 
-def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
+def _plain(value: object) -> object:
+    """Replace NaN and infinities, which JSON does not have, by null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

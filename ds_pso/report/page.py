@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ from markupsafe import Markup
 
 from ds_pso._version import __version__
 from ds_pso.errors import ConfigError
+from ds_pso.metrics.records import SyncRecord
 from ds_pso.report.drawing import DARK, LIGHT, color_of, save_png, to_svg
 from ds_pso.report.figures import pictures
-from ds_pso.report.runs import Run, Sync
+from ds_pso.report.runs import Run
 from ds_pso.utils.atomic_io import write_atomically
 
 UNKNOWN = "-"
@@ -84,7 +85,7 @@ def state(run: Run) -> str:
 
 
 def facts(run: Run) -> list[str]:
-    """What else is to be said of a run, in sentences."""
+    """Say what else is to be known of a run, in sentences."""
     found = [_how(run)] if run.start else []
     if run.is_simulated:
         found.append("Simulated in one process: bytes are those of a real run, times mean nothing and are not shown.")
@@ -93,17 +94,18 @@ def facts(run: Run) -> list[str]:
     if not run.syncs:
         why = "no sync point yet" if run.num_particles > 1 else "one particle: plain DeepSpeed, without sync points"
         found.append(f"{_capital(why)}.")
-    found += [*_weights(run.syncs), *_guard(run.syncs), *_dead(run.syncs)]
+    syncs = [sync.record for sync in run.syncs]
+    found += [*_weights(syncs), *_guard(syncs), *_left_out(syncs)]
     return found
 
 
 def _how(run: Run) -> str:
     assert run.start is not None
-    start, swarm, parts = run.start, run.start.swarm, []
+    start, parts = run.start.record, []
     if run.num_particles > 1:
-        delay = swarm.get("delay")
+        delay = start.swarm.get("delay")
         later = f"applied {delay} steps later" if delay else "training waits at sync points"
-        parts += [f"weights travel as {swarm.get('wire')}", later]
+        parts += [f"weights travel as {start.swarm.get('wire')}", later]
     if start.zero_stage is not None:
         parts.append(f"ZeRO {start.zero_stage}")
     if start.parameters is not None:
@@ -113,14 +115,14 @@ def _how(run: Run) -> str:
     return _capital("; ".join(parts) + ".") if parts else ""
 
 
-def _weights(syncs: Sequence[Sync]) -> list[str]:
+def _weights(syncs: Sequence[SyncRecord]) -> list[str]:
     weights = [w for w in (sync.note.get("weights") for sync in syncs) if isinstance(w, list) and w]
     if weights and all(share == w[0] for w in weights for share in w):
         return ["At every sync point all particles had the same weight in the consensus."]
     return []
 
 
-def _guard(syncs: Sequence[Sync]) -> list[str]:
+def _guard(syncs: Sequence[SyncRecord]) -> list[str]:
     guards = [sync.note["guard"] for sync in syncs if "guard" in sync.note]
     if not guards:
         return []
@@ -128,7 +130,7 @@ def _guard(syncs: Sequence[Sync]) -> list[str]:
     return [f"The guard preferred the weighted mean at {won} of {len(guards)} sync points where it had a choice."]
 
 
-def _dead(syncs: Sequence[Sync]) -> list[str]:
+def _left_out(syncs: Sequence[SyncRecord]) -> list[str]:
     count: dict[int, int] = {}
     for sync in syncs:
         for particle, alive in enumerate(sync.alive):
@@ -140,7 +142,7 @@ def _dead(syncs: Sequence[Sync]) -> list[str]:
     ]
 
 
-def _why(syncs: Sequence[Sync], particle: int) -> str:
+def _why(syncs: Sequence[SyncRecord], particle: int) -> str:
     """For the last time; nothing where the record does not say."""
     reasons = [sync.left_out[str(particle)] for sync in syncs if str(particle) in sync.left_out]
     return f"; last because {reasons[-1]}" if reasons else ""
@@ -189,18 +191,18 @@ def settings(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _settings_of(run: Run) -> dict[str, str]:
-    found: dict[str, Any] = {"metrics": run.path}
+    found: dict[str, object] = {"metrics": run.path}
     found |= {f"--{name}": value for name, value in run.arguments.items()}
     if run.start:
-        start = run.start
+        start = run.start.record
         found |= {"particles": start.particles, "ranks of a particle": start.ranks, "ZeRO": start.zero_stage}
         found |= {"trained parameters": start.parameters, "backend": start.backend}
-        found |= _flat(start.swarm, "swarm") | start.versions
+        found |= _flat(start.swarm, "swarm") | dict(start.versions)
     return {name: str(value) for name, value in found.items()}
 
 
-def _flat(section: dict[str, Any], prefix: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _flat(section: Mapping[str, object], prefix: str) -> dict[str, object]:
+    found: dict[str, object] = {}
     for key, value in section.items():
         name = f"{prefix}.{key}"
         found |= _flat(value, name) if isinstance(value, dict) else {name: value}
