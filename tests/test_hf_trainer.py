@@ -323,7 +323,7 @@ def train_until(folder: Path, config: dict[str, Any], stop: int | None, resume: 
         trainer.train(resume_from_checkpoint=resume)
         with torch.no_grad():
             logits = trainer.deepspeed(torch.arange(8)[None]).logits.numpy()
-        return {"own": own, "logits": logits, "asked": data.asked, "last": swarm.last_sync["sync"]}
+        return {"own": own, "logits": logits, "asked": data.asked, "last": swarm.last_sync.sync}
 
 
 @pytest.mark.parametrize(
@@ -590,7 +590,7 @@ def test_adapters_train_and_are_saved(pool: Pool, tmp_path: Path) -> None:
     assert all(torch.isfinite(value).all() for value in saved.values())
     assert any(value.abs().max() > 0 for name, value in saved.items() if "lora_B" in name)
     trained = sum(value.numel() for value in saved.values())
-    assert ranks[0][1]["bytes_received"] < 1.5 * 4 * trained, "only the adapter travels"
+    assert ranks[0][1].bytes_received < 1.5 * 4 * trained, "only the adapter travels"
 
 
 def run_page(folder: Path, script: Path) -> None:
