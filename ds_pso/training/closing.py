@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ds_pso.training.progress import human_bytes
+from ds_pso.utils.units import human_bytes
 
 
 def generate_sample(model: Any, tokenizer: Any, prompt: str, num_tokens: int = 60) -> str:

@@ -24,7 +24,7 @@ from ds_pso.sync.elastic import ElasticSynchronizer
 from ds_pso.training.arguments import fill_auto, parse_arguments, read_deepspeed_config
 from ds_pso.training.closing import generate_sample, summary
 from ds_pso.training.model import HeldOut, build_model, causal_loss, load_tokenizer
-from ds_pso.training.progress import Progress
+from ds_pso.training.progress_bar import ProgressBar
 from ds_pso.training.start import move_aside, run, write_record
 from ds_pso.training.text import Corpus, load_corpus
 
@@ -115,7 +115,7 @@ def _loop(
 ) -> bool:
     """Train to the last step, or to where SIGTERM asks to stop; saved either way. Returns whether it is the last."""
     stop = swarm.should_stop()  # from here on SIGTERM waits for the end of a step
-    with Progress(swarm, first_step, arguments.steps) as progress:
+    with ProgressBar(swarm, first_step, arguments.steps) as progress:
         step, losses = first_step, []
         while step < arguments.steps and not stop:
             for batch in loader:  # one epoch, or what a checkpoint left of it
