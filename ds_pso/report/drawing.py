@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
+
+from ds_pso.utils.atomic_io import open_atomically
 
 # Of the page and its figures. The first six of the series are Okabe and Ito's, which the colour-blind tell apart,
 # those that are pale on white made darker.
@@ -171,7 +172,6 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 def save_png(figure: Figure, path: Path, title: str = "") -> None:
     """``title`` comes above the figure, where on a page its heading is."""
-    temporary = path.with_name(f".{path.name}.tmp")
     width, height = figure.get_size_inches()
     room = 0.3 if title else 0.0
     with matplotlib.rc_context(STYLE):
@@ -179,8 +179,8 @@ def save_png(figure: Figure, path: Path, title: str = "") -> None:
         if title:
             figure.text(0.02, 1.0, title, va="bottom", fontsize=11, color=INK, parse_math=False)
         box = Bbox([[0.0, 0.0], [width, height + room]])
-        figure.savefig(temporary, format="png", dpi=150, bbox_inches=box, metadata={"Software": None})
-    os.replace(temporary, path)
+        with open_atomically(path) as file:
+            figure.savefig(file, format="png", dpi=150, bbox_inches=box, metadata={"Software": None})
 
 
 def _lay_out(figure: Figure) -> None:

@@ -31,6 +31,7 @@ from ds_pso.report.drawing import (
     thin,
 )
 from ds_pso.report.runs import Run, best_particle
+from ds_pso.utils.units import choose_prefix
 
 BARS = 60  # of a run at most
 # What a rule notes, under the name of the record; a rule of one's own has other names.
@@ -101,7 +102,8 @@ def drawn(runs: Sequence[Run]) -> list[Drawn]:
 
 def byte_unit(runs: Sequence[Run]) -> tuple[float, str]:
     most = max((run.bytes_received for run in runs), default=0)
-    return next(((size, unit) for size, unit in ((1e9, "GB"), (1e6, "MB")) if most >= 2 * size), (1e3, "kB"))
+    size, prefix = choose_prefix(most, ("G", "M", "k"), at_least=2)
+    return size, f"{prefix}B"
 
 
 @matplotlib.rc_context(STYLE)

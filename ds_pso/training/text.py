@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch.utils.data import Dataset
 
 from ds_pso.errors import ConfigError
 from ds_pso.swarm import Swarm
+from ds_pso.utils.atomic_io import open_atomically, write_atomically
 
 VOCABULARY = 4096  # of the tokenizer that is trained when the model brings none
 END_OF_TEXT = "<|endoftext|>"
@@ -82,7 +82,7 @@ def _prepare_once(dataset: str, folder: Path, tokenizer: Any) -> None:
     done = folder / "source.json"
     if not done.exists():
         _prepare(dataset, folder, tokenizer)
-        done.write_text(json.dumps(source), encoding="utf-8")
+        write_atomically(done, json.dumps(source))
         return
     before = json.loads(done.read_text(encoding="utf-8"))
     for key, value in source.items():
@@ -108,9 +108,8 @@ def _prepare(dataset: str, folder: Path, tokenizer: Any) -> None:
         tokenizer.save_pretrained(folder / "tokenizer")
     for name in ("train", "held_out"):
         tokens = tokenize(tokenizer, parts[name])
-        temporary = folder / f".{name}.tmp.npy"
-        np.save(temporary, tokens)
-        os.replace(temporary, folder / f"{name}.npy")
+        with open_atomically(folder / f"{name}.npy") as file:
+            np.save(file, tokens)
 
 
 def _split_by_length(texts: list[str]) -> dict[str, list[str]]:

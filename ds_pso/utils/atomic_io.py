@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
 def hash_file(path: Path) -> str:
@@ -30,9 +32,16 @@ def to_disk(path: Path) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """A reader sees the old text or the new one, also after a power cut."""
+    with open_atomically(path) as file:
+        file.write(text.encode())
+
+
+@contextlib.contextmanager
+def open_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to write; it takes the place of ``path`` when the block ends, and not at all if that fails."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
