@@ -344,7 +344,7 @@ def _check_supported(swarm: Swarm, trainer: Trainer) -> None:
 
 
 def _let_accelerate_see_the_particle(swarm: Swarm) -> None:
-    """Tell Accelerate the ranks: without an accelerator each takes itself for the only one, under DeepSpeed (1.15).
+    """Set the ranks in Accelerate 1.15, where without an accelerator each takes itself for the only one.
 
     All would train on the same samples, write the same files, and fail to gather what they have evaluated.
     """

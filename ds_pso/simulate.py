@@ -23,7 +23,7 @@ def simulate(
     """Call ``train`` once for every particle of ``config``, all in this process.
 
     Each particle is a thread with its own DeepSpeed engine of one rank; one of them computes at a
-    time, and they meet through the very rules, schedules and sync points of a real swarm. So the
+    time, and they sync by the very rules and schedules of a real swarm. So the
     weights are those of P processes of one rank each, up to the order in which P > 2 numbers are added.
 
     Args:
@@ -79,7 +79,7 @@ def simulate_script(script: str | Path, arguments: Sequence[str] = ()) -> int:
 
 @contextlib.contextmanager
 def _as_main(path: Path, arguments: Sequence[str]) -> Iterator[None]:
-    """What ``python script.py arguments`` finds in ``sys``."""
+    """Give ``sys`` the values that ``python script.py arguments`` finds there."""
     argv, folders, main = sys.argv, sys.path[:], sys.modules["__main__"]
     sys.argv = [str(path), *arguments]
     sys.path.insert(0, str(path.resolve().parent))

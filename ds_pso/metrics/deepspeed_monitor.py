@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from ds_pso.metrics.records import SyncRecord
 
 OWN_FOLDERS = ("tensorboard", "csv_monitor")  # sections of those that write files
 
 
-def give_each_a_folder(ds_config: dict[str, Any], particle: int) -> None:
-    """The first rank of every particle has a monitor, and they must not write into one another's files."""
+def give_each_a_folder(ds_config: dict[str, object], particle: int) -> None:
+    """Give the monitor of each particle, which its first rank has, a folder that no other writes into."""
     for name in OWN_FOLDERS:
         section = ds_config.get(name)
         if isinstance(section, dict) and section.get("enabled"):

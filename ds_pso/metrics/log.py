@@ -1,4 +1,4 @@
-"""Writes ``metrics.jsonl``: one JSON object a line, from the leader of the swarm."""
+"""Writes and reads ``metrics.jsonl``: one JSON object a line, from the leader of the swarm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ds_pso.utils.atomic_io import write_atomically
 
 
 class MetricsLog:
-    """Appends records; with no path it drops them."""
+    """The file that records are appended to; with no path they are dropped."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -46,7 +46,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records of a ``metrics.jsonl``; lines that a crash cut short, and one being written, are left out."""
+    """Return all records of a ``metrics.jsonl``; lines that a crash cut short, and one being written, are left out."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(json.JSONDecodeError):

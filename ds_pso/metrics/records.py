@@ -86,7 +86,7 @@ class SyncRecord:
     fragments_s: Numbers = ()
     note: Mapping[str, Any] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return it flat, without what has no meaning here; NaN stays NaN."""
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "note"}
         unset = {name for name in _OPTIONAL if not values[name]} | {name for name in _STREAMED if values[name] is None}

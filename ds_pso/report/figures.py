@@ -48,7 +48,7 @@ class Picture:
 
 
 def pictures(runs: Sequence[Run]) -> list[Picture]:
-    """Those that have something to show, in the order of the page."""
+    """Return the figures that have something to show, in the order of the page."""
     found = [
         ("loss_steps", "Loss over steps", _caption_of_losses(runs), loss(runs, "steps")),
         (
@@ -78,7 +78,7 @@ def pictures(runs: Sequence[Run]) -> list[Picture]:
 
 @matplotlib.rc_context(STYLE)
 def loss(runs: Sequence[Run], axis: str) -> Figure | None:
-    """Training loss over "steps", "time" or "bytes"; None if there is none.
+    """Draw training loss over "steps", "time" or "bytes"; None if there is none.
 
     A single run over steps also shows its held-out losses, and its sync points.
     """
@@ -103,7 +103,7 @@ def loss(runs: Sequence[Run], axis: str) -> Figure | None:
 
 @matplotlib.rc_context(STYLE)
 def held_out(runs: Sequence[Run]) -> Figure | None:
-    """Held-out loss over steps; None if there is none."""
+    """Draw held-out loss over steps; None if there is none."""
     figure, (axes,) = new_figure([HEIGHT])
     ends = _curves(axes, runs, runs, lambda run: run.held_out, lambda _, entry: entry.step)
     for run in runs:
@@ -121,7 +121,7 @@ def _curves(
     entries_of: Callable[[Run], Sequence[WithLosses]],
     place: Callable[[Run, WithLosses], float],
 ) -> list[End]:
-    """The mean of each run, and thin lines for its particles; these have a name if there is but one run."""
+    """Draw the mean of each run, and thin lines for its particles; these have a name if there is but one run."""
     ends = []
     for run in shown:
         entries, alone = entries_of(run), len(runs) == 1

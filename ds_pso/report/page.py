@@ -1,11 +1,10 @@
-"""The page of a report: what stands above the figures, and the table."""
+"""The page of a report: the sentences above the figures, and the table."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -33,7 +32,7 @@ LOSSES = 3  # columns of which the lowest number is marked
 
 
 def write(runs: Sequence[Run], output: Path, images: bool) -> Path:
-    """See ``write_report``."""
+    """Write the page and its pictures; see ``write_report``."""
     page, folder = output / "report.html", output / "report"
     try:
         (folder if images else output).mkdir(parents=True, exist_ok=True)
@@ -49,8 +48,8 @@ def write(runs: Sequence[Run], output: Path, images: bool) -> Path:
     return page
 
 
-def render(runs: Sequence[Run], figures: Sequence[dict[str, Any]]) -> str:
-    """The HTML; everything but the figures is escaped."""
+def render(runs: Sequence[Run], figures: Sequence[Mapping[str, object]]) -> str:
+    """Return the HTML; everything but the figures is escaped."""
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -77,7 +76,7 @@ def _capital(text: str) -> str:
 
 
 def state(run: Run) -> str:
-    """How far it has come."""
+    """Say how far a run has come."""
     if run.is_finished:
         return f"finished after {run.steps} steps"
     of = f" of {run.total_steps}" if run.total_steps else ""
@@ -143,7 +142,7 @@ def _left_out(syncs: Sequence[SyncRecord]) -> list[str]:
 
 
 def _why(syncs: Sequence[SyncRecord], particle: int) -> str:
-    """For the last time; nothing where the record does not say."""
+    """Say why it was left out the last time; nothing where the record does not."""
     reasons = [sync.left_out[str(particle)] for sync in syncs if str(particle) in sync.left_out]
     return f"; last because {reasons[-1]}" if reasons else ""
 
@@ -152,11 +151,11 @@ def _list(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def table(runs: Sequence[Run]) -> list[list[dict[str, Any]]]:
-    """A row for each run; of each column in COLUMNS the text, and whether it is the lowest of the losses."""
+def table(runs: Sequence[Run]) -> list[list[dict[str, object]]]:
+    """Return a row for each run: of each column in COLUMNS the text, and whether it is the lowest of the losses."""
     losses = [(run.final_loss, run.final_held_out, run.exported_loss) for run in runs]
     lowest = [min(filter(math.isfinite, column), default=None) for column in zip(*losses, strict=True)]
-    rows = []
+    rows: list[list[dict[str, object]]] = []
     for run, own in zip(runs, losses, strict=True):
         texts = [
             *(_number(value, ".3f") for value in own),
@@ -177,13 +176,13 @@ def _number(value: float, form: str, unit: str = "") -> str:
 
 
 def duration(seconds: float) -> str:
-    """``12.3 s``, ``4.5 min`` or ``6.7 h``."""
+    """Format a time: ``12.3 s``, ``4.5 min`` or ``6.7 h``."""
     size, unit = next(((size, unit) for size, unit in ((3600, "h"), (60, "min")) if seconds >= 2 * size), (1, "s"))
     return f"{seconds / size:.1f} {unit}"
 
 
-def settings(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """A row for each setting: its name, its value in each run, and whether these differ."""
+def settings(runs: Sequence[Run]) -> list[dict[str, object]]:
+    """Return a row for each setting: its name, its value in each run, and whether these differ."""
     columns = [_settings_of(run) for run in runs]
     names = list(dict.fromkeys(name for column in columns for name in column))
     rows = [(name, [column.get(name, UNKNOWN) for column in columns]) for name in names]

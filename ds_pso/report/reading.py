@@ -16,7 +16,7 @@ from ds_pso.report.runs import Run
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Each run once, in the order in which they were named; labels are unequal.
+    """Return each run once, in the order in which they were named; labels are unequal.
 
     Raises:
         ConfigError: names the file or folder that holds no metrics.

@@ -1,4 +1,4 @@
-"""A run as ``metrics.jsonl`` tells it, and the numbers that a report gives of it."""
+"""A run, read from ``metrics.jsonl``, and the numbers that a report gives of it."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class Run:
     def training(self) -> Sequence[Entry[SyncRecord | LossRecord]]:
         """Training loss: at sync points, which are frequent, if they know it of all particles; else at evaluations."""
         train = self.of(LossRecord, "train")
-        everybody = all(any(math.isfinite(loss) for loss in column) for column in columns(self.syncs))
-        return self.syncs if self.syncs and not (train and (self.uses_probe or not everybody)) else train
+        all_known = all(any(math.isfinite(loss) for loss in column) for column in columns(self.syncs))
+        return self.syncs if self.syncs and not (train and (self.uses_probe or not all_known)) else train
 
     @property
     def uses_probe(self) -> bool:

@@ -1,4 +1,4 @@
-"""The figures of sync points: drift, who was best, what the rule did, time, bytes and bandwidth."""
+"""Draws the figures of sync points: drift, the best particle, what the rule did, time, bytes and bandwidth."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ Drawn = tuple[str, str, str, Figure | None]
 
 
 def drawn(runs: Sequence[Run]) -> list[Drawn]:
-    """Name, title, caption and figure of each; no figure where there is nothing to show."""
+    """Return name, title, caption and figure of each; no figure where there is nothing to show."""
     alone = len(runs) == 1
     rules = [
         (
@@ -143,7 +143,7 @@ def _lines(
     title: str,
     from_zero: bool = False,
 ) -> Figure | None:
-    """One for each run, over steps."""
+    """Draw a line for each run, over steps."""
     figure, (axes,) = new_figure([2.6])
     ends = []
     for run in runs:
@@ -157,7 +157,7 @@ def _lines(
 
 @matplotlib.rc_context(STYLE)
 def best(runs: Sequence[Run]) -> Figure | None:
-    """A row for each particle, and a mark where it was best; None where fewer than two losses were known."""
+    """Draw a row for each particle, with marks where it was best; None where fewer than two losses were known."""
     shown = [run for run in runs if any(best_particle(sync.record) is not None for sync in run.syncs)]
     if not shown:
         return None
@@ -222,7 +222,7 @@ def _keys(run: Run) -> list[str]:
 
 
 def _noted(syncs: Sequence[Entry[SyncRecord]], key: str) -> list[list[float]]:
-    """One line of numbers, or one for each particle; none if it is something else."""
+    """Return one line of numbers, or one for each particle; none if it is something else."""
     found = [(getattr(sync.record, key) if key in DECIDED else None) or sync.record.note.get(key) for sync in syncs]
     if all(value is None or _is_number(value) for value in found):
         return [[math.nan if value is None else float(value) for value in found]]
@@ -252,7 +252,7 @@ PARTS = {
 
 @matplotlib.rc_context(STYLE)
 def sync_time(runs: Sequence[Run]) -> Figure | None:
-    """A bar for each sync point, or the mean of neighbours; the times of a simulation mean nothing."""
+    """Draw a bar for each sync point, or the mean of neighbours; the times of a simulation mean nothing."""
     shown = [run for run in runs if run.syncs and not run.is_simulated]
     if not shown:
         return None
@@ -287,7 +287,7 @@ def sync_time(runs: Sequence[Run]) -> Figure | None:
 
 
 def _parts(sync: SyncRecord) -> list[float]:
-    """Seconds of each of PARTS. What peers do in the background does not hold training up."""
+    """Return the seconds of each of PARTS. What peers do in the background does not hold training up."""
     stop, waited, exchange, beside = (
         value if math.isfinite(value) else 0.0
         for value in (sync.seconds, sync.waited_s, sync.exchange_s, sync.overlapped_s)

@@ -1,4 +1,4 @@
-"""What surrounds a training script: threads on a CPU, quiet libraries, errors in one line, a run folder."""
+"""The frame of a training script: threads on a CPU, quiet libraries, errors in one line, a run folder."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(body: Callable[[], int | None]) -> int:
 
 
 def _settle_on_cpu() -> None:
-    """Ranks on one machine share its cores instead of each taking all, and need no compiler."""
+    """Let ranks on one machine share its cores instead of each taking all, and need no compiler."""
     if "OMP_NUM_THREADS" not in os.environ:
         world_size = os.environ.get("WORLD_SIZE", "1")
         local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size)))
@@ -50,7 +50,7 @@ def _quieten() -> None:
 
 
 def move_aside(run_dir: Path) -> None:
-    """An older run keeps its results under the next free number. Called on one rank."""
+    """Rename the folder of an older run, to the next free number. Called on one rank."""
     number = 1
     while (old := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
         number += 1
@@ -58,7 +58,7 @@ def move_aside(run_dir: Path) -> None:
 
 
 def write_record(swarm: Swarm, arguments: argparse.Namespace) -> None:
-    """``config.json``: the arguments, and the config with every default of the swarm section. Called on one rank."""
+    """Write ``config.json``: the arguments, and the config with all defaults of its swarm section; on one rank."""
     record = {
         "arguments": {
             key: value if isinstance(value, int | float) else str(value) for key, value in vars(arguments).items()

@@ -1,4 +1,4 @@
-"""Records: what is written can be read, also when an older version or somebody else's rule has written it."""
+"""Records: what is written can be read, also when an older version or a rule of one's own has added to it."""
 
 from __future__ import annotations
 

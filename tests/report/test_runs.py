@@ -1,4 +1,4 @@
-"""What is read from metrics.jsonl: which records belong to a run, the numbers of it, and what is refused."""
+"""Reading metrics.jsonl: which records belong to a run, the numbers of it, and what is refused."""
 
 from __future__ import annotations
 
