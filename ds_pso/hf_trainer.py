@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ from ds_pso.errors import CheckpointError, ConfigError, UnsupportedError
 from ds_pso.metrics import deepspeed_monitor
 from ds_pso.metrics.records import SyncRecord
 from ds_pso.swarm import Swarm
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 Batches = DataLoader[object]
@@ -241,14 +244,14 @@ class _SyncLog:
         """Keep it for the next log; for ``Swarm.on_sync``."""
         self._record = record
 
-    def beside_losses(self, log: Callable[..., None]) -> Callable[..., None]:
+    def beside_losses(self, log_values: Callable[..., None]) -> Callable[..., None]:
         """Wrap ``Trainer.log``."""
 
         def log_sync_too(logs: dict[str, float], *args: object, **kwargs: object) -> None:
             if "loss" in logs and self._record is not None:
                 logs |= {name: value for name, value, _ in deepspeed_monitor.events(self._record, 0)}
                 self._record = None
-            log(logs, *args, **kwargs)
+            log_values(logs, *args, **kwargs)
 
         return log_sync_too
 
@@ -304,6 +307,7 @@ class _Checkpoints:
                 agreed=True,
             )
         checkpoint.check_part(swarm, found)
+        log.info("continuing from %s", found)
         return found
 
 

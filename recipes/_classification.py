@@ -123,7 +123,7 @@ def probe(
     batch_size: int,
     collate: Collate | None = None,
 ) -> Callable[[int], Tensor]:
-    """Return the probe for ``swarm.attach``: the loss on a batch, another at each sync point, the same for all particles."""
+    """Return the loss on a batch, another at each sync point and the same for all particles; for ``swarm.attach``."""
     layout = swarm.world.layout
 
     def loss(index: int) -> Tensor:

@@ -91,7 +91,7 @@ def stand_ins(
 
 
 def batches(swarm: Swarm, engine: DeepSpeedEngine, loader: Iterable[Batch], num_steps: int) -> Iterator[Batch]:
-    """Yield micro batches, epoch after epoch, until ``engine`` has taken ``num_steps`` optimizer steps; prints progress."""
+    """Yield micro batches until ``engine`` has taken ``num_steps`` steps, epoch after epoch; prints progress."""
     every, shown, start = max(1, num_steps // 10), 0, time.time()
     while True:
         for batch in loader:

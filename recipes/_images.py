@@ -34,7 +34,7 @@ def load_images(swarm: Swarm, arguments: argparse.Namespace, *, size: int, chann
 
 
 def to_input(pixels: Tensor, engine: DeepSpeedEngine) -> Tensor:
-    """Scale uint8 of any shape to numbers around 0, with a spread of about 1, on the model's device and in its dtype."""
+    """Scale uint8 of any shape to numbers around 0 with a spread of about 1, on the model's device, in its dtype."""
     dtype = next(engine.module.parameters()).dtype
     return ((pixels.to(engine.device).float() - 128) / 64).to(dtype)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -13,6 +13,8 @@ from typing import Any
 
 from ds_pso._version import __version__
 from ds_pso.utils.atomic_io import write_atomically
+
+log = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -35,7 +37,9 @@ class MetricsLog:
         """Drop what a run wrote after ``step`` before it was resumed from there, where its new ``start`` belongs."""
         if self.path is None or not self.path.exists():
             return
-        kept = [record for record in read_metrics(self.path) if record["step"] <= step]
+        records = read_metrics(self.path)
+        kept = [record for record in records if record["step"] <= step]
+        log.info("%s: dropped %d records after step %d", self.path, len(records) - len(kept), step)
         last = kept[-1:]
         while kept and kept[-1]["event"] == "start":  # of this run, and of earlier ones that got no further
             kept.pop()
@@ -48,9 +52,11 @@ class MetricsLog:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return all records of a ``metrics.jsonl``; lines that a crash cut short, and one being written, are left out."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
             records.append(json.loads(line))
+        except json.JSONDecodeError:
+            log.info("%s: line %d is not complete", path, number)
     return records
 
 

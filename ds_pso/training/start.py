@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 import warnings
@@ -17,6 +18,8 @@ import transformers
 from ds_pso.errors import SwarmError
 from ds_pso.swarm import Swarm
 from ds_pso.utils.atomic_io import write_atomically
+
+log = logging.getLogger(__name__)
 
 
 def run(body: Callable[[], int | None]) -> int:
@@ -55,6 +58,7 @@ def move_aside(run_dir: Path) -> None:
     while (old := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
         number += 1
     os.replace(run_dir, old)
+    log.info("%s: an older run, which is %s now", run_dir, old)
 
 
 def write_record(swarm: Swarm, arguments: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from ds_pso.utils.atomic_io import open_atomically, write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 VOCABULARY = 4096  # of the tokenizer that is trained when the model brings none
 END_OF_TEXT = "<|endoftext|>"
@@ -90,6 +93,7 @@ def _prepare_once(dataset: str, folder: Path, tokenizer: PreTrainedTokenizerBase
     if not done.exists():
         _prepare(dataset, folder, tokenizer)
         write_atomically(done, json.dumps(source))
+        log.info("%s: prepared from %s", folder, source)
         return
     before = json.loads(done.read_text(encoding="utf-8"))
     for key, value in source.items():
@@ -98,6 +102,7 @@ def _prepare_once(dataset: str, folder: Path, tokenizer: PreTrainedTokenizerBase
                 f"{folder}: was prepared with {key} {before[key]!r}, and this run asks for {value!r}; "
                 "resume with what the run began with, or give another --output_dir"
             )
+    log.info("%s: was prepared before", folder)
 
 
 def _prepare(dataset: str, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
