@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from accelerate import PartialState
 from accelerate.data_loader import IterableDatasetShard
@@ -19,7 +20,13 @@ from transformers.utils import is_peft_available
 from ds_pso import checkpoint
 from ds_pso.errors import CheckpointError, ConfigError, UnsupportedError
 from ds_pso.metrics import deepspeed_monitor
+from ds_pso.metrics.records import SyncRecord
 from ds_pso.swarm import Swarm
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+Batches = DataLoader[object]
 
 
 class SwarmCallback(TrainerCallback):
@@ -51,68 +58,101 @@ class SwarmCallback(TrainerCallback):
         _let_accelerate_see_the_particle(swarm)
         self.swarm = swarm
         self.trainer = trainer
-        self.evaluate_consensus = evaluate_consensus
         self._folder = trainer.args.output_dir  # as the user has named it
-        self._shuffled: Any = None  # has to be told the epoch
-        self._epoch = 0
-        self._evaluating = False
-        self._logged_sync = -1
+        self._data = _ShardedData(swarm, trainer)
+        self._evaluation = _Evaluation(swarm, trainer, evaluate_consensus)
+        self._checkpoints = _Checkpoints(swarm, trainer, self._folder)
+        self._sync_log = _SyncLog()
         if swarm.num_particles > 1:
             trainer.args.output_dir = str(Path(self._folder, f"particle_{swarm.particle}"))
-            trainer.get_train_dataloader = self._sharding(trainer.get_train_dataloader)
-            trainer.evaluate = self._of_the_consensus(trainer.evaluate)
-            trainer.evaluation_loop = self._agreeing(trainer.evaluation_loop)
-            trainer.train = self._resuming(trainer.train)
-            trainer.log = self._logging(trainer.log)
+            trainer.get_train_dataloader = self._data.sharded(trainer.get_train_dataloader)
+            trainer.evaluate = self._evaluation.of_consensus(trainer.evaluate)
+            trainer.evaluation_loop = self._evaluation.averaged(trainer.evaluation_loop)
+            trainer.train = self._checkpoints.resuming(trainer.train)
+            trainer.log = self._sync_log.beside_losses(trainer.log)
+            swarm.on_sync(self._sync_log.take)
             if swarm.particle > 0:  # one progress bar is enough
                 trainer.remove_callback(ProgressCallback)
                 trainer.remove_callback(PrinterCallback)
 
-    # -- data -------------------------------------------------------------------------------
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Join with the engine, which is there now; continue if the Trainer does."""
+        swarm = self.swarm
+        if swarm.config.total_steps is None:
+            swarm.config = swarm.config.model_copy(update={"total_steps": state.max_steps})
+        swarm.attach(self.trainer.deepspeed)  # gives all particles the same weights, whatever was loaded
+        if state.global_step > 0 and swarm.num_particles > 1:
+            step = self._checkpoints.load(_step_folder(args, state))
+            swarm.session.metrics.rewind(step)
+        self._data.epoch = int((state.epoch or 0.0) + 1e-6)
 
-    def _sharding(self, get_train_dataloader: Callable[[], DataLoader[Any]]) -> Callable[[], DataLoader[Any]]:
-        """The Trainer's loader, split over all ranks of the swarm; Accelerate would split it over a particle."""
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        self._data.begin_epoch()
 
-        def sharded() -> DataLoader[Any]:
-            accelerator = self.trainer.accelerator
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        if not args.save_only_model and self.swarm.num_particles > 1:
+            checkpoint.save_part(self.swarm.session, _step_folder(args, state))
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        if args.load_best_model_at_end and state.best_model_checkpoint and self.swarm.num_particles > 1:
+            self._checkpoints.load(Path(state.best_model_checkpoint))  # what the rule keeps of the model, too
+        else:
+            self.swarm.finish_pending()
+        self.swarm.merge()
+        if self.swarm.particle == 0:
+            args.output_dir = self._folder
+
+
+class _ShardedData:
+    """The Trainer's training data, split over all ranks of the swarm; Accelerate would split it over a particle.
+
+    Attributes:
+        epoch: the next one to begin.
+    """
+
+    def __init__(self, swarm: Swarm, trainer: Trainer) -> None:
+        self._layout = swarm.world.layout
+        self._trainer = trainer
+        self._shuffled: DistributedSampler[object] | IterableDatasetShard | None = None
+        self.epoch = 0
+
+    def begin_epoch(self) -> None:
+        """Shuffle anew."""
+        if self._shuffled is not None:
+            self._shuffled.set_epoch(self.epoch)
+        self.epoch += 1
+
+    def sharded(self, get_train_dataloader: Callable[[], Batches]) -> Callable[[], Batches]:
+        """Wrap ``Trainer.get_train_dataloader``."""
+
+        def get_sharded() -> Batches:
+            accelerator = self._trainer.accelerator
             accelerator.prepare = lambda loader: loader
             try:
                 return self._shard(get_train_dataloader())
             finally:
                 del accelerator.prepare  # of this object; its class has one
 
-        return sharded
+        return get_sharded
 
-    def _shard(self, loader: DataLoader[Any]) -> DataLoader[Any]:
-        args, layout, dataset = self.trainer.args, self.swarm.world.layout, loader.dataset
-        sampler: DistributedSampler[Any] | None = None
+    def _shard(self, loader: Batches) -> Batches:
+        dataset = loader.dataset
+        sampler: DistributedSampler[object] | None = None
         if loader.batch_size is None:
             raise UnsupportedError(
                 "the Trainer's train loader has a batch sampler: the swarm splits the data over its ranks itself; give "
                 "it a batch_size instead"
             )
         if isinstance(dataset, IterableDataset):
-            self._shuffled = dataset = IterableDatasetShard(
-                dataset, loader.batch_size, True, num_processes=layout.world_size, process_index=layout.rank
-            )
+            ranks, rank = self._layout.world_size, self._layout.rank
+            dataset = IterableDatasetShard(dataset, loader.batch_size, True, num_processes=ranks, process_index=rank)
+            self._shuffled = dataset
         else:
-            if not isinstance(loader.sampler, RandomSampler | SequentialSampler):
-                raise UnsupportedError(
-                    f"the Trainer's train loader has a {type(loader.sampler).__name__}: the swarm splits the data over "
-                    "its ranks itself, at random or in sequence; remove the sampler"
-                )
-            if len(dataset) < layout.world_size:  # type: ignore[arg-type]
-                raise ConfigError(
-                    f"the train dataset has {len(dataset)} samples for {layout.world_size} ranks; use more"  # type: ignore[arg-type]
-                )
-            self._shuffled = sampler = DistributedSampler(
-                dataset,
-                layout.world_size,
-                layout.rank,
-                shuffle=isinstance(loader.sampler, RandomSampler),
-                seed=args.seed if args.data_seed is None else args.data_seed,
-                drop_last=True,  # all ranks take as many steps
-            )
+            self._shuffled = sampler = self._sampler(loader)
         return DataLoader(
             dataset,
             batch_size=loader.batch_size,
@@ -128,68 +168,123 @@ class SwarmCallback(TrainerCallback):
             in_order=loader.in_order,
         )
 
-    # -- evaluation, logging ----------------------------------------------------------------
+    def _sampler(self, loader: Batches) -> DistributedSampler[object]:
+        args, ranks = self._trainer.args, self._layout.world_size
+        num_samples = len(loader.dataset)  # type: ignore[arg-type]
+        if not isinstance(loader.sampler, RandomSampler | SequentialSampler):
+            raise UnsupportedError(
+                f"the Trainer's train loader has a {type(loader.sampler).__name__}: the swarm splits the data over "
+                "its ranks itself, at random or in sequence; remove the sampler"
+            )
+        if num_samples < ranks:
+            raise ConfigError(f"the train dataset has {num_samples} samples for {ranks} ranks; use more")
+        return DistributedSampler(
+            loader.dataset,
+            ranks,
+            self._layout.rank,
+            shuffle=isinstance(loader.sampler, RandomSampler),
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            drop_last=True,  # all ranks take as many steps
+        )
 
-    def _of_the_consensus(self, evaluate: Callable[..., dict[str, float]]) -> Callable[..., dict[str, float]]:
-        def evaluated(*args: Any, **kwargs: Any) -> dict[str, float]:
-            if not self.trainer.is_in_train or self._evaluating:  # it calls itself if there are several datasets
+
+class _Evaluation:
+    """Evaluations during training: of which weights, and what all particles make of the metrics."""
+
+    def __init__(self, swarm: Swarm, trainer: Trainer, evaluate_consensus: bool) -> None:
+        self._swarm = swarm
+        self._trainer = trainer
+        self._evaluate_consensus = evaluate_consensus
+        self._goes_on = False
+
+    def of_consensus(self, evaluate: Callable[..., dict[str, float]]) -> Callable[..., dict[str, float]]:
+        """Wrap ``Trainer.evaluate``."""
+
+        def evaluate_consensus(*args: object, **kwargs: object) -> dict[str, float]:
+            if not self._trainer.is_in_train or self._goes_on:  # it calls itself if there are several datasets
                 return evaluate(*args, **kwargs)
-            self._evaluating = True
+            self._goes_on = True
             try:
-                if not self.evaluate_consensus:
+                if not self._evaluate_consensus:
                     return evaluate(*args, **kwargs)
-                with self.swarm.consensus():
+                with self._swarm.consensus():
                     return evaluate(*args, **kwargs)
             finally:
-                self._evaluating = False
+                self._goes_on = False
 
-        return evaluated
+        return evaluate_consensus
 
-    def _agreeing(self, evaluation_loop: Callable[..., EvalLoopOutput]) -> Callable[..., EvalLoopOutput]:
-        """Metrics are the mean over the particles: best model, early stopping and schedulers go by these numbers."""
+    def averaged(self, evaluation_loop: Callable[..., EvalLoopOutput]) -> Callable[..., EvalLoopOutput]:
+        """Wrap ``Trainer.evaluation_loop``: best model, early stopping and schedulers go by the numbers it returns."""
 
-        def agreed(*args: Any, **kwargs: Any) -> EvalLoopOutput:
+        def average(*args: object, **kwargs: object) -> EvalLoopOutput:
             output = evaluation_loop(*args, **kwargs)
-            if self._evaluating:
+            if self._goes_on:
+                swarm = self._swarm
                 mine = {name: float(v) for name, v in output.metrics.items() if isinstance(v, int | float)}
-                ranks = self.swarm.world.coordinator.gather("metrics of an evaluation", mine)
+                ranks = swarm.world.coordinator.gather("metrics of an evaluation", mine)
                 for name in mine:
                     found = [rank[name] for rank in ranks if name in rank]
                     output.metrics[name] = sum(found) / len(found)
                 if "eval_loss" in mine:
-                    size = self.swarm.world.layout.particle_size
-                    self.swarm.log("held_out", losses=[rank["eval_loss"] for rank in ranks[::size]])
+                    size = swarm.world.layout.particle_size
+                    swarm.log("held_out", losses=[rank["eval_loss"] for rank in ranks[::size]])
             return output
 
-        return agreed
+        return average
 
-    def _logging(self, log: Callable[..., None]) -> Callable[..., None]:
-        """The last sync point beside the training loss."""
 
-        def logged(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-            record = self.swarm.last_sync
-            if "loss" in logs and record and record.sync != self._logged_sync:
-                self._logged_sync = record.sync
-                logs |= {name: value for name, value, _ in deepspeed_monitor.events(record, 0)}
-            log(logs, *args, **kwargs)
+class _SyncLog:
+    """Logs the last sync beside the training loss."""
 
-        return logged
+    def __init__(self) -> None:
+        self._record: SyncRecord | None = None  # not logged yet
 
-    # -- checkpoints ------------------------------------------------------------------------
+    def take(self, record: SyncRecord) -> None:
+        """Keep it for the next log; for ``Swarm.on_sync``."""
+        self._record = record
 
-    def _resuming(self, train: Callable[..., Any]) -> Callable[..., Any]:
-        """Whatever folder the user names, each particle continues from its own of that step."""
+    def beside_losses(self, log_values: Callable[..., None]) -> Callable[..., None]:
+        """Wrap ``Trainer.log``."""
 
-        def trained(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        def log_sync_too(logs: dict[str, float], *args: object, **kwargs: object) -> None:
+            if "loss" in logs and self._record is not None:
+                logs |= {name: value for name, value, _ in deepspeed_monitor.events(self._record, 0)}
+                self._record = None
+            log_values(logs, *args, **kwargs)
+
+        return log_sync_too
+
+
+class _Checkpoints:
+    """The Trainer's checkpoints, of which each particle has its own, and the swarm's part in them.
+
+    Args:
+        folder: in which each particle has a folder of its own.
+    """
+
+    def __init__(self, swarm: Swarm, trainer: Trainer, folder: str) -> None:
+        self._swarm = swarm
+        self._trainer = trainer
+        self._folder = folder
+
+    def resuming(self, train: Callable[..., Result]) -> Callable[..., Result]:
+        """Wrap ``Trainer.train``: whatever folder the user names, each particle continues from its own of that step."""
+
+        def train_from_own(resume_from_checkpoint: str | bool | None = None, *args: object, **kwargs: object) -> Result:
             if resume_from_checkpoint:
-                resume_from_checkpoint = str(self._own_checkpoint(resume_from_checkpoint))
+                resume_from_checkpoint = str(self._find(resume_from_checkpoint))
             return train(resume_from_checkpoint, *args, **kwargs)
 
-        return trained
+        return train_from_own
 
-    def _own_checkpoint(self, named: str | bool) -> Path:
-        """Checked: all particles have one of the same step, and its files are whole."""
-        swarm, mine = self.swarm, Path(self.trainer.args.output_dir)
+    def load(self, folder: Path) -> int:
+        """Load the swarm's part of a checkpoint, and return its step."""
+        return checkpoint.load_part(self._swarm, folder, strict=not _is_adapter(self._trainer.model))
+
+    def _find(self, named: str | bool) -> Path:
+        """Return this particle's, checked: all particles have one of the same step, and its files are whole."""
+        swarm, mine = self._swarm, Path(self._trainer.args.output_dir)
         with swarm.world.coordinator.agree("looking for the checkpoint"):
             if isinstance(named, str):
                 path = Path(named)
@@ -212,42 +307,12 @@ class SwarmCallback(TrainerCallback):
                 agreed=True,
             )
         checkpoint.check_part(swarm.session, found)
+        log.info("continuing from %s", found)
         return found
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if not args.save_only_model and self.swarm.num_particles > 1:
-            folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-            checkpoint.save_part(self.swarm.session, folder)
 
-    def _load_part(self, folder: str | Path) -> int:
-        return checkpoint.load_part(self.swarm.session, Path(folder), strict=not _is_adapter(self.trainer.model))
-
-    # -- the course of training -------------------------------------------------------------
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Join with the engine, which is there now; continue if the Trainer does."""
-        swarm = self.swarm
-        if swarm.config.total_steps is None:
-            swarm.config = swarm.config.model_copy(update={"total_steps": state.max_steps})
-        swarm.attach(self.trainer.deepspeed)  # gives all particles the same weights, whatever was loaded
-        if state.global_step > 0 and swarm.num_particles > 1:
-            step = self._load_part(Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"))
-            swarm.session.metrics.rewind(step)
-        self._epoch = int((state.epoch or 0.0) + 1e-6)
-
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._shuffled is not None:
-            self._shuffled.set_epoch(self._epoch)
-        self._epoch += 1
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if args.load_best_model_at_end and state.best_model_checkpoint and self.swarm.num_particles > 1:
-            self._load_part(state.best_model_checkpoint)  # what the rule keeps of the model, too
-        else:
-            self.swarm.finish_pending()
-        self.swarm.merge()
-        if self.swarm.particle == 0:
-            args.output_dir = self._folder
+def _step_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 def _check_supported(swarm: Swarm, trainer: Trainer) -> None:
@@ -283,7 +348,7 @@ def _check_supported(swarm: Swarm, trainer: Trainer) -> None:
 
 
 def _let_accelerate_see_the_particle(swarm: Swarm) -> None:
-    """Without an accelerator every rank takes itself for the only one, under DeepSpeed (Accelerate 1.15).
+    """Set the ranks in Accelerate 1.15, where without an accelerator each takes itself for the only one.
 
     All would train on the same samples, write the same files, and fail to gather what they have evaluated.
     """
@@ -297,7 +362,7 @@ def _siblings(particle: Path) -> list[Path]:
     return [path.resolve() for path in particle.parent.glob("particle_*")]
 
 
-def _is_adapter(model: Any) -> bool:
+def _is_adapter(model: object) -> bool:
     if not is_peft_available():
         return False
     from peft import PeftModel

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,24 +16,29 @@ from torch.utils.data import DataLoader, Subset, default_collate
 from ds_pso.errors import ConfigError
 from ds_pso.swarm import Swarm
 
-Logits = Callable[[Any], Tensor]  # of a batch, shape (N, classes)
-Collate = Callable[[list[Any]], Any]
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+    from deepspeed import DeepSpeedEngine
+
+Batch = dict[str, Tensor]
+Logits = Callable[[Batch], Tensor]  # shape (N, classes)
+Collate = Callable[[list[dict[str, object]]], Batch]
 
 
 @dataclass(frozen=True)
 class Splits:
     """Data sets of the `datasets` library; a row has ``labels`` and the columns that were asked for."""
 
-    train: Any
-    probe: Any  # taken from the training data, and not trained on
-    test: Any
+    train: Dataset
+    probe: Dataset  # taken from the training data, and not trained on
+    test: Dataset
     num_classes: int
 
 
 def load_splits(
     swarm: Swarm, dataset: str, columns: Mapping[str, tuple[str, ...]], cache: Path | None = None
 ) -> Splits:
-    """A local folder or a hub id, through ``load_dataset``. Called on all ranks.
+    """Load a local folder or a hub id, through ``load_dataset``. Called on all ranks.
 
     Args:
         columns: for each name that a row is to have, those that it may have in the data set.
@@ -59,7 +64,7 @@ def load_splits(
     return Splits(rest, kept, held_out, num_classes)
 
 
-def _load(dataset: str, cache: Path | None) -> Any:
+def _load(dataset: str, cache: Path | None) -> DatasetDict:
     import datasets
 
     datasets.disable_progress_bars()
@@ -72,7 +77,7 @@ def _load(dataset: str, cache: Path | None) -> Any:
         ) from error
 
 
-def _choose(dataset: str, rows: Any, wanted: Mapping[str, tuple[str, ...]]) -> Any:
+def _choose(dataset: str, rows: Dataset, wanted: Mapping[str, tuple[str, ...]]) -> Dataset:
     names = {}
     for name, candidates in wanted.items():
         found = next((column for column in candidates if column in rows.column_names), None)
@@ -86,9 +91,14 @@ def _choose(dataset: str, rows: Any, wanted: Mapping[str, tuple[str, ...]]) -> A
 
 @torch.no_grad()
 def accuracy(
-    swarm: Swarm, engine: Any, dataset: Any, logits: Logits, batch_size: int, collate: Collate | None = None
+    swarm: Swarm,
+    engine: DeepSpeedEngine,
+    dataset: Dataset,
+    logits: Logits,
+    batch_size: int,
+    collate: Collate | None = None,
 ) -> float:
-    """Part of ``dataset`` that is classified right, each rank of the swarm having looked at its share of it.
+    """Return the part of ``dataset`` that is classified right, each rank of the swarm having looked at its share of it.
 
     All ranks make as many forward passes, as ZeRO 3 needs it, so fewer than P x S samples at the end are left out.
     Inside ``swarm.consensus()`` it is the accuracy of the consensus. Called on all ranks.
@@ -106,9 +116,14 @@ def accuracy(
 
 
 def probe(
-    swarm: Swarm, engine: Any, dataset: Any, logits: Logits, batch_size: int, collate: Collate | None = None
+    swarm: Swarm,
+    engine: DeepSpeedEngine,
+    dataset: Dataset,
+    logits: Logits,
+    batch_size: int,
+    collate: Collate | None = None,
 ) -> Callable[[int], Tensor]:
-    """For ``swarm.attach``: the loss on a batch, another at each sync point and the same for all particles."""
+    """Return the loss on a batch, another at each sync point and the same for all particles; for ``swarm.attach``."""
     layout = swarm.world.layout
 
     def loss(index: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the recipes share: arguments, what fills DeepSpeed's "auto" under Accelerate, and a loop of so many steps."""
+"""Shared by the recipes: arguments, what fills DeepSpeed's "auto" under Accelerate, and a loop of so many steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import DummyOptim, DummyScheduler
@@ -16,9 +16,14 @@ from ds_pso.swarm import Swarm
 from ds_pso.training.arguments import Parser, positive
 from ds_pso.training.start import move_aside, write_record
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+Batch = TypeVar("Batch")
+
 
 def make_parser(name: str, what: str, *, steps: int, batch_size: int, lr: float) -> Parser:
-    """The arguments that every recipe has, with its defaults; it adds its own."""
+    """Make a parser of the arguments that every recipe has, with its defaults; a recipe adds its own."""
     parser = Parser(
         prog=f"{name}.py",
         allow_abbrev=False,
@@ -37,8 +42,8 @@ def make_parser(name: str, what: str, *, steps: int, batch_size: int, lr: float)
     return parser
 
 
-def parse(parser: Parser, argv: Sequence[str] | None, **smoke: Any) -> argparse.Namespace:
-    """The arguments; ``smoke`` are the defaults under ``--smoke``. Raises ConfigError on a wrong one."""
+def parse(parser: Parser, argv: Sequence[str] | None, **smoke: object) -> argparse.Namespace:
+    """Parse the arguments; ``smoke`` are the defaults under ``--smoke``. Raises ConfigError on a wrong one."""
     arguments = parser.parse_args(argv)
     if arguments.smoke:
         parser.set_defaults(**smoke)
@@ -47,7 +52,7 @@ def parse(parser: Parser, argv: Sequence[str] | None, **smoke: Any) -> argparse.
 
 
 def begin(swarm: Swarm, arguments: argparse.Namespace) -> None:
-    """A run folder of its own, and a line that says what runs. Called on all ranks."""
+    """Make a run folder, and print a line that says what runs. Called on all ranks."""
     with swarm.world.coordinator.agree("preparing the run folder"):
         if swarm.is_leader:
             if (arguments.output_dir / "config.json").exists():
@@ -57,7 +62,7 @@ def begin(swarm: Swarm, arguments: argparse.Namespace) -> None:
 
 
 def make_once(swarm: Swarm, folder: Path, make: Callable[[Path], None]) -> str:
-    """The folder, after ``make(folder)`` on one rank for each disk. Called on all ranks."""
+    """Return the folder, after ``make(folder)`` on one rank for each disk. Called on all ranks."""
     leads = swarm.world.coordinator.leads_disk(folder)
     with swarm.world.coordinator.agree(f"making {folder}"):
         if leads:
@@ -65,8 +70,10 @@ def make_once(swarm: Swarm, folder: Path, make: Callable[[Path], None]) -> str:
     return str(folder)
 
 
-def stand_ins(accelerator: Accelerator, model: nn.Module, arguments: argparse.Namespace) -> list[Any]:
-    """For ``accelerator.prepare``: stand-ins for the optimizer and the scheduler that the JSON describes.
+def stand_ins(
+    accelerator: Accelerator, model: nn.Module, arguments: argparse.Namespace
+) -> list[DummyOptim | DummyScheduler]:
+    """Return, for ``accelerator.prepare``, stand-ins for the optimizer and the scheduler that the JSON describes.
 
     ``prepare`` fills what is ``"auto"`` there from them. The batch size it would take from a loader, and of loaders the
     swarm has its own: so it is filled here.
@@ -83,8 +90,8 @@ def stand_ins(accelerator: Accelerator, model: nn.Module, arguments: argparse.Na
     return [optimizer, DummyScheduler(optimizer, total_num_steps=total, warmup_num_steps=steps // 20)]
 
 
-def batches(swarm: Swarm, engine: Any, loader: Iterable[Any], num_steps: int) -> Iterator[Any]:
-    """Micro batches, epoch after epoch, until ``engine`` has taken ``num_steps`` optimizer steps; says how it goes."""
+def batches(swarm: Swarm, engine: DeepSpeedEngine, loader: Iterable[Batch], num_steps: int) -> Iterator[Batch]:
+    """Yield micro batches until ``engine`` has taken ``num_steps`` steps, epoch after epoch; prints progress."""
     every, shown, start = max(1, num_steps // 10), 0, time.time()
     while True:
         for batch in loader:

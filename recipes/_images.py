@@ -1,10 +1,10 @@
-"""Images for the recipes: loading them as tensors, as a model wants them, and augmentation without torchvision."""
+"""Images for the recipes: loading, scaling, and augmentation without torchvision."""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import _common as recipe
 import _smoke_data as smoke
@@ -15,9 +15,12 @@ from torch.nn import functional as F
 
 from ds_pso.swarm import Swarm
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
 
 def load_images(swarm: Swarm, arguments: argparse.Namespace, *, size: int, channels: int) -> Splits:
-    """Rows of ``pixels``, uint8 of shape (channels, height, width), decoded when asked for, and ``labels``.
+    """Load rows of ``pixels``, uint8 of shape (channels, height, width), decoded when asked for, and ``labels``.
 
     Those of ``--dataset``, or under ``--smoke`` made here, of this size. Called on all ranks.
     """
@@ -30,14 +33,14 @@ def load_images(swarm: Swarm, arguments: argparse.Namespace, *, size: int, chann
     return replace(splits, **parts)
 
 
-def to_input(pixels: Tensor, engine: Any) -> Tensor:
-    """uint8 of any shape -> numbers around 0 with a spread of about 1, on the device and in the dtype of the model."""
+def to_input(pixels: Tensor, engine: DeepSpeedEngine) -> Tensor:
+    """Scale uint8 of any shape to numbers around 0 with a spread of about 1, on the model's device, in its dtype."""
     dtype = next(engine.module.parameters()).dtype
     return ((pixels.to(engine.device).float() - 128) / 64).to(dtype)
 
 
 def augment(pixels: Tensor, shift: int = 4) -> Tensor:
-    """Each image mirrored or not, and moved by up to ``shift`` pixels; shape (N, channels, height, width)."""
+    """Mirror each image or not, and move it by up to ``shift`` pixels; shape (N, channels, height, width)."""
     count, _, height, width = pixels.shape
     padded = F.pad(pixels, (shift, shift, shift, shift))
     top, left = torch.randint(0, 2 * shift + 1, (2, count, 1, 1))

@@ -1,10 +1,10 @@
-"""What recipes run on under ``--smoke``: data and base models made on the spot, on disk as users have theirs."""
+"""Makes the data and base models of ``--smoke`` on the spot, on disk as users have theirs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,16 +12,21 @@ import torch
 from ds_pso.training.model import build_model, causal_loss
 from ds_pso.training.text import train_tokenizer
 
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+Rows = dict[str, list[object]]  # columns
+
 _WORDS = tuple(a + b for a in ("ba", "do", "fi", "ku", "le", "mo", "nu", "pa") for b in ("ra", "si", "to", "ven", "xi"))
 
 
 def make_images(folder: Path, size: int, channels: int) -> None:
-    """Ten classes: a pattern each, a little moved, under noise twice as strong. In Parquet, as the hub has it."""
+    """Make ten classes: a pattern each, a little moved, under noise twice as strong. In Parquet, as the hub has it."""
     rng = np.random.default_rng(0)
     coarse = rng.uniform(56, 200, (10, size // 4, size // 4, channels))
     patterns = coarse.repeat(4, axis=1).repeat(4, axis=2)
 
-    def rows(count: int) -> dict[str, list[Any]]:
+    def rows(count: int) -> Rows:
         labels = rng.integers(10, size=count)
         moved = np.stack([np.roll(patterns[k], rng.integers(-1, 2, size=2), axis=(0, 1)) for k in labels])
         pixels = np.clip(moved + rng.normal(0, 75, moved.shape), 0, 255).astype(np.uint8)
@@ -31,7 +36,7 @@ def make_images(folder: Path, size: int, channels: int) -> None:
 
 
 def make_reviews(folder: Path) -> None:
-    """Sentences of twelve words, of which two or three decide between the two classes."""
+    """Make sentences of twelve words, of which two or three decide between the two classes."""
     rng = np.random.default_rng(0)
     good, bad, neutral = _WORDS[:8], _WORDS[8:16], _WORDS[16:]
 
@@ -40,14 +45,14 @@ def make_reviews(folder: Path) -> None:
         words = telling + rng.choice(neutral, size=12 - len(telling)).tolist()
         return " ".join(rng.permutation(words))
 
-    def rows(count: int) -> dict[str, list[Any]]:
+    def rows(count: int) -> Rows:
         labels = rng.integers(2, size=count).tolist()
         return {"text": [sentence(label) for label in labels], "label": labels}
 
     _write(folder, rows(4096), rows(512))
 
 
-def _write(folder: Path, train: dict[str, list[Any]], test: dict[str, list[Any]], image: bool = False) -> None:
+def _write(folder: Path, train: Rows, test: Rows, image: bool = False) -> None:
     from datasets import ClassLabel, Dataset, Features, Image, Value, disable_progress_bars
 
     disable_progress_bars()
@@ -58,9 +63,9 @@ def _write(folder: Path, train: dict[str, list[Any]], test: dict[str, list[Any]]
 
 
 def make_text(folder: Path, language: int = 0) -> None:
-    """Words of which each is followed by one of two, and which two, depends on the language.
+    """Make words of which each is followed by one of two, and which two, depends on the language.
 
-    So log 2 nats a word cannot be foretold; who knows only how often each word comes needs log 40.
+    So log 2 nats a word cannot be foretold; a model that knows only how often each word comes needs log 40.
     """
     (folder / "text.txt").write_text("\n".join(_lines(language, 4096)), encoding="utf-8")
 
@@ -78,11 +83,11 @@ def _lines(language: int, count: int) -> Iterator[str]:
 
 
 def make_llama(folder: Path) -> None:
-    """A small Llama that has learned language 0, and its tokenizer."""
+    """Make a small Llama that has learned language 0, and its tokenizer."""
     lines = list(_lines(0, 2048))
     tokenizer = train_tokenizer(lines)
     torch.manual_seed(0)
-    model: Any = build_model("llama:2x64", tokenizer, seq_length=32, ds_config={})
+    model: LlamaForCausalLM = build_model("llama:2x64", tokenizer, seq_length=32, ds_config={})
     tokens = torch.tensor(tokenizer("\n".join(lines))["input_ids"])
     blocks = tokens[: len(tokens) // 32 * 32].view(-1, 32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
@@ -96,7 +101,7 @@ def make_llama(folder: Path) -> None:
 
 
 def make_bert(folder: Path) -> None:
-    """A small BERT that has learned nothing yet, and its tokenizer."""
+    """Make a small BERT that has learned nothing yet, and its tokenizer."""
     from transformers import BertConfig, BertForSequenceClassification
 
     tokenizer = train_tokenizer([" ".join(_WORDS)] * 2)

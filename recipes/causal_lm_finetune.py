@@ -70,7 +70,7 @@ def train(arguments: argparse.Namespace) -> None:
         for batch in recipe.batches(swarm, engine, loader, arguments.steps):
             with accelerator.accumulate(engine):
                 loss = causal_loss(engine, batch.to(engine.device))
-                accelerator.backward(loss)  # takes the optimizer's step, too, and there particles meet
+                accelerator.backward(loss)  # takes the optimizer's step, too, and syncs when it is due
 
         with swarm.consensus():
             losses = held_out.evaluate(engine)  # of each particle, all with the same weights now

@@ -66,7 +66,7 @@ def train(arguments: argparse.Namespace) -> None:
         for batch in recipe.batches(swarm, engine, loader, arguments.steps):
             with accelerator.accumulate(engine):
                 loss = F.cross_entropy(logits(batch).float(), batch["labels"].to(engine.device))
-                accelerator.backward(loss)  # takes the optimizer's step, too, and there particles meet
+                accelerator.backward(loss)  # takes the optimizer's step, too, and syncs when it is due
 
         with swarm.consensus():
             result = accuracy(swarm, engine, data.test, logits, batch_size)

@@ -36,7 +36,7 @@ def main() -> None:
             model_parameters=model.parameters(),
             config=swarm.ds_config,  # 2: DeepSpeed's part of the JSON
         )
-        swarm.attach(engine)  # 3: engine.step() now meets the swarm at sync points
+        swarm.attach(engine)  # 3: engine.step() now syncs with the other particles when it is due
 
         batch_size = engine.train_micro_batch_size_per_gpu()
         loader = DataLoader(data, batch_size=batch_size, sampler=swarm.sampler(data, batch_size=batch_size))

@@ -5,7 +5,6 @@ accelerate launch --config_file launcher/accelerate/8gpu.yaml --mixed_precision 
 
 import argparse
 import sys
-from typing import Any
 
 import _common as recipe
 import _smoke_data as smoke
@@ -50,7 +49,7 @@ def train(arguments: argparse.Namespace) -> None:
         engine, *_ = accelerator.prepare(model, *recipe.stand_ins(accelerator, model, arguments))
         batch_size = engine.train_micro_batch_size_per_gpu()
 
-        def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        def collate(rows: list[dict[str, object]]) -> dict[str, Tensor]:
             texts = [row["text"] for row in rows]
             batch = tokenizer(
                 texts, truncation=True, max_length=arguments.max_length, padding=True, return_tensors="pt"
@@ -70,7 +69,7 @@ def train(arguments: argparse.Namespace) -> None:
         for batch in recipe.batches(swarm, engine, loader, arguments.steps):
             with accelerator.accumulate(engine):
                 loss = F.cross_entropy(logits(batch).float(), batch["labels"].to(engine.device))
-                accelerator.backward(loss)  # takes the optimizer's step, too, and there particles meet
+                accelerator.backward(loss)  # takes the optimizer's step, too, and syncs when it is due
 
         with swarm.consensus():
             result = accuracy(swarm, engine, data.test, logits, batch_size, collate)

@@ -66,7 +66,7 @@ def train(arguments: argparse.Namespace) -> None:
             with accelerator.accumulate(engine):
                 batch["pixels"] = augment(batch["pixels"])
                 loss = F.cross_entropy(logits(batch).float(), batch["labels"].to(engine.device))
-                accelerator.backward(loss)  # takes the optimizer's step, too, and there particles meet
+                accelerator.backward(loss)  # takes the optimizer's step, too, and syncs when it is due
 
         with swarm.consensus():
             result = accuracy(swarm, engine, data.test, logits, batch_size)

@@ -805,26 +805,26 @@ def export_the_mean_as_the_best() -> None:
 @sabotage("test_hf_trainer.py")
 def split_over_the_particle_alone() -> None:
     """Every particle trains on all of the data, as Accelerate would have it."""
-    from ds_pso.hf_trainer import SwarmCallback
+    from ds_pso.hf_trainer import _ShardedData
 
-    SwarmCallback._sharding = lambda self, get_train_dataloader: get_train_dataloader
+    _ShardedData.sharded = lambda self, get_train_dataloader: get_train_dataloader
 
 
 @sabotage("test_hf_trainer.py")
 def let_each_find_its_own_best() -> None:
     """Metrics of an evaluation stay those of the particle."""
-    from ds_pso.hf_trainer import SwarmCallback
+    from ds_pso.hf_trainer import _Evaluation
 
-    SwarmCallback._agreeing = lambda self, evaluation_loop: evaluation_loop
+    _Evaluation.averaged = lambda self, evaluation_loop: evaluation_loop
 
 
 @sabotage("test_hf_trainer.py")
 def load_the_best_without_its_rule() -> None:
     """What the rule keeps of the model stays that of the last step."""
-    from ds_pso.hf_trainer import SwarmCallback
+    from ds_pso.hf_trainer import _Checkpoints
 
-    load = SwarmCallback._load_part
-    SwarmCallback._load_part = lambda self, folder: load(self, folder) if self._epoch == 0 else 0
+    load = _Checkpoints.load
+    _Checkpoints.load = lambda self, folder: 0 if self._trainer.state.best_model_checkpoint else load(self, folder)
 
 
 # -- elastic swarms -------------------------------------------------------------------------------

@@ -259,7 +259,7 @@ def test_averaging_after_every_step_of_sgd_is_plain_data_parallel_training(
     plain = pool.run(train_with_sgd, tmp_path / "plain", "allreduce", stream, timeout=120)
     swarm = pool.run(train_with_sgd, tmp_path / "swarm", "local_sgd", stream, timeout=120)
     same(swarm[0][0], plain[0][0], rtol=2e-4, atol=2e-6)
-    assert swarm[0][1] == ([0, 1, 2, 3] if stream else []), "it is told the epoch, to shuffle anew"
+    assert swarm[0][1] == ([0, 1, 2, 3] if stream else []), "it gets the epoch, to shuffle anew"
 
 
 def train_in_sequence(folder: Path) -> list[int]:

@@ -176,7 +176,7 @@ reshaped = worlds.flatmap(
 @relaxed
 @given(reshaped, st.integers(0, 99), st.data())
 def test_other_numbers_of_ranks_go_on_where_the_data_was_left(case, seed, data):
-    """Together they see what nobody has seen yet, and at most one batch of all of them again."""
+    """Together they see what no rank has seen yet, and at most one batch of all of them again."""
     (num_samples, world_size, batch_size), new_world, new_batch = case
     before = make_samplers(num_samples, world_size, batch_size, seed=seed)
     done = data.draw(st.integers(0, len(before[0]) // batch_size))

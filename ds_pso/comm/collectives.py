@@ -104,8 +104,8 @@ class Collectives:
         if lost:
             raise PeerError(
                 f"{self.world.coordinator.describe(self.world.layout.rank)}: the checksums of particle {lost[0]} were "
-                "damaged on the way; a link, a network card or memory is damaged: look for which, then restart from the last "
-                "checkpoint"
+                "damaged on the way; a link, a network card or memory is damaged: look for which, then restart from "
+                "the last checkpoint"
             )
         return [row for row in found if row is not None]
 

@@ -11,6 +11,7 @@ from ds_pso.config.load import is_allowed
 from ds_pso.config.schema import SwarmConfig
 from ds_pso.rules import Rule, RuleMemory, SyncPoint
 from ds_pso.sync.schedule import ScheduleConfig
+from ds_pso.utils.units import as_bit_rate, as_bytes
 
 _MESSAGES_OF_A_SYNC = 5  # one after the other: the barrier, losses, distances
 
@@ -198,7 +199,7 @@ def describe(cluster: Cluster, ds_config: Mapping[str, object], swarm: SwarmConf
     wires = [wire for wire in wire_names() if is_allowed(ds_config, plain, wire=wire)]
     lines = [
         f"{cluster.particles} particles of {cluster.ranks}, {cluster.parameters / 1e6:g} M parameters, "
-        f"{cluster.step_s:g} s a step, {_rate(cluster.bandwidth)} into each particle",
+        f"{cluster.step_s:g} s a step, {as_bit_rate(cluster.bandwidth)} into each particle",
         "",
         f"{swarm.sync_mode} every {now.interval} steps{at_first}{in_turns}, wire {now.wire}, delay {now.delay}:",
         f"  {now.megabytes:.3g} MB into each particle at a sync point, in {now.exchange_s:.3g} s; "
@@ -227,17 +228,4 @@ def _enough(found: SyncCost, cluster: Cluster, share: float) -> str:
     slowdown = found.slowdown_for(share)
     if slowdown == 0:
         return "is out of reach: latency alone is too much"
-    return "takes " + _rate(cluster.bandwidth / slowdown)
-
-
-def as_bytes(nbytes: float) -> str:
-    """Return a number of bytes as text, such as ``1.5 GB``."""
-    unit, size = ("GB", 1e9) if nbytes >= 1e9 else ("MB", 1e6)
-    return f"{nbytes / size:.3g} {unit}"
-
-
-def _rate(bits: float) -> str:
-    unit, size = next(
-        ((unit, size) for unit, size in (("Gbit/s", 1e9), ("Mbit/s", 1e6)) if bits >= size), ("kbit/s", 1e3)
-    )
-    return f"{bits / size:.3g} {unit}"
+    return "takes " + as_bit_rate(cluster.bandwidth / slowdown)

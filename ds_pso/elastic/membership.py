@@ -9,14 +9,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import torch
 import torch.distributed as dist
 
 from ds_pso.distributed.coordinator import StoreCoordinator
 from ds_pso.distributed.membership import JSONValue, Quorum
-from ds_pso.distributed.peer_group import PeerGroup
+from ds_pso.distributed.peer_group import PeerGroup, ProcessGroup
 from ds_pso.elastic.config import ElasticConfig
 from ds_pso.elastic.connections import Connections
 from ds_pso.elastic.launch_env import Launch
@@ -132,7 +132,7 @@ class ElasticMembership:
         if not same:
             self._peers.group = None
             self._connections.make(quorum)
-            self._peers.group = self._connections.group
+            self._peers.group = cast(ProcessGroup | None, self._connections.group)
 
     def should_commit(self, error: PeerError | None) -> bool:
         """Decide whether all who take part have got through; else nobody keeps what has come.

@@ -1,1 +1,1 @@
-"""What is logged of a run: ``metrics.jsonl`` and DeepSpeed's own monitor. Must not import torch."""
+"""The log of a run: ``metrics.jsonl`` and DeepSpeed's own monitor. Must not import torch."""

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from ds_pso.metrics.records import SyncRecord
 
-_NUMBERS = (
-    *("drift", "staleness", "next_interval"),
-    *("seconds", "waited_s", "overlapped_s", "exchange_s", "step_s", "bytes_received", "bandwidth_mbit_s"),
-)
 OWN_FOLDERS = ("tensorboard", "csv_monitor")  # sections of those that write files
-_OF_PARTICLES = {"losses": "loss", "alive": "alive", "weights": "weight", "lr_factors": "lr_factor"}
 
 
-def give_each_a_folder(ds_config: dict[str, Any], particle: int) -> None:
-    """The first rank of every particle has a monitor, and they must not write into one another's files."""
+def give_each_a_folder(ds_config: dict[str, object], particle: int) -> None:
+    """Give the monitor of each particle, which its first rank has, a folder that no other writes into."""
     for name in OWN_FOLDERS:
         section = ds_config.get(name)
         if isinstance(section, dict) and section.get("enabled"):
@@ -24,9 +18,29 @@ def give_each_a_folder(ds_config: dict[str, Any], particle: int) -> None:
 
 
 def events(record: SyncRecord, samples: int) -> list[tuple[str, float, int]]:
-    """A record of a sync point as DeepSpeed's monitors want it: (name, value, samples so far)."""
-    values = record.to_json()
-    found = [(f"Swarm/{name}", values[name]) for name in _NUMBERS if values.get(name) is not None]
-    for key, name in _OF_PARTICLES.items():
-        found += [(f"Swarm/{name}/particle_{i}", value) for i, value in enumerate(values.get(key) or ())]
-    return [(name, float(value), samples) for name, value in found if math.isfinite(value)]
+    """Return the record as DeepSpeed's monitors want it: (name, value, samples so far); what is not finite is left out.
+
+    Args:
+        samples: that a particle has seen.
+    """
+    numbers: dict[str, float] = {
+        "drift": record.drift,
+        "staleness": record.staleness,
+        "next_interval": record.next_interval,
+        "seconds": record.seconds,
+        "waited_s": record.waited_s,
+        "overlapped_s": record.overlapped_s or math.nan,  # nothing went on beside training
+        "exchange_s": record.exchange_s,
+        "step_s": record.step_s,
+        "bytes_received": record.bytes_received,
+        "bandwidth_mbit_s": record.bandwidth_mbit_s,
+    }
+    of_particles = {
+        "loss": record.losses,
+        "alive": record.alive,
+        "weight": record.note.get("weights") or (),
+        "lr_factor": record.lr_factors,
+    }
+    for name, values in of_particles.items():
+        numbers |= {f"{name}/particle_{i}": value for i, value in enumerate(values)}
+    return [(f"Swarm/{name}", float(value), samples) for name, value in numbers.items() if math.isfinite(value)]

@@ -1,14 +1,35 @@
-"""The record of a sync, as ``Swarm.on_sync`` hands it out and ``metrics.jsonl`` keeps it."""
+"""The lines of ``metrics.jsonl``: what each holds, and how it is read. That of a sync is what callbacks get, too."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Annotated, Any, Generic, TypeVar
+
+from pydantic import BeforeValidator, Field, GetPydanticSchema, TypeAdapter, ValidationError
 
 _OPTIONAL = ("left_out", "repeated", "lr_factors", "fragments_staleness", "fragments_s")
 _UNSET = ("present", "recovered", "fragment", "abandoned")
+# A report is made of these: they must be what they are said to be. A rule's note may have the name of another field.
+_IN_REPORTS = {
+    *("losses", "alive", "left_out", "drift", "seconds", "waited_s", "exchange_s", "overlapped_s"),
+    *("bytes_received", "bandwidth_mbit_s"),
+}
+
+
+def _read_as(kind: object) -> GetPydanticSchema:
+    """JSON has lists and objects; in Python any sequence and mapping will do."""
+    return GetPydanticSchema(lambda _, schema_of: schema_of(kind))
+
+
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]  # null: NaN or infinite
+Numbers = Annotated[Sequence[float], _read_as(list[Number])]
+Integers = Annotated[Sequence[int], _read_as(list[int])]
+Flags = Annotated[Sequence[bool], _read_as(list[bool])]
+Texts = Annotated[Mapping[str, str], _read_as(dict[str, str])]
+Section = Annotated[Mapping[str, object], _read_as(dict[str, object])]
+Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -42,31 +63,132 @@ class SyncRecord:
     """
 
     sync: int
-    losses: Sequence[float]
-    alive: Sequence[bool]
-    left_out: Mapping[str, str] = field(default_factory=dict)
-    drift: float = math.nan
+    losses: Numbers
+    alive: Flags
+    left_out: Texts = field(default_factory=dict)
+    drift: Number = math.nan
     staleness: int = 0
     next_interval: int = 0
-    seconds: float = 0.0
-    waited_s: float = 0.0
-    exchange_s: float = 0.0
-    overlapped_s: float = 0.0
-    step_s: float = math.nan
-    bytes_received: int = 0
-    bandwidth_mbit_s: float = math.nan
+    seconds: Number = 0.0
+    waited_s: Number = 0.0
+    exchange_s: Number = 0.0
+    overlapped_s: Number = 0.0
+    step_s: Number = math.nan
+    bytes_received: Count = 0
+    bandwidth_mbit_s: Number = math.nan
     repeated: int = 0
-    lr_factors: Sequence[float] = ()
-    present: Sequence[int] | None = None
-    recovered: Sequence[int] | None = None
+    lr_factors: Numbers = ()
+    present: Integers | None = None
+    recovered: Integers | None = None
     fragment: int | None = None
     abandoned: bool | None = None
-    fragments_staleness: Sequence[int] = ()
-    fragments_s: Sequence[float] = ()
+    fragments_staleness: Integers = ()
+    fragments_s: Numbers = ()
     note: Mapping[str, Any] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return it flat, without what has no meaning here; NaN stays NaN."""
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "note"}
         unset = {name for name in _OPTIONAL if not values[name]} | {name for name in _UNSET if values[name] is None}
         return {name: value for name, value in values.items() if name not in unset} | dict(self.note)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, object]) -> SyncRecord:
+        """Return the record that ``to_json``, or that of an older version, has made these values of.
+
+        Raises:
+            ValidationError: there are no losses, or a value that reports show has a wrong type.
+        """
+        values = dict(values)
+        if "healed" in values:
+            values.setdefault("recovered", values.pop("healed"))
+        found = {item.name: values[item.name] for item in fields(cls) if item.name in values and item.name != "note"}
+        least = {"sync": 0, "alive": ()}  # of what older versions may have left out
+        try:
+            record = _SYNC.validate_python(least | found)
+        except ValidationError as error:
+            odd = {str(item["loc"][0]) for item in error.errors()} - _IN_REPORTS
+            found = {name: value for name, value in found.items() if name not in odd}
+            record = _SYNC.validate_python(least | found)
+        return replace(record, note={name: value for name, value in values.items() if name not in found})
+
+
+@dataclass(frozen=True)
+class StartRecord:
+    """The run, as it is when an engine is attached; a resumed run has one more.
+
+    Attributes:
+        description: of the swarm, in a line.
+        ranks: of each particle.
+        backend: between particles; ``simulated`` in one process.
+        total_steps: of the whole training, if known.
+        parameters: trained ones.
+        swarm: the section of the config, with its defaults.
+        versions: of the libraries that a run depends on most.
+    """
+
+    description: str
+    particles: int
+    ranks: int
+    backend: str = ""
+    total_steps: int | None = None
+    zero_stage: int | None = None
+    parameters: int | None = None
+    swarm: Section = field(default_factory=dict)
+    versions: Texts = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LossRecord:
+    """The loss of each particle in training, on held-out data, or of the exported model; NaN where none is known."""
+
+    losses: Numbers
+
+
+Record = TypeVar("Record", covariant=True)
+
+
+@dataclass(frozen=True)
+class Entry(Generic[Record]):
+    """A line of ``metrics.jsonl``: what was recorded, and when.
+
+    Attributes:
+        event: ``start``, ``sync``, ``train``, ``held_out``, ``exported``, or a name that a script has chosen.
+        step: optimizer steps so far.
+        time_s: since the log was opened.
+    """
+
+    event: str
+    step: Count
+    time_s: Annotated[float, Field(allow_inf_nan=False)]
+    record: Record
+
+
+_OBJECT = TypeAdapter(dict[str, object])
+_ENTRY = TypeAdapter(Entry[object])
+_SYNC = TypeAdapter(SyncRecord)
+_START = TypeAdapter(StartRecord)
+_LOSSES = TypeAdapter(LossRecord)
+
+
+def entry_from_json(line: object) -> Entry[object]:
+    """Check a line that ``read_metrics`` has returned; the record of an event that a script has named is a mapping.
+
+    Raises:
+        ValidationError: it is no JSON object, or an event that ds_pso logs has not the values it should.
+    """
+    values = _OBJECT.validate_python(line)
+    entry = _ENTRY.validate_python(values | {"record": None})
+    values = {name: value for name, value in values.items() if name not in ("event", "step", "time_s")}
+    return replace(entry, record=_record(entry.event, values))
+
+
+def _record(event: str, values: dict[str, object]) -> object:
+    if event == "sync":
+        return SyncRecord.from_json(values)
+    if event == "start":
+        return _START.validate_python(values)
+    try:
+        return _LOSSES.validate_python(values)
+    except ValidationError:
+        return values  # a script may log what it likes

@@ -1,4 +1,4 @@
-"""How the figures of a report are drawn and saved: colours, axes, labels beside lines, SVG and PNG."""
+"""Draws and saves the figures of a report: colours, axes, labels beside lines, SVG and PNG."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from ds_pso.utils.atomic_io import replacing_file
+from ds_pso.utils.atomic_io import open_atomically
 
 # Of the page and its figures. The first six of the series are Okabe and Ito's, which the colour-blind tell apart,
 # those that are pale on white made darker.
@@ -74,7 +74,7 @@ STYLE = {
 
 @dataclass(frozen=True)
 class End:
-    """Where a line ends, and what it is called."""
+    """The end of a line, and the name to write beside it."""
 
     x: float
     y: float
@@ -95,14 +95,14 @@ def short(label: str, length: int = 18) -> str:
 
 
 def new_figure(heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
-    """Axes below one another, over the same range; heights in inches."""
+    """Make axes below one another, over the same range; heights in inches."""
     figure = Figure(figsize=(WIDTH, sum(heights)))
     axes = figure.subplots(len(heights), 1, squeeze=False, sharex=True, height_ratios=list(heights))
     return figure, [row[0] for row in axes]
 
 
 def thin(values: Sequence[float]) -> np.ndarray:
-    """At most POINTS numbers, each the mean of as many neighbours; NaN where none of them is finite."""
+    """Reduce to at most POINTS numbers, each the mean of as many neighbours; NaN where none of them is finite."""
     array = np.asarray(values, dtype=float)
     size = max(1, math.ceil(len(array) / POINTS))
     array = np.pad(array, (0, -len(array) % size), constant_values=math.nan).reshape(-1, size)
@@ -112,7 +112,7 @@ def thin(values: Sequence[float]) -> np.ndarray:
 
 
 def draw(axes: Axes, x: np.ndarray, y: np.ndarray, **options: Any) -> tuple[float, float] | None:
-    """A line, with dots where there are few; returns where it ends, None if there is nothing to see."""
+    """Draw a line, with dots where there are few; returns where it ends, None if there is nothing to see."""
     known = np.flatnonzero(np.isfinite(y) & np.isfinite(x))
     if not len(known):
         return None
@@ -122,7 +122,7 @@ def draw(axes: Axes, x: np.ndarray, y: np.ndarray, **options: Any) -> tuple[floa
 
 
 def finish(axes: Axes, ends: Sequence[End] = (), *, title: str, xlabel: str = "", from_zero: bool = False) -> None:
-    """Limits, ticks, and a label beside the end of each line, moved apart where they would overlap."""
+    """Set limits, ticks, and a label beside the end of each line, moved apart where they would overlap."""
     axes.set_title(title, parse_math=False)
     axes.set_xlabel(xlabel)
     axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10], integer=xlabel in ("", STEPS)))
@@ -158,7 +158,7 @@ def finish(axes: Axes, ends: Sequence[End] = (), *, title: str, xlabel: str = ""
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """The same heights, moved so that neighbours are ``gap`` apart and none is below zero."""
+    """Return the heights, moved so that neighbours are ``gap`` apart and none is below zero."""
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     up, down = [heights[i] for i in order], [heights[i] for i in order]
     for k in range(1, len(order)):
@@ -171,26 +171,27 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def save_png(figure: Figure, path: Path, title: str = "") -> None:
-    """``title`` comes above the figure, where on a page its heading is."""
+    """Save a figure; ``title`` comes above it, where on a page its heading is."""
     width, height = figure.get_size_inches()
     room = 0.3 if title else 0.0
-    with matplotlib.rc_context(STYLE), replacing_file(path) as temporary:
+    with matplotlib.rc_context(STYLE):
         _lay_out(figure)
         if title:
             figure.text(0.02, 1.0, title, va="bottom", fontsize=11, color=INK, parse_math=False)
         box = Bbox([[0.0, 0.0], [width, height + room]])
-        figure.savefig(temporary, format="png", dpi=150, bbox_inches=box, metadata={"Software": None})
+        with open_atomically(path) as file:
+            figure.savefig(file, format="png", dpi=150, bbox_inches=box, metadata={"Software": None})
 
 
 def _lay_out(figure: Figure) -> None:
-    """Once for all files that are made of it: it takes longer than drawing them."""
+    """Lay the figure out once for all files that are made of it: it takes longer than drawing them."""
     if figure.get_layout_engine() is not None:
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
 
 
 def to_svg(figure: Figure, name: str, title: str) -> str:
-    """An ``svg`` element for a page: its colours are the page's variables, and its ids begin with ``name``."""
+    """Return an ``svg`` element for a page: its colours are the page's variables, and its ids begin with ``name``."""
     file = StringIO()
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         _lay_out(figure)

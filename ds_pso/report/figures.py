@@ -10,6 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ds_pso.metrics.records import Entry, LossRecord, SyncRecord
 from ds_pso.report import sync_figures
 from ds_pso.report.drawing import (
     FEW,
@@ -29,9 +30,11 @@ from ds_pso.report.drawing import (
     short,
     thin,
 )
-from ds_pso.report.runs import Losses, Run, columns
+from ds_pso.report.runs import Run, columns, mean
 
 HEIGHT = 2.8  # inches
+
+WithLosses = Entry[SyncRecord | LossRecord]
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Picture:
 
 
 def pictures(runs: Sequence[Run]) -> list[Picture]:
-    """Those that have something to show, in the order of the page."""
+    """Return the figures that have something to show, in the order of the page."""
     found = [
         ("loss_steps", "Loss over steps", _caption_of_losses(runs), loss(runs, "steps")),
         (
@@ -75,17 +78,17 @@ def pictures(runs: Sequence[Run]) -> list[Picture]:
 
 @matplotlib.rc_context(STYLE)
 def loss(runs: Sequence[Run], axis: str) -> Figure | None:
-    """Training loss over "steps", "time" or "bytes"; None if there is none.
+    """Draw training loss over "steps", "time" or "bytes"; None if there is none.
 
     A single run over steps also shows its held-out losses, and its sync points.
     """
     shows = {"bytes": lambda run: run.bytes_received, "time": lambda run: not run.is_simulated, "steps": lambda _: True}
     shown = [run for run in runs if shows[axis](run)]
     size, xlabel = _unit(shown, axis)
-    place: dict[str, Callable[[Run, Losses], float]] = {
-        "steps": lambda run, record: record.step,
-        "time": lambda run, record: (record.time_s - run.begin_s) / size,
-        "bytes": lambda run, record: run.bytes_by(record.step) / size,
+    place: dict[str, Callable[[Run, WithLosses], float]] = {
+        "steps": lambda run, entry: entry.step,
+        "time": lambda run, entry: (entry.time_s - run.begin_s) / size,
+        "bytes": lambda run, entry: run.bytes_by(entry.step) / size,
     }
     figure, (axes,) = new_figure([HEIGHT])
     ends = _curves(axes, runs, shown, lambda run: run.training, place[axis])
@@ -100,9 +103,9 @@ def loss(runs: Sequence[Run], axis: str) -> Figure | None:
 
 @matplotlib.rc_context(STYLE)
 def held_out(runs: Sequence[Run]) -> Figure | None:
-    """Held-out loss over steps; None if there is none."""
+    """Draw held-out loss over steps; None if there is none."""
     figure, (axes,) = new_figure([HEIGHT])
-    ends = _curves(axes, runs, runs, lambda run: run.held_out, lambda _, record: record.step)
+    ends = _curves(axes, runs, runs, lambda run: run.held_out, lambda _, entry: entry.step)
     for run in runs:
         if math.isfinite(run.exported_loss):
             color = INK if len(runs) == 1 else color_of(run.number)
@@ -115,15 +118,15 @@ def _curves(
     axes: Axes,
     runs: Sequence[Run],
     shown: Sequence[Run],
-    records_of: Callable[[Run], Sequence[Losses]],
-    place: Callable[[Run, Losses], float],
+    entries_of: Callable[[Run], Sequence[WithLosses]],
+    place: Callable[[Run, WithLosses], float],
 ) -> list[End]:
-    """The mean of each run, and thin lines for its particles; these have a name if there is but one run."""
+    """Draw the mean of each run, and thin lines for its particles; these have a name if there is but one run."""
     ends = []
     for run in shown:
-        records, alone = records_of(run), len(runs) == 1
-        x = thin([place(run, record) for record in records])
-        losses = {i: column for i, column in enumerate(columns(records)) if any(map(math.isfinite, column))}
+        entries, alone = entries_of(run), len(runs) == 1
+        x = thin([place(run, entry) for entry in entries])
+        losses = {i: column for i, column in enumerate(columns(entries)) if any(map(math.isfinite, column))}
         alike = all(values == losses[min(losses)] for values in losses.values())
         if len(losses) > 1 and alike:  # after a consensus
             losses = {}
@@ -135,7 +138,7 @@ def _curves(
             end = draw(axes, x, thin(values), color=own, lw=width, alpha=alpha, marker="")
             if named and end:
                 ends.append(End(*end, f"particle {particle}", own))
-        end = draw(axes, x, thin([record.mean for record in records]), color=color, ls=line_of(run.number))
+        end = draw(axes, x, thin([mean(entry.record.losses) for entry in entries]), color=color, ls=line_of(run.number))
         if end:
             which = "mean" if len(losses) > 1 else f"particle {min(losses)}" if losses else "all particles"
             name = short(run.label) if not alone else which if run.num_particles > 1 else ""
@@ -144,8 +147,8 @@ def _curves(
 
 
 def _held_out_dots(axes: Axes, run: Run) -> list[End]:
-    """Of every particle, with one name for all."""
-    steps, ends, found = [record.step for record in run.held_out], [], columns(run.held_out)
+    """Draw the held-out losses of every particle, with one name for all."""
+    steps, ends, found = [entry.step for entry in run.held_out], [], columns(run.held_out)
     found = found[:1] if all(losses == found[0] for losses in found) else found
     for particle, losses in enumerate(found):
         color = color_of(particle) if 1 < len(found) <= FEW else INK
@@ -157,7 +160,7 @@ def _held_out_dots(axes: Axes, run: Run) -> list[End]:
 
 
 def _unit(runs: Sequence[Run], axis: str) -> tuple[float, str]:
-    """What to divide by, and the label of the axis."""
+    """Return what to divide by, and the label of the axis."""
     if axis == "time":
         most = max((run.seconds for run in runs), default=0.0)
         size, unit = (3600.0, "hours") if most > 7200 else (60.0, "minutes") if most > 180 else (1.0, "seconds")

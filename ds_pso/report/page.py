@@ -1,20 +1,20 @@
-"""The page of a report: what stands above the figures, and the table."""
+"""The page of a report: the sentences above the figures, and the table."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ds_pso._version import __version__
 from ds_pso.errors import ConfigError
+from ds_pso.metrics.records import SyncRecord
 from ds_pso.report.drawing import DARK, LIGHT, color_of, save_png, to_svg
 from ds_pso.report.figures import pictures
-from ds_pso.report.runs import Run, Sync
+from ds_pso.report.runs import Run
 from ds_pso.utils.atomic_io import write_atomically
 
 UNKNOWN = "-"
@@ -32,7 +32,7 @@ LOSSES = 3  # columns of which the lowest number is marked
 
 
 def write(runs: Sequence[Run], output: Path, images: bool) -> Path:
-    """See ``write_report``."""
+    """Write the page and its pictures; see ``write_report``."""
     page, folder = output / "report.html", output / "report"
     try:
         (folder if images else output).mkdir(parents=True, exist_ok=True)
@@ -48,8 +48,8 @@ def write(runs: Sequence[Run], output: Path, images: bool) -> Path:
     return page
 
 
-def render(runs: Sequence[Run], figures: Sequence[dict[str, Any]]) -> str:
-    """The HTML; everything but the figures is escaped."""
+def render(runs: Sequence[Run], figures: Sequence[Mapping[str, object]]) -> str:
+    """Return the HTML; everything but the figures is escaped."""
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -76,7 +76,7 @@ def _capital(text: str) -> str:
 
 
 def state(run: Run) -> str:
-    """How far it has come."""
+    """Say how far a run has come."""
     if run.is_finished:
         return f"finished after {run.steps} steps"
     of = f" of {run.total_steps}" if run.total_steps else ""
@@ -84,7 +84,7 @@ def state(run: Run) -> str:
 
 
 def facts(run: Run) -> list[str]:
-    """What else is to be said of a run, in sentences."""
+    """Say what else is to be known of a run, in sentences."""
     found = [_how(run)] if run.start else []
     if run.is_simulated:
         found.append("Simulated in one process: bytes are those of a real run, times mean nothing and are not shown.")
@@ -93,17 +93,18 @@ def facts(run: Run) -> list[str]:
     if not run.syncs:
         why = "no sync point yet" if run.num_particles > 1 else "one particle: plain DeepSpeed, without sync points"
         found.append(f"{_capital(why)}.")
-    found += [*_weights(run.syncs), *_guard(run.syncs), *_dead(run.syncs)]
+    syncs = [sync.record for sync in run.syncs]
+    found += [*_weights(syncs), *_guard(syncs), *_left_out(syncs)]
     return found
 
 
 def _how(run: Run) -> str:
     assert run.start is not None
-    start, swarm, parts = run.start, run.start.swarm, []
+    start, parts = run.start.record, []
     if run.num_particles > 1:
-        delay = swarm.get("delay")
+        delay = start.swarm.get("delay")
         later = f"applied {delay} steps later" if delay else "training waits at sync points"
-        parts += [f"weights travel as {swarm.get('wire')}", later]
+        parts += [f"weights travel as {start.swarm.get('wire')}", later]
     if start.zero_stage is not None:
         parts.append(f"ZeRO {start.zero_stage}")
     if start.parameters is not None:
@@ -113,14 +114,14 @@ def _how(run: Run) -> str:
     return _capital("; ".join(parts) + ".") if parts else ""
 
 
-def _weights(syncs: Sequence[Sync]) -> list[str]:
+def _weights(syncs: Sequence[SyncRecord]) -> list[str]:
     weights = [w for w in (sync.note.get("weights") for sync in syncs) if isinstance(w, list) and w]
     if weights and all(share == w[0] for w in weights for share in w):
         return ["At every sync point all particles had the same weight in the consensus."]
     return []
 
 
-def _guard(syncs: Sequence[Sync]) -> list[str]:
+def _guard(syncs: Sequence[SyncRecord]) -> list[str]:
     guards = [sync.note["guard"] for sync in syncs if "guard" in sync.note]
     if not guards:
         return []
@@ -128,7 +129,7 @@ def _guard(syncs: Sequence[Sync]) -> list[str]:
     return [f"The guard preferred the weighted mean at {won} of {len(guards)} sync points where it had a choice."]
 
 
-def _dead(syncs: Sequence[Sync]) -> list[str]:
+def _left_out(syncs: Sequence[SyncRecord]) -> list[str]:
     count: dict[int, int] = {}
     for sync in syncs:
         for particle, alive in enumerate(sync.alive):
@@ -140,8 +141,8 @@ def _dead(syncs: Sequence[Sync]) -> list[str]:
     ]
 
 
-def _why(syncs: Sequence[Sync], particle: int) -> str:
-    """For the last time; nothing where the record does not say."""
+def _why(syncs: Sequence[SyncRecord], particle: int) -> str:
+    """Say why it was left out the last time; nothing where the record does not."""
     reasons = [sync.left_out[str(particle)] for sync in syncs if str(particle) in sync.left_out]
     return f"; last because {reasons[-1]}" if reasons else ""
 
@@ -150,11 +151,11 @@ def _list(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def table(runs: Sequence[Run]) -> list[list[dict[str, Any]]]:
-    """A row for each run; of each column in COLUMNS the text, and whether it is the lowest of the losses."""
+def table(runs: Sequence[Run]) -> list[list[dict[str, object]]]:
+    """Return a row for each run: of each column in COLUMNS the text, and whether it is the lowest of the losses."""
     losses = [(run.final_loss, run.final_held_out, run.exported_loss) for run in runs]
     lowest = [min(filter(math.isfinite, column), default=None) for column in zip(*losses, strict=True)]
-    rows = []
+    rows: list[list[dict[str, object]]] = []
     for run, own in zip(runs, losses, strict=True):
         texts = [
             *(_number(value, ".3f") for value in own),
@@ -175,13 +176,13 @@ def _number(value: float, form: str, unit: str = "") -> str:
 
 
 def duration(seconds: float) -> str:
-    """``12.3 s``, ``4.5 min`` or ``6.7 h``."""
+    """Format a time: ``12.3 s``, ``4.5 min`` or ``6.7 h``."""
     size, unit = next(((size, unit) for size, unit in ((3600, "h"), (60, "min")) if seconds >= 2 * size), (1, "s"))
     return f"{seconds / size:.1f} {unit}"
 
 
-def settings(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """A row for each setting: its name, its value in each run, and whether these differ."""
+def settings(runs: Sequence[Run]) -> list[dict[str, object]]:
+    """Return a row for each setting: its name, its value in each run, and whether these differ."""
     columns = [_settings_of(run) for run in runs]
     names = list(dict.fromkeys(name for column in columns for name in column))
     rows = [(name, [column.get(name, UNKNOWN) for column in columns]) for name in names]
@@ -189,18 +190,18 @@ def settings(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _settings_of(run: Run) -> dict[str, str]:
-    found: dict[str, Any] = {"metrics": run.path}
+    found: dict[str, object] = {"metrics": run.path}
     found |= {f"--{name}": value for name, value in run.arguments.items()}
     if run.start:
-        start = run.start
+        start = run.start.record
         found |= {"particles": start.particles, "ranks of a particle": start.ranks, "ZeRO": start.zero_stage}
         found |= {"trained parameters": start.parameters, "backend": start.backend}
-        found |= _flat(start.swarm, "swarm") | start.versions
+        found |= _flat(start.swarm, "swarm") | dict(start.versions)
     return {name: str(value) for name, value in found.items()}
 
 
-def _flat(section: dict[str, Any], prefix: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _flat(section: Mapping[str, object], prefix: str) -> dict[str, object]:
+    found: dict[str, object] = {}
     for key, value in section.items():
         name = f"{prefix}.{key}"
         found |= _flat(value, name) if isinstance(value, dict) else {name: value}

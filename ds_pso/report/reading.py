@@ -1,4 +1,4 @@
-"""From files to runs; what is no ``metrics.jsonl`` is refused."""
+"""Reads runs from files; what is no ``metrics.jsonl`` is refused."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
 from ds_pso.errors import ConfigError
 from ds_pso.metrics.log import read_metrics
-from ds_pso.report.runs import Losses, Record, Run, Start, Sync
+from ds_pso.metrics.records import Entry, entry_from_json
+from ds_pso.report.runs import Run
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Each run once, in the order in which they were named; labels are unequal.
+    """Return each run once, in the order in which they were named; labels are unequal.
 
     Raises:
         ConfigError: names the file or folder that holds no metrics.
@@ -43,36 +43,21 @@ def _find(path: Path) -> Path:
 
 def _read(path: Path, label: str, number: int) -> Run:
     try:
-        found = [_check(values) for values in read_metrics(path)]
+        found = [entry_from_json(line) for line in read_metrics(path)]
     except (UnicodeDecodeError, ValidationError) as error:
         raise ConfigError(f"{path}: not the metrics of a run ({_reason(error)}); give a metrics.jsonl") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     if not found:
         raise ConfigError(f"{path}: holds no record of a run; give a metrics.jsonl, or wait until the run has begun")
-    records = _last_life(found)
-    starts = [r for r in records if isinstance(r, Start)]
     return Run(
         path,
         label,
         number,
-        records,
-        start=starts[-1] if starts else None,
-        resumed_at=[r.step for r in starts if r.step > 0],
+        _last_life(found),
         arguments=_arguments(path.with_name("config.json")),
         written=datetime.fromtimestamp(path.stat().st_mtime, UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
-
-
-def _check(values: Any) -> Record:
-    kinds: dict[str, type[Record]] = {"sync": Sync, "start": Start}
-    record = Record.model_validate(values)
-    if record.event in kinds:
-        return kinds[record.event].model_validate(values)
-    try:
-        return Losses.model_validate(values)
-    except ValidationError:
-        return record  # a script may log what it likes
 
 
 def _reason(error: UnicodeDecodeError | ValidationError) -> str:
@@ -83,20 +68,20 @@ def _reason(error: UnicodeDecodeError | ValidationError) -> str:
     return f"{name}: {item['msg']}" if name else str(item["msg"])
 
 
-def _last_life(records: Sequence[Record]) -> list[Record]:
-    """Without what stood in the file before the run began, or was written after the checkpoint it went on from."""
-    kept: list[Record] = []
-    for record, following in zip(records, [*records[1:], None], strict=True):
-        if isinstance(record, Start):
-            if isinstance(following, Start) or (following is None and kept):
+def _last_life(entries: Sequence[Entry[object]]) -> list[Entry[object]]:
+    """Leave out what stood in the file before the run began, and what followed the checkpoint it went on from."""
+    kept: list[Entry[object]] = []
+    for entry, following in zip(entries, [*entries[1:], None], strict=True):
+        if entry.event == "start":
+            if (following.event == "start") if following else kept:
                 continue  # nothing came of it, or not yet
-            kept = [r for r in kept if 0 < record.step >= r.step and r.event != "exported"]
-        kept.append(record)
+            kept = [e for e in kept if 0 < entry.step >= e.step and e.event != "exported"]
+        kept.append(entry)
     return kept
 
 
-def _arguments(config: Path) -> dict[str, Any]:
-    """Those that ``train.py`` has written beside the metrics; none if somebody else did."""
+def _arguments(config: Path) -> dict[str, object]:
+    """Read those that ``train.py`` has written beside the metrics; none if another script did."""
     try:
         arguments = json.loads(config.read_text(encoding="utf-8"))["arguments"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,15 +1,17 @@
-"""The figures of sync points: drift, who was best, what the rule did, time, bytes and bandwidth."""
+"""Draws the figures of sync points: drift, the best particle, what the rule did, time, bytes and bandwidth."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import fields
+from typing import TypeGuard
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from ds_pso.metrics.records import Entry, SyncRecord
 from ds_pso.report.drawing import (
     FEW,
     GRID,
@@ -28,7 +30,8 @@ from ds_pso.report.drawing import (
     short,
     thin,
 )
-from ds_pso.report.runs import Run, Sync
+from ds_pso.report.runs import Run, best_particle
+from ds_pso.utils.units import choose_prefix
 
 BARS = 60  # of a run at most
 # What a rule notes, under the name of the record; a rule of one's own has other names.
@@ -41,13 +44,14 @@ NOTES = {
     "age": "sync points that the peer was behind",
     "next_interval": "steps to the next sync point",
 }
-NOT_DRAWN = {"sync", "best", "sources", "from", "step_s", "staleness", "fragment", "fragments_staleness", "fragments_s"}
+DECIDED = ("lr_factors", "next_interval")  # by the rule or the schedule: fields of every record
+NOT_DRAWN = {*(item.name for item in fields(SyncRecord)), "best", "sources", "from"} - {*DECIDED}
 
 Drawn = tuple[str, str, str, Figure | None]
 
 
 def drawn(runs: Sequence[Run]) -> list[Drawn]:
-    """Name, title, caption and figure of each; no figure where there is nothing to show."""
+    """Return name, title, caption and figure of each; no figure where there is nothing to show."""
     alone = len(runs) == 1
     rules = [
         (
@@ -98,13 +102,14 @@ def drawn(runs: Sequence[Run]) -> list[Drawn]:
 
 def byte_unit(runs: Sequence[Run]) -> tuple[float, str]:
     most = max((run.bytes_received for run in runs), default=0)
-    return next(((size, unit) for size, unit in ((1e9, "GB"), (1e6, "MB")) if most >= 2 * size), (1e3, "kB"))
+    size, prefix = choose_prefix(most, ("G", "M", "k"), at_least=2)
+    return size, f"{prefix}B"
 
 
 @matplotlib.rc_context(STYLE)
 def drift(runs: Sequence[Run]) -> Figure | None:
     def points(run: Run) -> list[tuple[int, float]]:
-        return [(sync.step, 100 * sync.drift) for sync in run.syncs]
+        return [(sync.step, 100 * sync.record.drift) for sync in run.syncs]
 
     return _lines(runs, points, title="drift, %", from_zero=True)
 
@@ -112,9 +117,9 @@ def drift(runs: Sequence[Run]) -> Figure | None:
 @matplotlib.rc_context(STYLE)
 def bandwidth(runs: Sequence[Run]) -> Figure | None:
     def points(run: Run) -> list[tuple[int, float]]:
-        least = 0.01 * max((sync.bytes_received for sync in run.syncs), default=0)
+        least = 0.01 * max((sync.record.bytes_received for sync in run.syncs), default=0)
         syncs = [] if run.is_simulated else run.syncs
-        return [(sync.step, sync.bandwidth_mbit_s) for sync in syncs if sync.bytes_received > least]
+        return [(sync.step, sync.record.bandwidth_mbit_s) for sync in syncs if sync.record.bytes_received > least]
 
     return _lines(runs, points, title="Mbit/s")
 
@@ -138,7 +143,7 @@ def _lines(
     title: str,
     from_zero: bool = False,
 ) -> Figure | None:
-    """One for each run, over steps."""
+    """Draw a line for each run, over steps."""
     figure, (axes,) = new_figure([2.6])
     ends = []
     for run in runs:
@@ -152,25 +157,26 @@ def _lines(
 
 @matplotlib.rc_context(STYLE)
 def best(runs: Sequence[Run]) -> Figure | None:
-    """A row for each particle, and a mark where it was best; None where fewer than two losses were known."""
-    shown = [run for run in runs if any(sync.best is not None for sync in run.syncs)]
+    """Draw a row for each particle, with marks where it was best; None where fewer than two losses were known."""
+    shown = [run for run in runs if any(best_particle(sync.record) is not None for sync in run.syncs)]
     if not shown:
         return None
     figure, rows = new_figure([0.8 + 0.26 * min(run.num_particles, 12) for run in shown])
     rows[0].set_xlim(0, 1.02 * max(run.steps for run in shown))
     for axes, run in zip(rows, shown, strict=True):
-        syncs = run.syncs[:: math.ceil(len(run.syncs) / 1000)]
+        winners = [best_particle(sync.record) for sync in run.syncs]
+        some = slice(None, None, math.ceil(len(run.syncs) / 1000))
         names = run.num_particles <= 12
         for particle in range(run.num_particles):
-            steps = [sync.step for sync in syncs if sync.best == particle]
+            steps = [sync.step for sync, won in zip(run.syncs[some], winners[some], strict=True) if won == particle]
             color = color_of(particle) if run.num_particles <= FEW else SERIES[0]
             axes.axhline(particle, color=GRID, lw=0.6, zorder=0)
             size = max(2.5, min(11, 110 / run.num_particles))
             axes.plot(steps, [particle] * len(steps), "|", color=color, markersize=size, markeredgewidth=1.8)
-            dead = [sync.step for sync in syncs if particle < len(sync.alive) and not sync.alive[particle]]
-            axes.plot(dead, [particle] * len(dead), "x", color=INK, markersize=min(5, size), markeredgewidth=1.2)
+            out = [sync.step for sync in run.syncs[some] if False in sync.record.alive[particle : particle + 1]]
+            axes.plot(out, [particle] * len(out), "x", color=INK, markersize=min(5, size), markeredgewidth=1.2)
             if names:
-                count = sum(sync.best == particle for sync in run.syncs)
+                count = winners.count(particle)
                 text = f"{count} of {len(run.syncs)}"
                 axes.annotate(
                     text,
@@ -192,7 +198,7 @@ def best(runs: Sequence[Run]) -> Figure | None:
 
 @matplotlib.rc_context(STYLE)
 def rule(run: Run) -> Figure | None:
-    """What the rule noted, each kind of number in a frame of its own; None if nothing changed."""
+    """Draw what the rule noted, each kind of number in a frame of its own; None if nothing changed."""
     panels = [(key, _noted(run.syncs, key)) for key in _keys(run)]
     panels = [(key, values) for key, values in panels if _changes(values)][:6]
     if not panels:
@@ -211,12 +217,13 @@ def rule(run: Run) -> Figure | None:
 
 
 def _keys(run: Run) -> list[str]:
-    return [key for key in dict.fromkeys(key for sync in run.syncs for key in sync.note) if key not in NOT_DRAWN]
+    noted = dict.fromkeys(key for sync in run.syncs for key in sync.record.note if key not in NOT_DRAWN)
+    return [*(key for key in noted if key not in DECIDED), *DECIDED]
 
 
-def _noted(syncs: Sequence[Sync], key: str) -> list[list[float]]:
-    """One line of numbers, or one for each particle; none if it is something else."""
-    found = [sync.note.get(key) for sync in syncs]
+def _noted(syncs: Sequence[Entry[SyncRecord]], key: str) -> list[list[float]]:
+    """Return one line of numbers, or one for each particle; none if it is something else."""
+    found = [(getattr(sync.record, key) if key in DECIDED else None) or sync.record.note.get(key) for sync in syncs]
     if all(value is None or _is_number(value) for value in found):
         return [[math.nan if value is None else float(value) for value in found]]
     rows = [value if isinstance(value, list) and all(map(_is_number, value)) else [] for value in found]
@@ -226,7 +233,7 @@ def _noted(syncs: Sequence[Sync], key: str) -> list[list[float]]:
     return [[float(row[i]) if row else math.nan for row in rows] for i in range(width)]
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -245,14 +252,14 @@ PARTS = {
 
 @matplotlib.rc_context(STYLE)
 def sync_time(runs: Sequence[Run]) -> Figure | None:
-    """A bar for each sync point, or the mean of neighbours; the times of a simulation mean nothing."""
+    """Draw a bar for each sync point, or the mean of neighbours; the times of a simulation mean nothing."""
     shown = [run for run in runs if run.syncs and not run.is_simulated]
     if not shown:
         return None
     figure, rows = new_figure([2.6 if len(shown) == 1 else 1.9] * len(shown))
     used = np.zeros(len(PARTS))
     for axes, run in zip(rows, shown, strict=True):
-        times = np.array([_parts(sync) for sync in run.syncs])
+        times = np.array([_parts(sync.record) for sync in run.syncs])
         used += times.sum(axis=0)
         size = math.ceil(len(times) / BARS)
         groups = np.array_split(np.arange(len(times)), range(size, len(times), size))
@@ -279,12 +286,12 @@ def sync_time(runs: Sequence[Run]) -> Figure | None:
     return figure
 
 
-def _parts(sync: Sync) -> list[float]:
-    """Seconds of each of PARTS. What peers do in the background does not hold training up."""
+def _parts(sync: SyncRecord) -> list[float]:
+    """Return the seconds of each of PARTS. What peers do in the background does not hold training up."""
     stop, waited, exchange, beside = (
         value if math.isfinite(value) else 0.0
         for value in (sync.seconds, sync.waited_s, sync.exchange_s, sync.overlapped_s)
     )
-    if beside or sync.note.get("staleness"):
+    if beside or sync.staleness:
         return [0.0, 0.0, stop, beside]
     return [waited, exchange, max(0.0, stop - waited - exchange), 0.0]

@@ -8,20 +8,20 @@ import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from ds_pso.errors import ConfigError
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as ConfigError."""
+    """A parser that says what is wrong in one line, as ConfigError."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see --help")
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    """Raises ConfigError on a wrong argument."""
+    """Parse the command line of ``train.py``; raises ConfigError on a wrong argument."""
     parser = Parser(
         prog="train.py",
         allow_abbrev=False,
@@ -67,39 +67,39 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def positive(text: str) -> int:
-    """A type for ``add_argument``."""
+    """Parse a whole number of at least 1; a type for ``add_argument``."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
     return int(text)
 
 
 def whole(text: str) -> int:
-    """A type for ``add_argument``."""
+    """Parse a whole number of at least 0; a type for ``add_argument``."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 0")
     return int(text)
 
 
 def parse_llama(model: str) -> tuple[int, int]:
-    """``llama:4x128`` -> (4 layers, width 128)."""
+    """Return layers and width of a name such as ``llama:4x128``."""
     match = re.fullmatch(r"llama:([1-9]\d*)x([1-9]\d*)", model)
     if match is None or int(match[2]) % 32:
         raise ConfigError(f"--model {model}: must be llama:<layers>x<width> with a width that 32 divides")
     return int(match[1]), int(match[2])
 
 
-def read_deepspeed_config(path: str | None, world_size: int) -> str | Mapping[str, Any]:
-    """The path as given, or the built-in config with a number of particles that fits the world."""
+def read_deepspeed_config(path: str | None, world_size: int) -> str | Mapping[str, object]:
+    """Return the path as given, or the built-in config with a number of particles that fits the world."""
     if path is not None:
         return path
     text = resources.files("ds_pso.training").joinpath("default_config.json").read_text(encoding="utf-8")
-    config: dict[str, Any] = json.loads(text)
+    config = json.loads(text)
     if world_size % config["swarm"]["particles"]:
         config["swarm"]["particles"] = world_size
     return config
 
 
-def fill_auto(ds_config: dict[str, Any], steps: int) -> None:
+def fill_auto(ds_config: dict[str, object], steps: int) -> None:
     """Replace ``"auto"`` in the scheduler section by what the command line knows."""
     scheduler = ds_config.get("scheduler")
     params = scheduler.get("params") if isinstance(scheduler, dict) else None

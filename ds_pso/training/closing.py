@@ -1,15 +1,20 @@
-"""The closing words: a sample of what was learned, and the summary."""
+"""The end of a run on a terminal: a sample of what was learned, and the summary."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from ds_pso.training.progress import human_bytes
+from ds_pso.utils.units import human_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def generate_sample(model: Any, tokenizer: Any, prompt: str, num_tokens: int = 60) -> str:
-    """Prompt and continuation, sampled with a fixed seed."""
+def generate_sample(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, num_tokens: int = 60
+) -> str:
+    """Return the prompt and how the model goes on, sampled with a fixed seed."""
     import torch
 
     torch.manual_seed(0)
@@ -29,7 +34,7 @@ def summary(
     sync_line: str,
     sample: str,
 ) -> str:
-    """The closing words, as text."""
+    """Return the text that ends a run."""
     lines = ["", f"Held-out loss: {first_loss:.3f} before training, {last_loss:.3f} for the exported model"]
     lines.append(sync_line)
     if swarm_bytes:

@@ -1,4 +1,4 @@
-"""The main job, from arguments to summary. Reads top to bottom like a script of one's own."""
+"""The main job, from arguments to summary; reads top to bottom like a script of one's own."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import deepspeed
 import torch
 import transformers
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 import ds_pso
@@ -22,8 +22,8 @@ from ds_pso.report import write_loss_picture, write_report
 from ds_pso.swarm import Swarm
 from ds_pso.training.arguments import fill_auto, parse_arguments, read_deepspeed_config
 from ds_pso.training.closing import generate_sample, summary
-from ds_pso.training.model import HeldOut, build_model, causal_loss, load_tokenizer
-from ds_pso.training.progress import Progress
+from ds_pso.training.model import Engine, HeldOut, build_model, causal_loss, load_tokenizer
+from ds_pso.training.progress_bar import ProgressBar
 from ds_pso.training.start import move_aside, run, write_record
 from ds_pso.training.text import Corpus, load_corpus
 
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(swarm: Swarm, arguments: argparse.Namespace) -> bool:
-    """Data, model, engine, loop, export. Returns whether training is done; SIGTERM ends it earlier."""
+    """Run the job in this swarm: data, model, engine, loop, export. Returns false if SIGTERM has ended it."""
     assert swarm.session.run_dir is not None
     arguments.output_dir = run_dir = swarm.session.run_dir
     arguments.resume = arguments.resume or _was_started_before(run_dir)
@@ -56,19 +56,18 @@ def train(swarm: Swarm, arguments: argparse.Namespace) -> bool:
     torch.manual_seed(arguments.seed)
     with swarm.world.coordinator.agree("building the model"):
         model = build_model(arguments.model, corpus.tokenizer, arguments.seq_length, swarm.ds_config)
-    with swarm.world.coordinator.agree(
-        "deepspeed.initialize"
-    ):  # which has its own words for what is wrong with the config
+    # DeepSpeed has its own words for what is wrong with the config.
+    with swarm.world.coordinator.agree("deepspeed.initialize"):
         engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=swarm.ds_config)
     batch_size = engine.train_micro_batch_size_per_gpu()
     held_out = HeldOut(swarm, corpus.held_out, batch_size, engine.device)
-    engine = swarm.attach(engine, probe=held_out.probe(engine))
+    swarm.attach(engine, probe=held_out.probe(engine))
     sampler = swarm.sampler(corpus.train, batch_size=batch_size, seed=arguments.seed)
     loader = DataLoader(corpus.train, batch_size=batch_size, sampler=sampler)
     # Dropout differs between ranks; the weights were made alike by attach.
     torch.manual_seed(arguments.seed + swarm.world.layout.rank)
 
-    # Whoever joins an elastic swarm that is running begins where the others are.
+    # A particle that joins an elastic swarm which is running begins where the others are.
     first_step = engine.global_steps
     if arguments.resume:
         first_step = swarm.load(run_dir / "checkpoints", reshape=arguments.reshape)
@@ -97,26 +96,26 @@ def train(swarm: Swarm, arguments: argparse.Namespace) -> bool:
 
 
 def _joins(swarm: Swarm) -> bool:
-    """Whether the others are there already; perhaps they have come to the end."""
+    """True if the others were there before, and perhaps have come to the end."""
     return swarm.world.membership.has_newer_state
 
 
 def _was_started_before(run_dir: Path) -> bool:
-    """Whether ds-pso launch has started this particle again, and it had saved something."""
+    """True if ds-pso launch has started this particle again, and it had saved something."""
     return int(os.environ.get(ATTEMPT, "0")) > 0 and (run_dir / "checkpoints").is_dir()
 
 
 def _loop(
     swarm: Swarm,
-    engine: Any,
-    loader: DataLoader,
+    engine: Engine,
+    loader: DataLoader[Tensor],
     held_out: HeldOut,
     arguments: argparse.Namespace,
     first_step: int,
 ) -> bool:
-    """Train to the last step, or to where SIGTERM asks to stop; saved either way. Returns whether it is the last."""
+    """Train to the last step, or to where SIGTERM asks to stop; saved either way. Returns true if it is the last."""
     stop = swarm.should_stop()  # from here on SIGTERM waits for the end of a step
-    with Progress(swarm, first_step, arguments.steps) as progress:
+    with ProgressBar(swarm, first_step, arguments.steps) as progress:
         step, losses = first_step, []
         while step < arguments.steps and not stop:
             for batch in loader:  # one epoch, or what a checkpoint left of it
@@ -151,7 +150,7 @@ def _loop(
 
 def _finish(
     swarm: Swarm,
-    engine: Any,
+    engine: Engine,
     corpus: Corpus,
     held_out: HeldOut,
     arguments: argparse.Namespace,

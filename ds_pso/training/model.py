@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,11 +13,47 @@ from ds_pso.swarm import Swarm
 from ds_pso.training.arguments import parse_llama
 from ds_pso.training.text import Blocks
 
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, PreTrainedTokenizerBase
+
 _OR_BUILT = "llama:<layers>x<width>, "
 
+Loaded = TypeVar("Loaded", covariant=True)
 
-def load_tokenizer(model: str) -> Any:
-    """The tokenizer that comes with a local or hub model; None for one built from scratch."""
+
+class Output(Protocol):
+    """A batch's output, from a model of ``transformers``; its loss is the mean over the tokens."""
+
+    loss: Tensor
+
+
+class CausalModel(Protocol):
+    """A causal language model of ``transformers``, or the DeepSpeed engine around one."""
+
+    def __call__(self, *, input_ids: Tensor, labels: Tensor, use_cache: bool) -> Output: ...
+    def train(self) -> object: ...
+    def eval(self) -> object: ...
+
+
+class Engine(CausalModel, Protocol):
+    """A DeepSpeed engine, as far as a training loop uses it."""
+
+    module: torch.nn.Module
+    device: torch.device
+    global_steps: int
+
+    def backward(self, loss: Tensor) -> object: ...
+    def step(self) -> object: ...
+
+
+class AutoClass(Protocol[Loaded]):
+    """A class of ``transformers`` that loads what a folder or a hub id names."""
+
+    def from_pretrained(self, name: str, **options: object) -> Loaded: ...
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer that comes with a local or hub model; None for one built from scratch."""
     if model.startswith("llama:"):
         return None
     from transformers import AutoTokenizer
@@ -25,8 +61,10 @@ def load_tokenizer(model: str) -> Any:
     return from_pretrained(AutoTokenizer, model, _OR_BUILT)
 
 
-def build_model(model: str, tokenizer: Any, seq_length: int, ds_config: dict[str, Any]) -> torch.nn.Module:
-    """A Llama of the size that ``model`` names, or the pretrained model it points to."""
+def build_model(
+    model: str, tokenizer: PreTrainedTokenizerBase, seq_length: int, ds_config: dict[str, object]
+) -> torch.nn.Module:
+    """Build a Llama of the size that ``model`` names, or load the pretrained model it points to."""
     from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
     if not model.startswith("llama:"):
@@ -35,8 +73,8 @@ def build_model(model: str, tokenizer: Any, seq_length: int, ds_config: dict[str
     return LlamaForCausalLM(llama_config(model, len(tokenizer), seq_length, tokenizer.eos_token_id))
 
 
-def llama_config(model: str, vocabulary: int, seq_length: int = 0, end_of_text: int | None = None) -> Any:
-    """Of ``llama:<layers>x<width>``, as a ``transformers`` config."""
+def llama_config(model: str, vocabulary: int, seq_length: int = 0, end_of_text: int | None = None) -> LlamaConfig:
+    """Return the ``transformers`` config of ``llama:<layers>x<width>``."""
     from transformers import LlamaConfig
 
     layers, width = parse_llama(model)
@@ -55,7 +93,7 @@ def llama_config(model: str, vocabulary: int, seq_length: int = 0, end_of_text: 
     )
 
 
-def from_pretrained(kind: Any, model: str, or_else: str = "", **options: Any) -> Any:
+def from_pretrained(kind: AutoClass[Loaded], model: str, or_else: str = "", **options: object) -> Loaded:
     """``kind.from_pretrained(model)``; ConfigError if that fails, which also names what may be given ``or_else``."""
     try:
         return kind.from_pretrained(model, **options)
@@ -69,9 +107,9 @@ def from_pretrained(kind: Any, model: str, or_else: str = "", **options: Any) ->
 class _partitioned_loading:
     """Under ZeRO 3, load each weight straight into its partitions instead of whole on every rank."""
 
-    def __init__(self, ds_config: dict[str, Any]) -> None:
+    def __init__(self, ds_config: dict[str, object]) -> None:
         self._config = ds_config
-        self._handle: Any = None
+        self._handle: object = None
 
     def __enter__(self) -> None:
         zero = self._config.get("zero_optimization")
@@ -89,9 +127,9 @@ class _partitioned_loading:
             unset_hf_deepspeed_config()
 
 
-def causal_loss(engine: Any, batch: Tensor) -> Tensor:
+def causal_loss(model: CausalModel, batch: Tensor) -> Tensor:
     """Mean next-token cross-entropy in nats; ``batch`` has shape (batch, seq_length)."""
-    return engine(input_ids=batch, labels=batch, use_cache=False).loss
+    return model(input_ids=batch, labels=batch, use_cache=False).loss
 
 
 class HeldOut:
@@ -120,23 +158,23 @@ class HeldOut:
         return list(indices[layout.shard_rank :: layout.particle_size][:each]) if each else list(indices)
 
     @torch.no_grad()
-    def _loss(self, engine: Any, indices: list[int]) -> float:
-        engine.eval()
+    def _loss(self, model: CausalModel, indices: list[int]) -> float:
+        model.eval()
         total = 0.0
         for start in range(0, len(indices), self._batch_size):
             batch = torch.stack([self._blocks[i] for i in indices[start : start + self._batch_size]])
-            total += float(causal_loss(engine, batch.to(self._device))) * len(batch)
-        engine.train()
+            total += float(causal_loss(model, batch.to(self._device))) * len(batch)
+        model.train()
         return total / len(indices)
 
-    def probe(self, engine: Any) -> Callable[[int], float]:
-        """For ``swarm.attach``: this rank's loss on a probe batch, another at each sync point."""
+    def probe(self, engine: CausalModel) -> Callable[[int], float]:
+        """Return a function for ``swarm.attach``: this rank's loss on a probe batch, another at each sync point."""
         return lambda index: self._loss(engine, self._probes[index % len(self._probes)])
 
-    def evaluate(self, engine: Any) -> list[float]:
-        """Loss of every particle, shape (P,), on every rank."""
+    def evaluate(self, engine: CausalModel) -> list[float]:
+        """Return the loss of every particle, shape (P,), on every rank."""
         return self._swarm.gather(self._loss(engine, self._evaluation))
 
-    def evaluate_whole(self, model: Any) -> float:
-        """Loss of an exported model, on one rank alone, on all the blocks of the evaluation."""
+    def evaluate_whole(self, model: CausalModel) -> float:
+        """Return the loss of an exported model, on one rank alone, on all the blocks of the evaluation."""
         return self._loss(model, self._everything)

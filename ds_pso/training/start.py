@@ -1,9 +1,10 @@
-"""What surrounds a training script: threads on a CPU, quiet libraries, errors in one line, a run folder."""
+"""The frame of a training script: threads on a CPU, quiet libraries, errors in one line, a run folder."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 import warnings
@@ -17,6 +18,8 @@ import transformers
 from ds_pso.errors import SwarmError
 from ds_pso.swarm import Swarm
 from ds_pso.utils.atomic_io import write_atomically
+
+log = logging.getLogger(__name__)
 
 
 def run(body: Callable[[], int | None]) -> int:
@@ -34,7 +37,7 @@ def run(body: Callable[[], int | None]) -> int:
 
 
 def _settle_on_cpu() -> None:
-    """Ranks on one machine share its cores instead of each taking all, and need no compiler."""
+    """Let ranks on one machine share its cores instead of each taking all, and need no compiler."""
     if "OMP_NUM_THREADS" not in os.environ:
         world_size = os.environ.get("WORLD_SIZE", "1")
         local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size)))
@@ -50,15 +53,16 @@ def _quieten() -> None:
 
 
 def move_aside(run_dir: Path) -> None:
-    """An older run keeps its results under the next free number. Called on one rank."""
+    """Rename the folder of an older run, to the next free number. Called on one rank."""
     number = 1
     while (old := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
         number += 1
     os.replace(run_dir, old)
+    log.info("%s: an older run, which is %s now", run_dir, old)
 
 
 def write_record(swarm: Swarm, arguments: argparse.Namespace) -> None:
-    """``config.json``: the arguments, and the config with every default of the swarm section. Called on one rank."""
+    """Write ``config.json``: the arguments, and the config with all defaults of its swarm section; on one rank."""
     record = {
         "arguments": {
             key: value if isinstance(value, int | float) else str(value) for key, value in vars(arguments).items()

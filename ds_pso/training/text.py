@@ -1,15 +1,15 @@
-"""From text to blocks of tokens: documents, a byte-level BPE trained on the spot, packing."""
+"""Makes blocks of tokens from text: documents, a byte-level BPE trained on the spot, packing."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import logging
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +18,12 @@ from torch.utils.data import Dataset
 
 from ds_pso.errors import ConfigError
 from ds_pso.swarm import Swarm
+from ds_pso.utils.atomic_io import open_atomically, write_atomically
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 VOCABULARY = 4096  # of the tokenizer that is trained when the model brings none
 END_OF_TEXT = "<|endoftext|>"
@@ -43,12 +49,16 @@ class Blocks(Dataset[Tensor]):
 
 @dataclass
 class Corpus:
-    tokenizer: Any  # transformers.PreTrainedTokenizerFast
+    """Training and held-out blocks, and the tokenizer that made them."""
+
+    tokenizer: PreTrainedTokenizerBase
     train: Blocks
     held_out: Blocks
 
 
-def load_corpus(swarm: Swarm, dataset: str, folder: Path, seq_length: int, tokenizer: Any = None) -> Corpus:
+def load_corpus(
+    swarm: Swarm, dataset: str, folder: Path, seq_length: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Corpus:
     """Tokenise ``dataset`` into ``folder``, once per disk, and map it into memory on every rank.
 
     Args:
@@ -76,13 +86,14 @@ def load_corpus(swarm: Swarm, dataset: str, folder: Path, seq_length: int, token
     return Corpus(tokenizer or AutoTokenizer.from_pretrained(folder / "tokenizer"), *splits)
 
 
-def _prepare_once(dataset: str, folder: Path, tokenizer: Any) -> None:
-    """Prepare, or find prepared from the same source when a run is resumed."""
+def _prepare_once(dataset: str, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Prepare the data, or find it prepared from the same source when a run is resumed."""
     source = {"dataset": dataset, "tokenizer": tokenizer.name_or_path if tokenizer else f"BPE {VOCABULARY}"}
     done = folder / "source.json"
     if not done.exists():
         _prepare(dataset, folder, tokenizer)
-        done.write_text(json.dumps(source), encoding="utf-8")
+        write_atomically(done, json.dumps(source))
+        log.info("%s: prepared from %s", folder, source)
         return
     before = json.loads(done.read_text(encoding="utf-8"))
     for key, value in source.items():
@@ -91,9 +102,10 @@ def _prepare_once(dataset: str, folder: Path, tokenizer: Any) -> None:
                 f"{folder}: was prepared with {key} {before[key]!r}, and this run asks for {value!r}; "
                 "resume with what the run began with, or give another --output_dir"
             )
+    log.info("%s: was prepared before", folder)
 
 
-def _prepare(dataset: str, folder: Path, tokenizer: Any) -> None:
+def _prepare(dataset: str, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
     documents = list(read_documents(dataset))
     parts: dict[str, list[str]] = {"train": [], "held_out": []}
     for name, text in documents:
@@ -108,20 +120,19 @@ def _prepare(dataset: str, folder: Path, tokenizer: Any) -> None:
         tokenizer.save_pretrained(folder / "tokenizer")
     for name in ("train", "held_out"):
         tokens = tokenize(tokenizer, parts[name])
-        temporary = folder / f".{name}.tmp.npy"
-        np.save(temporary, tokens)
-        os.replace(temporary, folder / f"{name}.npy")
+        with open_atomically(folder / f"{name}.npy") as file:
+            np.save(file, tokens)
 
 
 def _split_by_length(texts: list[str]) -> dict[str, list[str]]:
-    """With too few documents to hold some out, the end of the text is held out."""
+    """Hold out the end of the text, where there are too few documents to hold some out."""
     text = "\n".join(texts)
     cut = len(text) - len(text) // _HELD_OUT
     return {"train": [text[:cut]], "held_out": [text[cut:]]}
 
 
 def read_documents(dataset: str) -> Iterator[tuple[str, str]]:
-    """(name, text) of each document, in a fixed order."""
+    """Yield (name, text) of each document, in a fixed order."""
     path = Path(dataset)
     if dataset == "python":
         root = Path(sysconfig.get_path("stdlib"))
@@ -159,8 +170,8 @@ def _read_hub(dataset: str) -> Iterator[tuple[str, str]]:
         yield str(index), text
 
 
-def train_tokenizer(texts: list[str]) -> Any:
-    """Byte-level BPE on the training documents alone."""
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerBase:
+    """Train a byte-level BPE on the training documents alone."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -177,8 +188,8 @@ def train_tokenizer(texts: list[str]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
 
 
-def tokenize(tokenizer: Any, texts: list[str]) -> np.ndarray:
-    """All documents in one row of token ids, each followed by the end-of-text token, if there is one."""
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> np.ndarray:
+    """Put all documents in one row of token ids, each followed by the end-of-text token, if there is one."""
     ids: list[int] = []
     for encoded in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
         ids.extend(encoded)

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
 def hash_file(path: Path) -> str:
@@ -45,6 +46,13 @@ def replacing_file(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
         raise
     to_disk(path.parent)
+
+
+@contextlib.contextmanager
+def open_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to write bytes; it replaces ``path`` as ``replacing_file`` does."""
+    with replacing_file(path) as temporary, temporary.open("wb") as file:
+        yield file
 
 
 def write_atomically(path: Path, text: str) -> None:

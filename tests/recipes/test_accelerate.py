@@ -1,4 +1,4 @@
-"""What the recipes stand on: "auto" filled, data sharded once over all ranks, config files that fit together."""
+"""The ground of the recipes: "auto" filled, data sharded once over all ranks, config files that fit together."""
 
 from __future__ import annotations
 

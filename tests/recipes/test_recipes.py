@@ -32,7 +32,7 @@ def load_recipe(name: str) -> ModuleType:
 
 
 def under_accelerate(config: Path, mixed_precision: str = "no") -> dict[str, str]:
-    """What ``accelerate launch`` tells a script that it starts."""
+    """Return the environment that ``accelerate launch`` gives a script."""
     return {
         "ACCELERATE_USE_DEEPSPEED": "true",
         "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(config),
@@ -69,7 +69,7 @@ def smoke(pool: Pool, folder: Path, name: str, *argv: str, precision: str = "no"
 
 
 def accuracy_of(logits: Callable[[Tensor], Tensor], run: Path) -> float:
-    """Of an exported model on the test images, read without any code of the recipes."""
+    """Return the accuracy of an exported model on the test images, read without any code of the recipes."""
     from datasets import Dataset
 
     rows = Dataset.from_parquet(str(run / "made" / "test.parquet"), cache_dir=str(run / "cache"))

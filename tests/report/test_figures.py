@@ -1,4 +1,4 @@
-"""What the figures show: which lines, where they end, and that there are none without numbers."""
+"""The figures: which lines, where they end, and that there are none without numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is read from metrics.jsonl: which records belong to a run, the numbers of it, and what is refused."""
+"""Reading metrics.jsonl: which records belong to a run, the numbers of it, and what is refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from made_runs import losses, small, start, sync, write
 
 from ds_pso.errors import ConfigError
 from ds_pso.report.reading import read_runs
-from ds_pso.report.runs import Run
+from ds_pso.report.runs import Run, best_particle, mean
 
 
 def read(folder: Path, records, rest: str = "") -> Run:
@@ -33,7 +33,7 @@ def test_the_numbers_of_a_run(tmp_path):
         *[5_000_000] * 2,
     ]
     assert run.bytes_received == 5_000_000
-    assert [point.best for point in run.syncs] == [1, 1, None]  # of the last only one loss is known
+    assert [best_particle(sync.record) for sync in run.syncs] == [1, 1, None]  # of the last only one loss is known
     assert run.is_finished
 
 
@@ -85,13 +85,13 @@ def test_another_config_beside_the_metrics_does_no_harm(tmp_path, text):
 
 
 def steps(run: Run) -> list[tuple[str, int]]:
-    return [(record.event, record.step) for record in run.records]
+    return [(entry.event, entry.step) for entry in run.entries]
 
 
 def test_a_resumed_run_is_one_run(tmp_path):
     run = read(tmp_path, [start(), sync(4, 3.0, [2.0, 2.0]), start(6, 3.0, ranks=5), sync(8, 5.0, [1.0, 1.0])])
     assert steps(run) == [("start", 0), ("sync", 4), ("start", 6), ("sync", 8)]
-    assert (run.resumed_at, run.start.ranks, run.seconds) == ([6], 5, 3.0)
+    assert (run.resumed_at, run.start.record.ranks, run.seconds) == ([6], 5, 3.0)
 
 
 def test_what_came_after_the_checkpoint_is_not_part_of_it(tmp_path):
@@ -118,16 +118,16 @@ def test_a_start_that_nothing_came_of_changes_nothing(tmp_path):
 
 def test_training_losses_come_from_sync_points_if_these_know_them(tmp_path):
     run = read(tmp_path, small())
-    assert [record.step for record in run.training] == [4, 8, 12]
+    assert [entry.step for entry in run.training] == [4, 8, 12]
 
 
 def test_asynchronous_particles_know_their_own_loss_alone(tmp_path):
     points = [sync(4, 3.0, [2.0, None], **{"from": None}), sync(8, 4.0, [1.5, None], **{"from": 1, "age": 0})]
     alone = read(tmp_path / "a", [start(), *points])
-    assert [record.losses[0] for record in alone.training] == [2.0, 1.5]
+    assert [entry.record.losses[0] for entry in alone.training] == [2.0, 1.5]
     assert alone.final_loss == 1.5
     evaluated = read(tmp_path / "b", [start(), *points, losses("train", 8, 4.5, [3.0, 4.0])])
-    assert [record.losses for record in evaluated.training] == [[3.0, 4.0]]
+    assert [entry.record.losses for entry in evaluated.training] == [[3.0, 4.0]]
     assert evaluated.final_loss == 3.5
 
 
@@ -151,7 +151,7 @@ def test_what_a_script_logs_itself_is_left_alone(tmp_path):
 
 def test_infinite_and_missing_losses_are_left_out_of_the_mean(tmp_path):
     run = read(tmp_path, [start(), sync(4, 3.0, [2.0, None]), sync(8, 4.0, [None, None])], '{"event": "x"')
-    assert [record.mean for record in run.training[:1]] == [2.0]
+    assert mean(run.training[0].record.losses) == 2.0
     assert math.isnan(run.final_loss)
 
 

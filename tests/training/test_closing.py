@@ -2,17 +2,7 @@
 
 from pathlib import Path
 
-import pytest
-
 from ds_pso.training.closing import summary
-from ds_pso.training.progress import human_bytes
-
-
-@pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (12_345_678, "12.3 MB"), (5e15, "5000.0 TB")]
-)
-def test_human_bytes(count, text):
-    assert human_bytes(count) == text
 
 
 def test_summary_names_files_bytes_and_losses():

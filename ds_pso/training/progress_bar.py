@@ -1,4 +1,4 @@
-"""What a person sees while the job runs: a bar on a terminal, one line per evaluation in a log."""
+"""Shows how far training is: a bar on a terminal, or one line per evaluation in a log."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from types import TracebackType
 from tqdm import tqdm
 
 from ds_pso.swarm import Swarm
+from ds_pso.utils.units import human_bytes
 
 
-class Progress:
-    """Silent on all ranks but the leader."""
+class ProgressBar:
+    """A bar on a terminal, or one line per evaluation; silent on all ranks but the leader."""
 
     def __init__(self, swarm: Swarm, first_step: int, num_steps: int) -> None:
         self._swarm, self._num_steps = swarm, num_steps
@@ -29,7 +30,7 @@ class Progress:
                 bar_format="{n_fmt}/{total_fmt} |{bar:16}| {elapsed}<{remaining}{postfix}",
             )
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -38,17 +39,21 @@ class Progress:
 
     @property
     def wants_loss(self) -> bool:
-        """Whether ``step`` shows the loss: reading it makes the host wait for the device."""
+        """True if ``step`` shows the loss: reading it makes the host wait for the device."""
         return self._bar is not None
 
     def step(self, loss: float) -> None:
-        """``loss``: of this particle in the step just taken."""
+        """Show a step.
+
+        Args:
+            loss: of this particle.
+        """
         if self._bar is not None:
             self._bar.update()
             self._bar.set_postfix_str(self._status(loss), refresh=False)
 
     def evaluated(self, step: int, held_out: list[float], loss: float) -> None:
-        """Called on all ranks: counting the bytes of the whole swarm takes all of them."""
+        """Show an evaluation; call it on all ranks, which count the bytes of the whole swarm."""
         self._held_out, self._bytes = held_out, self._swarm.total_bytes()
         if self._swarm.is_leader and self._bar is None:
             elapsed = time.time() - self._start
@@ -70,12 +75,3 @@ class Progress:
 def _join(losses: tuple[float, ...] | list[float]) -> str:
     shown = [f"{loss:.3f}" for loss in losses[:8]]
     return " ".join(shown) + (" ..." if len(losses) > 8 else "")
-
-
-def human_bytes(count: float) -> str:
-    """``12.3 MB``; powers of ten, as networks are sold."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

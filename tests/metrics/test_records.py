@@ -1,0 +1,142 @@
+"""Records: what is written can be read, also when an older version or a rule of one's own has added to it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields
+
+import pytest
+from pydantic import ValidationError
+
+from ds_pso.metrics import deepspeed_monitor
+from ds_pso.metrics.log import MetricsLog, read_metrics
+from ds_pso.metrics.records import LossRecord, StartRecord, SyncRecord, entry_from_json
+
+FULL = SyncRecord(
+    sync=3,
+    losses=[1.5, 2.5],
+    alive=[True, False],
+    left_out={"1": "its loss is not finite"},
+    drift=0.25,
+    staleness=2,
+    next_interval=8,
+    seconds=0.5,
+    waited_s=0.125,
+    exchange_s=0.25,
+    overlapped_s=1.5,
+    step_s=0.0625,
+    bytes_received=1024,
+    bandwidth_mbit_s=64.0,
+    repeated=1,
+    lr_factors=[1.0, 2.0],
+    present=[0, 1],
+    recovered=[1],
+    fragment=0,
+    abandoned=False,
+    fragments_staleness=[1, 2],
+    fragments_s=[0.5, 0.75],
+    note={"weights": [0.25, 0.75], "guard": "mean"},
+)
+LEAST = {"losses": [1.0, None]}
+
+
+def read(values):
+    return SyncRecord.from_json(json.loads(json.dumps(values)))
+
+
+def test_what_is_written_can_be_read(tmp_path):
+    assert read(FULL.to_json()) == FULL
+    assert all(getattr(FULL, item.name) != item.default for item in fields(SyncRecord)), "every field has a value"
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write("sync", 16, FULL.to_json())
+    entry = entry_from_json(read_metrics(log.path)[0])
+    assert (entry.event, entry.step, entry.record) == ("sync", 16, FULL)
+
+
+def test_what_has_no_meaning_is_not_written():
+    written = SyncRecord(sync=0, losses=(1.0,), alive=(True,)).to_json()
+    assert not {"left_out", "lr_factors", "present", "recovered", "fragment", "abandoned", "note"} & written.keys()
+    assert math.isnan(written["drift"])
+
+
+def test_older_versions_wrote_less():
+    record = read(LEAST)
+    assert (record.losses[0], list(record.alive), record.recovered, record.note) == (1.0, [], (), {})
+    assert math.isnan(record.losses[1])
+    assert math.isnan(record.drift)
+
+
+def test_older_versions_had_another_word_for_recovered():
+    record = read(LEAST | {"present": [0, 1], "healed": [1]})
+    assert (record.recovered, record.note) == ([1], {})
+
+
+def test_null_is_not_finite():
+    record = read(LEAST | dict.fromkeys(("drift", "seconds", "bandwidth_mbit_s", "step_s")))
+    assert all(map(math.isnan, (record.drift, record.seconds, record.bandwidth_mbit_s, record.step_s)))
+
+
+@pytest.mark.parametrize("values", [{"own": [1, "x"]}, {"step_s": "x"}, {"next_interval": 2.5, "lr_factors": "all"}])
+def test_what_is_no_field_is_the_rules(values):
+    record = read(LEAST | values)
+    assert record.note == values
+    assert (record.next_interval, record.lr_factors) == (0, ())
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"losses": "x"}, {"alive": None}, {"drift": "x"}, {"bytes_received": -1}, {"seconds": []}, {"left_out": {"0": 1}}],
+)
+def test_what_reports_show_must_be_right(values):
+    with pytest.raises(ValidationError, match=next(iter(values))):
+        read(LEAST | {"step_s": "x"} | values)
+
+
+@pytest.mark.parametrize("line", [3, [], {}, {"event": "mine", "step": -1, "time_s": 0}, {"event": "start", "step": 0}])
+def test_a_line_that_is_no_entry_is_refused(line):
+    with pytest.raises(ValidationError):
+        entry_from_json(line)
+
+
+def test_the_event_says_what_a_line_holds():
+    stamp = {"step": 4, "time_s": 1.5}
+    start = {"description": "2 particles", "particles": 2, "ranks": 1, "later": 1}
+    assert entry_from_json({"event": "start", **stamp, **start}).record == StartRecord("2 particles", 2, 1)
+    for event in ("train", "held_out", "exported", "mine"):
+        assert entry_from_json({"event": event, **stamp, "losses": [2.0]}).record == LossRecord([2.0])
+    own = entry_from_json({"event": "mine", **stamp, "record": "x", "losses": 3})
+    assert (own.step, own.time_s, own.record) == (4, 1.5, {"record": "x", "losses": 3})
+
+
+def test_numbers_for_deepspeeds_monitor():
+    events = deepspeed_monitor.events(FULL, 640)
+    assert {samples for _, _, samples in events} == {640}
+    assert {name: value for name, value, _ in events} == {
+        "Swarm/drift": 0.25,
+        "Swarm/staleness": 2,
+        "Swarm/next_interval": 8,
+        "Swarm/seconds": 0.5,
+        "Swarm/waited_s": 0.125,
+        "Swarm/overlapped_s": 1.5,
+        "Swarm/exchange_s": 0.25,
+        "Swarm/step_s": 0.0625,
+        "Swarm/bytes_received": 1024,
+        "Swarm/bandwidth_mbit_s": 64,
+        "Swarm/loss/particle_0": 1.5,
+        "Swarm/loss/particle_1": 2.5,
+        "Swarm/alive/particle_0": 1,
+        "Swarm/alive/particle_1": 0,
+        "Swarm/weight/particle_0": 0.25,
+        "Swarm/weight/particle_1": 0.75,
+        "Swarm/lr_factor/particle_0": 1,
+        "Swarm/lr_factor/particle_1": 2,
+    }
+    assert all(type(value) is float for _, value, _ in events)
+
+
+def test_the_monitor_gets_nothing_that_is_not_finite():
+    events = deepspeed_monitor.events(SyncRecord(0, losses=(math.nan, 1.0), alive=(False, True)), 0)
+    names = {name for name, _, _ in events}
+    assert not {"Swarm/drift", "Swarm/bandwidth_mbit_s", "Swarm/overlapped_s", "Swarm/loss/particle_0"} & names
+    assert {"Swarm/loss/particle_1", "Swarm/alive/particle_0"} <= names
