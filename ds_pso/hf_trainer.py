@@ -280,7 +280,7 @@ class _Checkpoints:
 
     def load(self, folder: Path) -> int:
         """Load the swarm's part of a checkpoint, and return its step."""
-        return checkpoint.load_part(self._swarm, folder, strict=not _is_adapter(self._trainer.model))
+        return checkpoint.load_part(self._swarm.session, folder, strict=not _is_adapter(self._trainer.model))
 
     def _find(self, named: str | bool) -> Path:
         """Return this particle's, checked: all particles have one of the same step, and its files are whole."""
