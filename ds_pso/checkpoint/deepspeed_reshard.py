@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -93,7 +93,7 @@ class _Repartition:
     def optimizer(self) -> SavedPartition:
         """Return the engine's own state, with what was saved in place of its values."""
         theirs = self._states[0]
-        mine = type(theirs)(self._engine.optimizer.state_dict())  # of the same class: they have the same keys
+        mine = replace(theirs, values=self._engine.optimizer.state_dict())  # of the same class: they have the same keys
         self._check_groups(mine)
         mine.values |= {name: theirs.values[name] for name in mine.common if name in theirs.values}
         masters = self._saved.masters()

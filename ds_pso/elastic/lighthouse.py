@@ -1,7 +1,7 @@
 """A particle's line to torchft's lighthouse: heartbeats, and requests for a quorum.
 
 Of torchft only the lighthouse and its client are used. Its ``Manager`` would also open a port on every network that
-ends the process when told to, and send checkpoints over one that hands them to everybody.
+ends the process when asked to, and send checkpoints over one that hands them to everybody.
 """
 
 from __future__ import annotations

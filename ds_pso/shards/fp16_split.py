@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol, cast
 
 from torch import Tensor
 
 from ds_pso.shards.layout import ShardLayout
 from ds_pso.shards.replicated import ReplicatedShards
-from ds_pso.shards.saved import SavedWhole
+from ds_pso.shards.saved import SavedForm, SavedWhole
 
 
 class _Optimizer(Protocol):
@@ -35,17 +35,9 @@ class SplitMasterShards(ReplicatedShards):
             param.data.copy_(master.view_as(param))
 
 
-class SavedSplitMasters(SavedWhole):
-    """One master per parameter, in lists by parameter group."""
-
-    masters_key = "fp32_groups"
-
-    @classmethod
-    def recognizes(cls, values: Mapping[str, object]) -> bool:
-        return cls.masters_key in values
-
-    def masters(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-        return [master for group in cast("list[list[Tensor]]", self.values[self.masters_key]) for master in group]
+def _saved_masters(values: dict[str, object], _: Sequence[Tensor]) -> Sequence[Tensor]:
+    groups = cast("list[list[Tensor]]", values["fp32_groups"])
+    return [master for group in groups for master in group]
 
 
 def optimizer_class() -> type:
@@ -54,4 +46,12 @@ def optimizer_class() -> type:
     return FP16_UnfusedOptimizer
 
 
-LAYOUT = ShardLayout(optimizer_class, SplitMasterShards, SavedSplitMasters)
+LAYOUT = ShardLayout(
+    "fp16_split",
+    optimizer_class,
+    SplitMasterShards,
+    SavedForm(
+        lambda values: "fp32_groups" in values,
+        lambda values: SavedWhole(values, _saved_masters),
+    ),
+)

@@ -5,9 +5,9 @@ Knows tensors and dictionaries; needs no engine and no DeepSpeed.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import ClassVar, TypedDict, cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, TypedDict, cast
 
 from torch import Tensor
 
@@ -21,21 +21,15 @@ class BaseState(TypedDict):
     param_groups: list[dict[str, object]]
 
 
-class SavedOptimizer(ABC):
-    """One ``optimizer.state_dict()``. Changes that are made to it go into ``values``.
+class SavedOptimizer(Protocol):
+    """One ``optimizer.state_dict()``.
 
-    A subclass says for one optimizer class where things are; beside its ``Shards``, so that nothing else knows.
+    Attributes:
+        values: the state itself; changes that are made go into it.
     """
 
-    def __init__(self, values: dict[str, object]) -> None:
-        self.values = values
+    values: dict[str, object]
 
-    @classmethod
-    @abstractmethod
-    def recognizes(cls, values: Mapping[str, object]) -> bool:
-        """Return True if ``values`` have the keys that an optimizer of this class saves, and no other."""
-
-    @abstractmethod
     def shards(self, rank: int, size: int, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Return the flat fp32 masters of one of ``size`` ranks, as the live ``Shards.tensors``.
 
@@ -47,7 +41,21 @@ class SavedOptimizer(ABC):
         """
 
 
-class SavedPartition(SavedOptimizer):
+@dataclass(frozen=True)
+class SavedForm:
+    """The form in which one optimizer class saves its state. Stands beside its ``Shards``, so that nothing else knows.
+
+    Attributes:
+        recognizes: a state by its keys: true for this form, and for no other.
+        read: makes a ``SavedOptimizer`` of it.
+    """
+
+    recognizes: Callable[[Mapping[str, object]], bool]
+    read: Callable[[dict[str, object]], SavedOptimizer]
+
+
+@dataclass
+class SavedPartition:
     """The part of one rank, as all ZeRO optimizers save it.
 
     Attributes:
@@ -56,9 +64,10 @@ class SavedPartition(SavedOptimizer):
         common: keys of what is the particle's, and so is not divided anew when the number of ranks changes.
     """
 
-    masters_key: ClassVar[str]
-    base_key: ClassVar[str]
-    common = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad")
+    values: dict[str, object]
+    masters_key: str
+    base_key: str
+    common: ClassVar[Sequence[str]] = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad")
 
     @property
     def masters(self) -> list[Tensor]:
@@ -97,14 +106,18 @@ class SavedPartition(SavedOptimizer):
         return [master.detach() for master in self.masters]
 
 
-class SavedWhole(SavedOptimizer):
-    """The state of a particle at ZeRO 0, of which each rank exchanges an equal part."""
+@dataclass
+class SavedWhole:
+    """The state of a particle at ZeRO 0, of which each rank exchanges an equal part.
 
-    @abstractmethod
-    def masters(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return the masters of the whole model."""
+    Attributes:
+        find_masters: the masters of the whole model, from the state and the parameters.
+    """
+
+    values: dict[str, object]
+    find_masters: Callable[[dict[str, object], Sequence[Tensor]], Sequence[Tensor]]
 
     def shards(self, rank: int, size: int, parameters: Sequence[Tensor]) -> list[Tensor]:
-        masters = self.masters(parameters)
+        masters = self.find_masters(self.values, parameters)
         part = equal_parts([master.numel() for master in masters], size)[rank]
         return [masters[m].detach().view(-1)[start:stop] for m, start, stop in part]
