@@ -1,8 +1,8 @@
 """``python -m benchmarks.sync_trace``: how many calls one blocking sync makes inside ds_pso, and how deep.
 
 2 particles x 2 ranks, ZeRO 2, ``local_sgd``, fp32, on the CPU; counted on rank 0, in the thread that trains. Whoever
-reads or debugs a sync has to follow these calls. A call is one of a Python function of ds_pso, a resumed generator
-included; its caller is the nearest function of ds_pso above it, whatever lies between them.
+reads or debugs a sync has to follow these calls. A call is one of a Python function of ds_pso, a comprehension
+or a resumed generator included; its caller is the nearest function of ds_pso above it, whatever lies between them.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Trace:
     Attributes:
         calls: all of them.
         between: of these, from one module into another, by both names.
-        deepest: functions of ds_pso in the longest stack.
+        deepest: the longest stack of functions of ds_pso.
     """
 
     calls: int = 0
     between: collections.Counter[tuple[str, str]] = field(default_factory=collections.Counter)
     modules: set[str] = field(default_factory=set)
-    deepest: int = 0
+    deepest: list[str] = field(default_factory=list)
 
     @contextmanager
     def watch(self, package: Path) -> Iterator[None]:
@@ -48,16 +48,18 @@ class Trace:
 
         def look(frame: FrameType, event: str, _: Any) -> None:
             module = module_of(frame) if event == "call" else None
-            if module is None or frame.f_code.co_name in ("<listcomp>", "<dictcomp>", "<setcomp>", "<genexpr>"):
+            if module is None:
                 return
-            above, stack = frame.f_back, []
+            above, stack, names = frame.f_back, [], []
             while above is not None:
                 if module_of(above):
                     stack.append(module_of(above))
+                    names.append((module_of(above), above.f_code.co_name))
                 above = above.f_back
             self.calls += 1
             self.modules.add(module)
-            self.deepest = max(self.deepest, len(stack) + 1)
+            if len(stack) + 1 > len(self.deepest):
+                self.deepest = [f"{path}:{name}" for path, name in reversed([(module, frame.f_code.co_name), *names])]
             if stack and stack[0] != module:
                 self.between[str(stack[0]), module] += 1
 
@@ -107,10 +109,11 @@ def main() -> None:
         if os.environ["DS_PSO_TRACE_RANK"] == "0":
             print(
                 f"one sync: {trace.calls} calls in {len(trace.modules)} modules, {trace.between.total()} of them from "
-                f"one module into another, depth {trace.deepest}"
+                f"one module into another, depth {len(trace.deepest)}"
             )
             for (caller, callee), count in trace.between.most_common() if arguments.verbose else ():
                 print(f"{count:4} {caller} -> {callee}")
+            print(*trace.deepest if arguments.verbose else (), sep="\n  ")
         return
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -55,8 +55,8 @@ class PeerGroup:
     def shut(self) -> None:
         """End it in good order; the peers do so, too."""
         group, self.group = self.group, None
-        if isinstance(group, dist.ProcessGroupNCCL):
-            group.shutdown()
+        if group is not None and self.backend == "nccl":
+            cast(dist.ProcessGroupNCCL, group).shutdown()
 
 
 def _connect_gloo(store: dist.Store, rank: int, size: int, timeout: timedelta) -> tuple[Any, torch.device]:
