@@ -71,7 +71,7 @@ class Trace:
 
 
 def trace_a_sync() -> Trace:
-    """Train a small model for two steps, and trace the sync after the second; called on each rank."""
+    """Train a small model for three steps, and trace the third with its sync; called on each rank."""
     import deepspeed
     import torch
 
@@ -93,8 +93,9 @@ def trace_a_sync() -> Trace:
         for _ in range(2):
             engine.backward(engine(torch.randn(4, 8)).square().mean())
             engine.step()
+        engine.backward(engine(torch.randn(4, 8)).square().mean())
         with trace.watch(package):
-            swarm.sync()
+            engine.step()
     return trace
 
 

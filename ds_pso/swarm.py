@@ -101,7 +101,6 @@ class Swarm:
 
     def __init__(self, ds_config: dict[str, Any], config: SwarmConfig, world: World, run_dir: Path | None) -> None:
         self.session = Session.of(ds_config, config, world, run_dir)
-        self.session.callbacks.extend(own_callbacks(self.session))
         self._hooks: EngineHooks | None = None
         self._preemption: Preemption | None = None  # None: ``should_stop`` was never called
 
@@ -209,6 +208,7 @@ class Swarm:
         if synchronizer is not None:
             synchronizer.start(session.window, engine.global_steps)
         session.synchronizer, session.attached_engine = synchronizer, engine
+        session.callbacks[:0] = own_callbacks(session)
         self._hooks = EngineHooks(session, engine)
         if self.world.membership.has_newer_state:
             session.metrics.rewind(engine.global_steps)
@@ -226,7 +226,9 @@ class Swarm:
         session = self.session
         if session.synchronizer is not None:
             self.finish_pending()
-            session.sync_has_ended(session.synchronizer.sync(session.window, session.step))
+            record = session.synchronizer.sync(session.window, session.step)
+            assert record is not None, "the swarm has started"
+            session.sync_has_ended(record)
 
     def finish_pending(self) -> None:
         """Apply now what a delayed sync still has to bring, if one is pending; call it on all ranks."""

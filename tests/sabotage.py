@@ -419,7 +419,7 @@ def repeat_alone() -> None:
     """Rank 3 judges by its own numbers, and so do the others by theirs."""
     from ds_pso.comm.collectives import Collectives
 
-    Collectives._gather_rows = lambda self, name, group, row: [row] * self.world.layout.num_particles
+    Collectives._gather_rows = lambda self, name, row: [row] * self.world.layout.num_particles
 
 
 @sabotage("integration/test_agreement.py")
@@ -443,7 +443,7 @@ def fitness_of_one_rank() -> None:
     from ds_pso.sync.fitness import ParticleReport
 
     real = ParticleReport.combined
-    ParticleReport.combined = lambda ranks, steps: real(ranks[:1], steps)
+    ParticleReport.combined = lambda rows, steps: real(rows[:1], steps)
 
 
 @sabotage("integration/test_attach.py")
@@ -859,7 +859,7 @@ def fail_alone() -> None:
     """A rank that waits in vain for a peer does not tell its mates."""
     from ds_pso.distributed.coordinator import StoreCoordinator
 
-    StoreCoordinator.barrier_with_local_ranks = lambda self, label, ranks: self.barrier(
+    StoreCoordinator._barrier_with_local_ranks = lambda self, label, ranks, store: self.barrier(
         label, sorted({*ranks, *self.layout.local_ranks})
     )
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
-from torch import Tensor
 
-from ds_pso.distributed.peer_group import ProcessGroup, Work
+from ds_pso.distributed.peer_group import Work
 from ds_pso.distributed.world import World
 from ds_pso.errors import PeerError
 from ds_pso.utils.checksums import TRIES, Moved, sealed, unsealed
@@ -48,15 +48,23 @@ class Collectives:
         self.checksums = checksums
 
     def run(
-        self, name: str, start: Callable[[ProcessGroup], Work], received: float, prepare: Callable[[], Moved | None]
+        self,
+        name: str,
+        collective: str,
+        arguments: Sequence[object],
+        received: float,
+        *,
+        moved: Callable[[], Moved],
+        refill: Callable[[], None] | None = None,
     ) -> None:
-        """Run a collective, and again if it was damaged on the way; counts its bytes and its time.
+        """Run a collective, and again if it was damaged on the way; count its bytes and its time.
 
         Args:
             name: for errors and warnings.
-            start: begins it on a process group.
+            collective: method of the process group, called with ``arguments``.
             received: bytes, by this rank.
-            prepare: called before each try, returns what will be moved.
+            moved: returns what will be moved; called before each try if checksums are compared.
+            refill: called before each try but the first, where the collective overwrites what it moves.
 
         Raises:
             PeerError: a peer was lost or is too slow, or the link damages whatever is sent.
@@ -64,14 +72,27 @@ class Collectives:
         group, present = self.world.peers.group, self.world.peers.present
         if group is None:
             assert len(present) == 1, "others are there, and no connections to them"
-            prepare()
             return
         for count in range(1, TRIES + 1):
-            moved = prepare()
-            self._wait(name, group, start, received)
-            if not self.checksums or moved is None:
+            if refill is not None and count > 1:
+                refill()
+            sums = moved() if self.checksums else None
+            if self.world.background.task is not None:
+                self.world.background.settle()
+            begin = time.perf_counter()
+            with self._explained(name):
+                work: Work = getattr(group, collective)(*arguments)
+                if self.device.type == "cuda":
+                    # Blocks, unlike NCCL's wait without a timeout.
+                    work.wait(timedelta(seconds=self.world.coordinator.timeout_s))
+                    torch.cuda.current_stream().synchronize()
+                else:
+                    work.wait()
+            self.traffic.seconds += time.perf_counter() - begin
+            self.traffic.bytes_received += round(received)
+            if sums is None:
                 return
-            damage = moved.damage(self._gather_rows(name, group, moved.row()))
+            damage = sums.damage(self._gather_rows(name, sums.row()))
             if not damage:
                 return
             me = self.world.coordinator.describe(self.world.layout.rank)
@@ -88,17 +109,21 @@ class Collectives:
                     stacklevel=2,
                 )
 
-    def _gather_rows(self, name: str, group: ProcessGroup, row: list[int]) -> list[list[int]]:
+    def _gather_rows(self, name: str, row: list[int]) -> list[list[int]]:
         """Return the checksums of all peers.
 
         Raises:
             PeerError: these are damaged, too, so nobody could know who goes on and who repeats.
         """
-        present = self.world.peers.present
+        group, present = self.world.peers.group, self.world.peers.present
+        assert group is not None
         mine = torch.tensor(sealed(row), dtype=torch.int64, device=self.device)
         rows = [torch.empty_like(mine) for _ in present]
-        received = (len(rows) - 1) * nbytes(mine)
-        self._wait(f"checksums of the {name}", group, lambda group: group.allgather([rows], [mine]), received)
+        begin = time.perf_counter()
+        with self._explained(f"checksums of the {name}"):
+            group.allgather([rows], [mine]).wait()
+        self.traffic.seconds += time.perf_counter() - begin
+        self.traffic.bytes_received += (len(rows) - 1) * mine.nbytes
         found = [unsealed(row.tolist()) for row in rows]
         lost = [i for i, row in zip(present, found, strict=True) if row is None]
         if lost:
@@ -109,32 +134,17 @@ class Collectives:
             )
         return [row for row in found if row is not None]
 
-    def _wait(self, name: str, group: ProcessGroup, start: Callable[[ProcessGroup], Work], received: float) -> None:
-        """Run one collective to its end."""
-        self.world.background.settle()
-        begin = time.perf_counter()
+    @contextlib.contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        """Name those who may have been lost where the collective in the block breaks."""
         try:
-            work = start(group)
-            if self.device.type == "cuda":
-                # Blocks, unlike NCCL's wait without a timeout.
-                work.wait(timedelta(seconds=self.world.coordinator.timeout_s))
-                torch.cuda.current_stream().synchronize()
-            else:
-                work.wait()
+            yield
         except (torch.OutOfMemoryError, PeerError):  # a simulation knows who is missing
             raise
         except RuntimeError as error:
-            layout = self.world.layout
-            peers = "; ".join(self.world.coordinator.describe(rank) for rank in layout.peers if rank != layout.rank)
+            layout, describe = self.world.layout, self.world.coordinator.describe
+            peers = "; ".join(describe(rank) for rank in layout.peers if rank != layout.rank)
             raise PeerError(
-                f"{self.world.coordinator.describe(layout.rank)}: the {name} with its peers broke ({error}); one of "
-                f"these was lost or is slower than swarm.timeout_s: {peers}. Look at their logs, then restart "
-                "from the last checkpoint"
+                f"{describe(layout.rank)}: the {name} with its peers broke ({error}); one of these was lost or is "
+                f"slower than swarm.timeout_s: {peers}. Look at their logs, then restart from the last checkpoint"
             ) from error
-        self.traffic.seconds += time.perf_counter() - begin
-        self.traffic.bytes_received += round(received)
-
-
-def nbytes(tensor: Tensor) -> int:
-    """Return the bytes of a tensor's elements."""
-    return tensor.numel() * tensor.element_size()

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_pso.comm.collectives import Collectives, nbytes
+from ds_pso.comm.collectives import Collectives
 from ds_pso.comm.compression import BLOCK, Differences, Format
 from ds_pso.distributed.world import World
 from ds_pso.utils.checksums import Added, Copied
@@ -118,7 +118,9 @@ class Exchange:
         share = 2 * (present - 1) / present
         for bucket, pieces in self._buckets(tensors):
             weigh = partial(self._weigh, bucket, pieces, tensors, weights[self.particle])
-            self._all_reduce(bucket, share * nbytes(bucket), weigh)
+            weigh()
+            received, moved = share * bucket.nbytes, partial(Added, bucket)
+            self.collectives.run("all-reduce", "allreduce", ([bucket],), received, moved=moved, refill=weigh)
             yield from self._unpack(bucket, pieces, tensors)
 
     def mean_by_differences(
@@ -208,32 +210,29 @@ class Exchange:
         """Return a few float64 of every particle, exactly, in the order of particles; NaN of those that are absent."""
         if self.num_particles == 1:
             return [list(values)]
-        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
-        table = [[math.nan] * len(values)] * self.num_particles
-        for particle, row in zip(self.present, self._gather(mine), strict=True):
+        mine, present = torch.tensor(values, dtype=torch.float64, device=self.device), self.present
+        table, rows = [[math.nan] * len(values)] * self.num_particles, [torch.empty_like(mine) for _ in present]
+        moved = partial(Copied, [mine] * len(rows), rows)
+        self.collectives.run("all-gather", "allgather", ([rows], [mine]), (len(rows) - 1) * mine.nbytes, moved=moved)
+        for particle, row in zip(present, rows, strict=True):
             table[particle] = row.tolist()
         return table
 
-    def _all_reduce(self, tensor: Tensor, received: float, prepare: Callable[[], Added | None]) -> None:
-        self.collectives.run("all-reduce", lambda group: group.allreduce([tensor]), received, prepare)
-
     def _all_to_all(
-        self, arrived: Tensor, sent: Tensor, receive: list[int], send: list[int], prepare: Callable[[], Copied]
+        self, arrived: Tensor, sent: Tensor, receive: list[int], send: list[int], moved: Callable[[], Copied]
     ) -> None:
         """Send ``send[i]`` elements to the i-th peer, one behind the other, and receive ``receive[i]`` from it."""
-        self.collectives.run(
-            "all-to-all", lambda group: group.alltoall_base(arrived, sent, receive, send), nbytes(arrived), prepare
-        )
+        arguments = (arrived, sent, receive, send)
+        self.collectives.run("all-to-all", "alltoall_base", arguments, arrived.nbytes, moved=moved)
 
     def _broadcast(self, tensor: Tensor, source: int) -> Tensor:
         options, present = dist.BroadcastOptions(), self.present
         options.rootRank, options.rootTensor = present.index(source), 0
-        received = 0 if self.particle == source else nbytes(tensor)
+        received = 0 if self.particle == source else tensor.nbytes
         mine = [tensor if self.particle == source else None] * len(present)
         theirs = [tensor if i == source != self.particle else None for i in present]
-        self.collectives.run(
-            "broadcast", lambda group: group.broadcast([tensor], options), received, lambda: Copied(mine, theirs)
-        )
+        moved = partial(Copied, mine, theirs)
+        self.collectives.run("broadcast", "broadcast", ([tensor], options), received, moved=moved)
         return tensor
 
     def _sum_rounded(self, values: Tensor, form: Format) -> Tensor:
@@ -268,12 +267,8 @@ class Exchange:
     def _gather(self, mine: Tensor) -> list[Tensor]:
         """Return a tensor like ``mine`` from every peer, in the order of particles."""
         rows = [torch.empty_like(mine) for _ in self.present]
-        self.collectives.run(
-            "all-gather",
-            lambda group: group.allgather([rows], [mine]),
-            (len(rows) - 1) * nbytes(mine),
-            lambda: Copied([mine] * len(rows), rows),
-        )
+        moved = partial(Copied, [mine] * len(rows), rows)
+        self.collectives.run("all-gather", "allgather", ([rows], [mine]), (len(rows) - 1) * mine.nbytes, moved=moved)
         return rows
 
     def _blocks(self, tensors: Sequence[Tensor]) -> Iterator[tuple[list[Piece], Tensor]]:
@@ -309,7 +304,8 @@ class Exchange:
                 last = pieces[-1]
                 yield buffer[: last.offset + last.stop - last.start], pieces
 
-    def _weigh(self, bucket: Tensor, pieces: list[Piece], tensors: Sequence[Tensor], weight: float) -> Added | None:
+    @staticmethod
+    def _weigh(bucket: Tensor, pieces: list[Piece], tensors: Sequence[Tensor], weight: float) -> None:
         """Fill the bucket with what this particle contributes."""
         if weight == 0:
             bucket.zero_()
@@ -317,7 +313,6 @@ class Exchange:
             for piece in pieces:
                 for part, x in in_chunks(piece.in_bucket(bucket), piece.of(tensors[piece.tensor])):
                     part.copy_(x).mul_(weight)
-        return Added(bucket) if self.collectives.checksums else None
 
     @staticmethod
     def _fill(bucket: Tensor, pieces: list[Piece], tensors: Sequence[Tensor]) -> None:

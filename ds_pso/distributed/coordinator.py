@@ -56,14 +56,19 @@ class Coordinator(Protocol):
             PeerError: after ``timeout_s``; it names who is missing.
         """
 
-    def barrier_with_local_ranks(self, label: str, ranks: Iterable[int]) -> None:
-        """Do as ``barrier``; where a rank of the particle waits in vain, its local ranks raise what it raises."""
+    def next_barrier(self, label: str, ranks: Sequence[int], *, with_local_ranks: bool = False) -> None:
+        """Hold the next of many barriers of one label, and forget those that everybody has passed.
+
+        Args:
+            with_local_ranks: wait for these, too, and where a rank of the particle waits in vain, let its local ranks
+                raise what it raises. Else they would go on, and wait for it inside the particle.
+
+        Raises:
+            PeerError: as ``barrier`` does.
+        """
 
     def turn(self, label: str) -> int:
         """Count how often this was asked before with this label."""
-
-    def forget(self, label: str) -> None:
-        """Drop this rank's marks at ``label``, once everybody is known to have passed it."""
 
     def gather(self, label: str, value: Value) -> list[Value]:
         """Return one small JSON value of every rank, in the order of ranks, on every rank."""
@@ -197,21 +202,27 @@ class StoreCoordinator:
         self._turns[label] = self._turns.get(label, -1) + 1
         return self._turns[label]
 
-    def forget(self, label: str) -> None:
-        if self.store is not None:
-            self.store.delete_key(f"at/{label}/{self.layout.rank}")
-            self.store.delete_key(f"met/{label}/{self.layout.rank}")
-
-    def barrier_with_local_ranks(self, label: str, ranks: Iterable[int]) -> None:
-        # Else the local ranks would go on, and wait for the one that raised inside the particle.
-        local_ranks, store = self.layout.local_ranks, self.store
-        expected = sorted({*ranks, *local_ranks})
-        if store is None or len(local_ranks) == 1:
-            self.barrier(label, expected)
+    def next_barrier(self, label: str, ranks: Sequence[int], *, with_local_ranks: bool = False) -> None:
+        turn, store = self.turn(label), self.store
+        if store is None:
             return
-        mark = f"met/{label}"
+        name = f"{label} {turn}"
+        if with_local_ranks and self.layout.particle_size > 1:
+            self._barrier_with_local_ranks(name, ranks, store)
+        else:
+            self.barrier(name, ranks)
+        if turn > 1:  # the last one may have been of others
+            for mark in ("at", "met"):
+                store.delete_key(f"{mark}/{label} {turn - 2}/{self.layout.rank}")
+
+    def _barrier_with_local_ranks(self, label: str, ranks: Sequence[int], store: dist.Store) -> None:
+        local_ranks = self.layout.local_ranks
+        expected, mark = sorted({*ranks, *local_ranks}), f"met/{label}"
+        if self.background.task is not None:
+            self.background.settle()
+        store.set(f"at/{label}/{self.layout.rank}", "1")
         try:
-            self.barrier(label, expected)
+            self.wait([f"at/{label}/{rank}" for rank in expected], expected, label)
         except PeerError as error:
             text = str(error)
             with contextlib.suppress(dist.DistError, RuntimeError, TimeoutError):  # the store may be what was lost

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -40,18 +41,21 @@ class FullDuplexGloo(dist.ProcessGroupGloo):
         group: Any = self
         me, size = self.rank(), self.size()
         received[me].copy_(sent[me])
-        others = [(me + i) % size for i in range(1, size)]
-        receiving = [group.recv([received[peer]], peer, _TAG) for peer in others if received[peer].numel()]
-        sending = [group.send([sent[peer]], peer, _TAG) for peer in others if sent[peer].numel()]
-        return _Works([*receiving, *sending])
+        works = []
+        for tensors, start in ((received, group.recv), (sent, group.send)):
+            for i in range(1, size):
+                peer = (me + i) % size
+                if tensors[peer].numel():
+                    works.append(start([tensors[peer]], peer, _TAG))
+        return _Works(works)
 
 
+@dataclass
 class _Works:
     """Several works, waited for like one."""
 
-    def __init__(self, works: Sequence[Any]) -> None:
-        self._works = works
+    works: Sequence[Any]
 
     def wait(self, *timeout: timedelta) -> None:
-        for work in self._works:
+        for work in self.works:
             work.wait(*timeout)

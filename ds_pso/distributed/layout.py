@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -39,12 +40,12 @@ class Layout:
         """Rank inside the particle, which is also the number of the ZeRO shard."""
         return self.rank % self.particle_size
 
-    @property
+    @cached_property
     def peers(self) -> list[int]:
         """Launcher's ranks of this rank's peer group, in the order of particles."""
         return [p * self.particle_size + self.shard_rank for p in range(self.num_particles)]
 
-    @property
+    @cached_property
     def local_ranks(self) -> list[int]:
         """Launcher's ranks of this rank's particle."""
         first = self.particle * self.particle_size

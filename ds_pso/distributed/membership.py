@@ -154,17 +154,10 @@ class StaticMembership:
         if self._fresh:  # ``introduce`` has met them
             self._fresh = False
             return Quorum(everybody, everybody[1:], sources=[0] * len(everybody), is_start=True)
-        self._barrier(self._layout.peers, with_local_ranks=not in_background)
+        # Local ranks, too: a frozen one would be waited for without a word inside the particle.
+        self._coordinator.next_barrier("sync", self._layout.peers, with_local_ranks=not in_background)
         self.waited_s = time.perf_counter() - begin
         return Quorum(everybody)
-
-    def _barrier(self, ranks: Sequence[int], *, with_local_ranks: bool) -> None:
-        coordinator, turn = self._coordinator, self._coordinator.turn("sync")
-        # Local ranks, too: a frozen one would be waited for without a word inside the particle.
-        barrier = coordinator.barrier_with_local_ranks if with_local_ranks else coordinator.barrier
-        barrier(f"sync {turn}", ranks)
-        if turn > 1:  # the last one may have been of others
-            coordinator.forget(f"sync {turn - 2}")
 
     def should_commit(self, error: PeerError | None) -> bool:
         if error is not None:
@@ -172,7 +165,7 @@ class StaticMembership:
         return True
 
     def wait_for_local_ranks(self) -> None:
-        self._barrier(self._layout.local_ranks, with_local_ranks=False)
+        self._coordinator.next_barrier("sync", self._layout.local_ranks)
 
     def confirm_local_ranks(self) -> None:
         """Nothing to do: who fails ends the launch."""

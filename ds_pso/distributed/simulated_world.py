@@ -79,14 +79,11 @@ class ThreadCoordinator:
     def barrier(self, label: str, ranks: Iterable[int]) -> None:
         """Nothing to do: what follows is an exchange anyway."""
 
-    def barrier_with_local_ranks(self, label: str, ranks: Iterable[int]) -> None:
+    def next_barrier(self, label: str, ranks: Sequence[int], *, with_local_ranks: bool = False) -> None:
         """Nothing to do."""
 
     def turn(self, label: str) -> int:
         return 0
-
-    def forget(self, label: str) -> None:
-        """Nothing is kept."""
 
     def gather(self, label: str, value: Value) -> list[Value]:
         values: list[str] = self._scheduler.exchange(self.layout.rank, json.dumps(value))

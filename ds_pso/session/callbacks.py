@@ -15,10 +15,13 @@ log = logging.getLogger(__name__)
 
 
 def own_callbacks(session: Session) -> list[Callable[[SyncRecord], None]]:
-    """Return the callbacks of a new swarm; those that print and write are the leader's."""
-    if not session.world.is_leader:
-        return [_write_log]
-    return [_write_log, _warn_of_new(), _write_metrics(session), _write_monitor(session)]
+    """Return the callbacks of a swarm with an engine; those that print and write are the leader's."""
+    own: list[Callable[[SyncRecord], None]] = [_write_log] if log.isEnabledFor(logging.DEBUG) else []
+    if session.world.is_leader:
+        own += [_warn_of_new(), _write_metrics(session)]
+        if session.engine.monitor.enabled:
+            own.append(_write_monitor(session))
+    return own
 
 
 def _write_log(record: SyncRecord) -> None:
@@ -42,12 +45,11 @@ def _warn_of_new() -> Callable[[SyncRecord], None]:
 
 
 def _write_metrics(session: Session) -> Callable[[SyncRecord], None]:
-    return lambda record: session.log("sync", **record.to_json())
+    return lambda record: session.metrics.write("sync", session.attached_engine.global_steps, record.to_json())
 
 
 def _write_monitor(session: Session) -> Callable[[SyncRecord], None]:
     def write(record: SyncRecord) -> None:
-        if session.engine.monitor.enabled:
-            session.engine.monitor.write_events(deepspeed_monitor.events(record, session.engine.global_samples))
+        session.engine.monitor.write_events(deepspeed_monitor.events(record, session.engine.global_samples))
 
     return write

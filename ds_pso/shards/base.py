@@ -114,11 +114,26 @@ class Shards(ABC):
         if getattr(self.optimizer, "offloaded_states", None):
             raise SwarmError("the optimizer's states are offloaded; call engine.reload_states() before engine.step()")
 
+    def prepare(self) -> None:
+        """Make the shards ready for an exchange.
+
+        Raises:
+            SwarmError: as ``check_present`` does.
+        """
+        self.check_present()
+        self.zero_padding()
+
+    @property
+    def has_buffers(self) -> bool:
+        """True if there are persistent floating-point buffers."""
+        return bool(self.buffers())
+
     def zero_padding(self) -> None:
         """Set alignment padding, which may hold anything, NaN included, to zero."""
-        tensors = self.tensors
-        for shard, start, stop in self.padding:
-            tensors[shard][start:stop].zero_()
+        if self.padding:
+            tensors = self.tensors
+            for shard, start, stop in self.padding:
+                tensors[shard][start:stop].zero_()
 
     def square_norm(self) -> float:
         """Return the sum of the squares of this rank's weights and buffers; not finite if one of them is not.
@@ -131,7 +146,11 @@ class Shards(ABC):
         is either harmless or as plain in the norm as it would be in max |x|, which takes several times as long.
         """
         tensors = [*self.tensors, *(buffer.reshape(-1) for _, buffer in self.buffers())]
-        return sum(square_of_norm(t) for t in tensors if t.numel())
+        total = 0.0
+        for tensor in tensors:
+            if tensor.numel():
+                total += square_of_norm(tensor)
+        return total
 
     def moments(self) -> list[Tensor]:
         """Return the optimizer's moments for ``tensors``, flat and live, in an order that is equal on all peers.
@@ -227,7 +246,10 @@ class Shards(ABC):
 def square_of_norm(flat: Tensor) -> float:
     """Return ||flat||^2, summed in fp32 inside a chunk and in fp64 over them; not finite if an element is not."""
     wide = torch.promote_types(flat.dtype, torch.float32)
-    parts = [torch.dot(part, part) for part in (part.to(wide) for (part,) in in_chunks(flat))]
+    parts = []
+    for (part,) in in_chunks(flat):
+        part = part.to(wide)
+        parts.append(torch.dot(part, part))
     total = float(torch.stack(parts).sum(dtype=torch.float64))
     if math.isfinite(total):
         return total

@@ -4,30 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, replace
+from dataclasses import astuple, dataclass, replace
 from statistics import median
 
 import torch
 from torch import Tensor
 
 from ds_pso.comm.exchange import Exchange
-from ds_pso.distributed.local_group import LocalGroup
+from ds_pso.distributed.world import World
 from ds_pso.errors import SwarmError
 from ds_pso.rules import SyncPoint
 from ds_pso.shards import Shards
-from ds_pso.sync.fitness import FitnessWindow, ParticleReport, RankReport
+from ds_pso.sync.fitness import FitnessWindow, ParticleReport
 from ds_pso.sync.health import USUAL, Limits, judge
+from ds_pso.utils.step_timer import StepTimer
 
 Probe = Callable[[int], Tensor | float]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast training goes, and for how long the last sync held it up; see ``Observed``."""
+
+    step_s: float = math.nan
+    held_up_s: float = 0.0
+
+
+UNKNOWN_PACE = Pace()
 
 
 class Assessor:
     """Assesses the particles at a sync.
 
     Args:
-        local: the ranks of this particle.
         probe: loss on a batch that is the same for every particle; its argument counts the syncs.
         ranks_by_probe: whether that loss is the fitness, and not the training loss since the last sync.
+        needs_loss: whether a first sync without any loss is an error.
         total: syncs of the whole training, if known.
         limits: of particles that are finite, and have diverged all the same.
 
@@ -35,55 +47,54 @@ class Assessor:
         index: syncs so far.
         losses: of each particle at the last one.
         highest_loss: of this particle, so far.
-        step_s: seconds of an optimizer step of the slowest particle.
-        held_up_s: see ``Observed``.
+        pace: that the last sync has found.
+        timer: of this rank's optimizer steps.
+        held_up_s: how long the last sync held training up on this rank.
     """
 
     def __init__(
         self,
-        local: LocalGroup,
+        world: World,
         exchange: Exchange,
         shards: Shards,
         *,
         probe: Probe | None = None,
         ranks_by_probe: bool = False,
+        needs_loss: bool = False,
         total: int | None = None,
         limits: Limits = USUAL,
     ) -> None:
-        self.local = local
+        self.world = world
         self.exchange = exchange
         self.shards = shards
         self.probe = probe
         self.ranks_by_probe = ranks_by_probe
+        self.needs_loss = needs_loss
         self.total = total
         self.limits = limits
         self.index = 0
         self.losses: Sequence[float] = (math.nan,) * exchange.num_particles
         self.highest_loss = math.nan
-        self.step_s = math.nan
+        self.pace = UNKNOWN_PACE
+        self.timer = StepTimer()
         self.held_up_s = 0.0
 
-    def report(self, window: FitnessWindow, *, step_s: float, held_up_s: float, needs_loss: bool) -> ParticleReport:
+    def report(self, window: FitnessWindow) -> ParticleReport:
         """Report on this particle, with the same bits on all its ranks.
-
-        Args:
-            step_s: of an optimizer step of this rank; 0 if not known.
-            held_up_s: how long the last sync held training up on this rank.
 
         Raises:
             SwarmError: ``needs_loss``, and no loss was ever seen.
         """
-        total, count = window.total, window.count
+        mine = window.report(self.shards.square_norm(), self.timer.take(), self.held_up_s)
         if self.ranks_by_probe:
-            total, count = self._probe_loss(), 1
-        nothing_new = count == 0 and self.index > 0  # a sync right after another
-        if count == 0 and needs_loss and not nothing_new:
+            mine = replace(mine, loss_sum=self._probe_loss(), num_losses=1)
+        nothing_new = mine.num_losses == 0 and self.index > 0  # a sync right after another
+        if mine.num_losses == 0 and self.needs_loss and not nothing_new:
             raise SwarmError(
                 "this sync_mode ranks particles by their loss, and none was seen; "
                 "call engine.backward(loss), not loss.backward()"
             )
-        mine = RankReport(total, count, self.shards.square_norm(), window.first, step_s, held_up_s)
-        found = ParticleReport.combined([RankReport(*row) for row in self.local.gather(astuple(mine))], window.steps)
+        found = ParticleReport.combined(self.world.local.gather(astuple(mine)), window.steps)
         if math.isnan(self.highest_loss) and not self.ranks_by_probe:
             self.highest_loss = found.highest_loss
         if nothing_new:
@@ -96,7 +107,12 @@ class Assessor:
         Args:
             done: part of the training, if known.
         """
-        return self._point([ParticleReport.from_row(row) for row in self.exchange.all_gather(mine.to_row())], done)
+        return self._point(ParticleReport.from_rows(self.exchange.all_gather(mine.to_row())), done)
+
+    def assess(self, window: FitnessWindow, done: float | None) -> SyncPoint:
+        """Report on this particle, and gather the reports of all."""
+        rows = self.exchange.all_gather(self.report(window).to_row())
+        return self._point(ParticleReport.from_rows(rows), done)
 
     def alone(self, mine: ParticleReport, done: float | None) -> SyncPoint:
         """Assess this particle alone, where nobody waits for the others: their losses are NaN."""
@@ -105,10 +121,11 @@ class Assessor:
         return self._point(table, done)
 
     def _point(self, table: list[ParticleReport], done: float | None) -> SyncPoint:
-        present = [table[particle] for particle in self.exchange.present]
-        self.step_s = max(report.step_s for report in present) or self.step_s
-        self.held_up_s = min(report.held_up_s for report in present)
-        left_out = self._judge(table)
+        present = self.world.peers.present
+        reports = [table[particle] for particle in present]
+        step_s = max(report.step_s for report in reports) or self.pace.step_s
+        self.pace = Pace(step_s, min(report.held_up_s for report in reports))
+        left_out = self._judge(table, present)
         return SyncPoint(
             self.index,
             fitness=tuple(report.loss for report in table),
@@ -119,10 +136,10 @@ class Assessor:
             left_out=left_out,
         )
 
-    def _judge(self, reports: Sequence[ParticleReport]) -> dict[int, str]:
+    def _judge(self, reports: Sequence[ParticleReport], present: Sequence[int]) -> dict[int, str]:
         """Return why particles are left out, by their numbers."""
         table = list(reports)
-        reasons = {i: "it is not there" for i in range(len(table)) if i not in self.exchange.present}
+        reasons = {i: "it is not there" for i in range(len(table)) if i not in present}
         reasons |= {i: "it takes over the state of another" for i, report in enumerate(table) if report.recovers}
         for i in reasons:  # nobody is compared with it
             table[i] = ParticleReport(math.nan, 0, math.nan, math.nan, loss_is_finite=False)
@@ -142,7 +159,7 @@ class Assessor:
         Losses are the last ones: of asynchronous particles, each knows its own alone, and they may be of weights that
         are gone.
         """
-        norm = math.sqrt(sum(row[0] for row in self.local.gather([self.shards.square_norm()])))
+        norm = math.sqrt(sum(row[0] for row in self.world.local.gather([self.shards.square_norm()])))
         rows = self.exchange.all_gather([self.losses[self.exchange.particle], norm])
         left_out = judge([ParticleReport(loss, 0, norm, math.nan) for loss, norm in rows], self.limits)
         return SyncPoint(self.index, tuple(row[0] for row in rows), tuple(i not in left_out for i in range(len(rows))))
@@ -164,12 +181,12 @@ class Assessor:
         Args:
             distances: what ``distances`` returned.
         """
-        squares = [sum(column) for column in zip(*self.local.gather(list(distances)), strict=True)]
+        squares = [sum(column) for column in zip(*self.world.local.gather(list(distances)), strict=True)]
         return math.sqrt(squares[0] / squares[1]) if squares[1] > 0 else math.nan
 
     def score(self) -> tuple[float, ...]:
         """Return the loss of every particle's present weights on the probe batch, shape (P,); inf if not finite."""
-        rows = self.local.gather([self._probe_loss()])
+        rows = self.world.local.gather([self._probe_loss()])
         table = self.exchange.all_gather([sum(row[0] for row in rows) / len(rows)])
         return tuple(row[0] if math.isfinite(row[0]) else math.inf for row in table)
 

@@ -36,6 +36,10 @@ class FitnessWindow:
         """The first loss of all that was ever added; NaN if there was none."""
         return float(self._first)
 
+    def report(self, square_norm: float, step_s: float, held_up_s: float) -> RankReport:
+        """Return this rank's part of the particle's report; see there."""
+        return RankReport(float(self._sum), self.count, square_norm, float(self._first), step_s, held_up_s)
+
     def state(self) -> list[float]:
         return [self.total, self.count, self.steps]
 
@@ -111,11 +115,12 @@ class ParticleReport:
         return cls(math.nan, 0, 0.0, math.nan, held_up_s=math.inf)
 
     @classmethod
-    def combined(cls, ranks: Sequence[RankReport], steps: int) -> ParticleReport:
-        """Reduce the reports of a particle's ranks, in their order, so that every rank computes the same bits.
+    def combined(cls, rows: Sequence[Sequence[float]], steps: int) -> ParticleReport:
+        """Reduce the ``RankReport`` of a particle's ranks, in their order, so that every rank computes the same bits.
 
         The highest loss is the mean of the ranks' first ones.
         """
+        ranks = [RankReport(*row) for row in rows]
         total = sum(rank.loss_sum for rank in ranks)
         count = sum(rank.num_losses for rank in ranks)
         loss = total / count if count else math.nan
@@ -134,6 +139,11 @@ class ParticleReport:
         """Write it as float64."""
         heard = -2.0 if self.recovers else float(self.num_losses) if self.loss_is_finite else -1.0
         return [self.loss, heard, self.norm, self.highest_loss, float(self.steps), self.step_s, self.held_up_s]
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Sequence[float]]) -> list[ParticleReport]:
+        """Read the rows of all particles."""
+        return [cls.from_row(row) for row in rows]
 
     @classmethod
     def from_row(cls, row: Sequence[float]) -> ParticleReport:

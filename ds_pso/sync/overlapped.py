@@ -18,8 +18,9 @@ from ds_pso.metrics.records import SyncRecord
 from ds_pso.rules import SyncPoint
 from ds_pso.shards import replace as replace_all
 from ds_pso.shards.fragments import Fragment
+from ds_pso.sync.assessment import UNKNOWN_PACE, Pace
 from ds_pso.sync.fitness import FitnessWindow, ParticleReport
-from ds_pso.sync.parts import UNKNOWN_PACE, Pace, SyncParts
+from ds_pso.sync.parts import SyncParts
 from ds_pso.sync.rollback import Snapshot, residuals, shared_state
 
 _SAVED = ("begun", "delay", "cut_into", "numbers", "applied", "held_up_s", "background_s")
@@ -125,7 +126,7 @@ class Overlap:
         numbers: Sequence[int] = range(options.fragments)
         if options.streaming:
             numbers = [parts.schedule.fragment_at(step, options.fragments)]
-        report, losses = parts.report(window), window.state()
+        report, losses = parts.assessor.report(window), window.state()
         window.clear()
         pending = self.pending = PendingSync(
             step,
@@ -146,7 +147,7 @@ class Overlap:
         """Do in the background what peers do together; the particle's own ranks are busy training."""
         parts, membership, updater = self._parts, self._parts.membership, self._parts.updater
         begin, before = time.perf_counter(), replace(parts.exchange.traffic)
-        memories, step_s, highest = list(parts.memories), parts.assessor.step_s, parts.assessor.highest_loss
+        memories, pace, highest = list(parts.memories), parts.assessor.pace, parts.assessor.highest_loss
         snapshot = Snapshot([*shared_state(updater), *residuals(updater)]) if membership.can_fail else None
         error = None
         try:
@@ -155,9 +156,9 @@ class Overlap:
                 self._break_off(pending, before)
                 return
             point = parts.assessor.gather(report, parts.schedule.progress(pending.begun))
-            pending.pace = parts.pace()
+            pending.pace = parts.assessor.pace
             # Whoever waits for the first fragment reads it.
-            pending.record = replace(parts.record_of(point), waited_s=membership.waited_s)
+            pending.record = replace(parts.record_of(point, before), waited_s=membership.waited_s)
             if membership.can_fail:
                 pending.record = replace(pending.record, present=quorum.present, recovered=())
             if parts.options.streaming:
@@ -174,7 +175,7 @@ class Overlap:
             assert snapshot is not None
             snapshot.restore()
             parts.memories, parts.is_torn = memories, False
-            parts.assessor.step_s, parts.assessor.highest_loss = step_s, highest
+            parts.assessor.pace, parts.assessor.highest_loss = pace, highest
             self._break_off(pending, before)
             return
         pending.record = replace(pending.record, **parts.traffic_since(before))

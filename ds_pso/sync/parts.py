@@ -10,19 +10,16 @@ from typing import Any, Literal
 from ds_pso.comm.collectives import Traffic
 from ds_pso.comm.compression import UNCOMPRESSED, Differences, find_format
 from ds_pso.comm.exchange import Exchange
-from ds_pso.distributed.membership import Membership
 from ds_pso.distributed.world import World
 from ds_pso.metrics.records import SyncRecord
 from ds_pso.rules import Rule, SyncPoint
 from ds_pso.shards import Shards
 from ds_pso.shards.fragments import Fragment, cut
-from ds_pso.sync.assessment import Assessor, Probe
-from ds_pso.sync.fitness import FitnessWindow, ParticleReport
+from ds_pso.sync.assessment import Assessor, Pace, Probe
 from ds_pso.sync.health import USUAL, Limits
 from ds_pso.sync.schedule import Observed, Schedule
 from ds_pso.sync.update import Updater
 from ds_pso.utils.offload import NO_OFFLOAD, Offload
-from ds_pso.utils.step_timer import StepTimer
 
 
 @dataclass(frozen=True)
@@ -73,41 +70,31 @@ class SyncTotals:
     bytes_received: int = 0
 
 
-@dataclass(frozen=True)
-class Pace:
-    """How fast training goes, and for how long the last sync held it up; see ``Observed``."""
-
-    step_s: float = math.nan
-    held_up_s: float = 0.0
-
-
-UNKNOWN_PACE = Pace()
-
-
 class SyncParts:
     """The parts of one rank's syncs.
 
     Attributes:
         memories: of the rule: JSON values that are equal on all ranks; one of each fragment that syncs by itself.
         is_torn: whether an exchange was broken off when some of the weights, or of the state, had been changed.
-        held_up_s: how long the last sync held training up.
     """
 
     def __init__(
         self, world: World, exchange: Exchange, rule: Rule, shards: Shards, schedule: Schedule, options: SyncOptions
     ) -> None:
         self.world = world
+        self.membership = world.membership
         self.exchange = exchange
         self.rule = rule
         self.shards = shards
         self.schedule = schedule
         self.options = options
         self.assessor = Assessor(
-            world.local,
+            world,
             exchange,
             shards,
             probe=options.probe,
             ranks_by_probe=options.ranks_by_probe,
+            needs_loss=rule.uses_fitness,
             total=schedule.count,
             limits=options.limits,
         )
@@ -121,26 +108,9 @@ class SyncParts:
         ]
         self.updater = Updater(exchange, rule, shards.segments, state, differences)
         self.memories: list[Mapping[str, Any]] = [{}] * (options.fragments if options.streaming else 1)
-        self.timer = StepTimer()
         self.totals = SyncTotals()
-        self.held_up_s = 0.0
         self.is_torn = False
         self._cuts: dict[int, list[Fragment]] = {}
-
-    @property
-    def membership(self) -> Membership:
-        """The members that take part in a sync."""
-        return self.world.membership
-
-    def report(self, window: FitnessWindow) -> ParticleReport:
-        """Report on this particle."""
-        return self.assessor.report(
-            window, step_s=self.timer.take(), held_up_s=self.held_up_s, needs_loss=self.rule.uses_fitness
-        )
-
-    def pace(self) -> Pace:
-        """Return the pace that the present sync has found."""
-        return Pace(self.assessor.step_s, self.assessor.held_up_s)
 
     def fragments(self, count: int) -> list[Fragment]:
         """Return the shards cut into so many fragments."""
@@ -159,11 +129,11 @@ class SyncParts:
             "repeated": now.repeated - before.repeated,
         }
 
-    def record_of(self, point: SyncPoint) -> SyncRecord:
-        """Begin the record of a sync with what was agreed on at its beginning."""
+    def record_of(self, point: SyncPoint, before: Traffic) -> SyncRecord:
+        """Begin the record of a sync: what was agreed on at its beginning, and what has moved since ``before``."""
         # Names of a JSON object are strings; so the record is the same before and after a checkpoint.
         left_out = {str(i): reason for i, reason in point.left_out.items()}
-        return SyncRecord(point.index, point.fitness, point.alive, left_out)
+        return SyncRecord(point.index, point.fitness, point.alive, left_out, **self.traffic_since(before))
 
     def conclude(self, record: SyncRecord, begun: int, pace: Pace, *, counts: bool = True) -> SyncRecord:
         """Count a sync, let the schedule know what it was like, and complete its record.
@@ -175,7 +145,7 @@ class SyncParts:
         if counts:
             self.totals.count += 1
         self.assessor.index = self.totals.count
-        self.held_up_s = record.seconds
+        self.assessor.held_up_s = record.seconds
         self.totals.seconds += record.seconds
         self.totals.waited_s += record.waited_s
         self.totals.overlapped_s += record.overlapped_s

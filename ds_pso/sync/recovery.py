@@ -42,11 +42,16 @@ class Recovery:
         self._numbers = numbers
         self.received: Mapping[str, Any] | None = None
 
-    def recover(self, quorum: Quorum, window: FitnessWindow) -> None:
-        """Exchange what somebody in the quorum lacks. Called alike on all ranks of all who take part."""
+    def recover(self, quorum: Quorum, window: FitnessWindow, step: int) -> int:
+        """Exchange what somebody in the quorum lacks. Called alike on all ranks of all who take part.
+
+        Args:
+            step: the optimizer step at which this particle stands.
+
+        Returns:
+            The step from which it goes on: the donor's if it recovers.
+        """
         self.received = None
-        if not quorum.recovering and not quorum.overdue:
-            return
         parts, me = self._parts, self._parts.exchange.particle
         if not quorum.is_start:
             self._share(quorum, me)
@@ -67,6 +72,8 @@ class Recovery:
             for residual in residuals(parts.updater):
                 residual.zero_()
             window.clear()
+            return int(found["progress"]["engine"]["global_steps"])
+        return step
 
     def _share(self, quorum: Quorum, me: int) -> None:
         needed = {quorum.donors[0], *(quorum.sources[particle] for particle in quorum.recovering)}
@@ -91,10 +98,6 @@ class Recovery:
         mine = self._numbers.state_dict()
         totals = mine["totals"] | {"count": found["totals"]["count"]}
         self._numbers.load_state_dict({**found, "totals": totals, "lr_factor": lr_factor, "pending": None})
-
-    def step(self, step: int) -> int:
-        """Return the optimizer step at which this particle stands: the donor's if it recovers."""
-        return step if self.received is None else int(self.received["engine"]["global_steps"])
 
     def commit(self) -> bool:
         """Let training go on where the donor's is, when the sync counts. Returns whether it recovers."""

@@ -123,9 +123,10 @@ class Schedule:
         """Return the number of the fragment whose turn it is after ``step``, where they sync one after another."""
         return (step // self.interval - 1) % fragments
 
-    def begin(self, step: int) -> None:
-        """Take note that a sync begins after ``step``."""
+    def begin(self, step: int) -> float | None:
+        """Take note that a sync begins after ``step``; return ``progress`` there."""
         self._begun = step
+        return self.progress(step)
 
     def observe(self, observed: Observed) -> None:
         """Learn from the last sync."""
@@ -169,10 +170,10 @@ class VaryingSchedule(Schedule, ABC):
     def count(self) -> int | None:
         return None
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int) -> float | None:
         # Not in the warm-up, nor where the script has asked for a sync point, nor where training ends.
         self._whole = step - self._begun >= round(self._wanted) and not self.in_warmup(step)
-        super().begin(step)
+        return super().begin(step)
 
     def observe(self, observed: Observed) -> None:
         if self._whole:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ds_pso.comm.collectives import Traffic
 from ds_pso.comm.exchange import fill
 from ds_pso.distributed.membership import Quorum
 from ds_pso.errors import PeerError
@@ -66,6 +67,7 @@ class Synchronizer:
         self.recovery = Recovery(parts, progress, self)
         self.consensus = Consensus(parts)
         self.gossip: Gossip | None = None
+        self._spent_s = 0.0  # by the last ``after_step``
 
     def start(self, window: FitnessWindow, step: int) -> None:
         """Take part in the swarm: begin with the weights of particle 0, or with the state of one that is running.
@@ -78,7 +80,7 @@ class Synchronizer:
         """
         parts = self.parts
         parts.membership.introduce(parts.shards.fingerprint(), parts.options.section)
-        self._sync(window, step)
+        self.sync(window, step)
         if parts.rule.max_staleness is not None:
             self.gossip = Gossip(parts, parts.world.open_mailbox(), parts.rule.max_staleness)
 
@@ -88,18 +90,21 @@ class Synchronizer:
         Raises:
             As ``sync`` does.
         """
-        parts, overlap = self.parts, self.overlap
-        parts.timer.tick()
+        parts, overlap, begin = self.parts, self.overlap, time.perf_counter()
+        parts.assessor.timer.tick(begin, self._spent_s)
         parts.membership.heartbeat()
-        records = [overlap.advance(window, step)]
+        records = []
+        if overlap.pending is not None:
+            records.append(overlap.advance(window, step))
         if overlap.needs_whole or parts.schedule.is_due(step):
-            # After resuming with a shorter interval it may begin before the last one is due.
-            records.append(overlap.advance(window, step, to_the_end=True))
+            if overlap.pending is not None:
+                # After resuming with a shorter interval it may begin before the last one is due.
+                records.append(overlap.advance(window, step, to_the_end=True))
             if self._waits(step):
                 records.append(self.sync(window, step))
             else:
                 overlap.begin(window, step)
-        parts.timer.skip()
+        self._spent_s = time.perf_counter() - begin
         return [record for record in records if record is not None]
 
     def _waits(self, step: int) -> bool:
@@ -108,7 +113,7 @@ class Synchronizer:
             return True
         return parts.schedule.in_warmup(step) or parts.schedule.progress(step) == 1
 
-    def sync(self, window: FitnessWindow, step: int) -> SyncRecord:
+    def sync(self, window: FitnessWindow, step: int) -> SyncRecord | None:
         """Sync now, while training waits, and empty the window. Called alike on all ranks.
 
         Where a particle is lost meanwhile, and the membership allows it, those who are left try again.
@@ -116,17 +121,14 @@ class Synchronizer:
         Args:
             step: the optimizer step that has just been made.
 
+        Returns:
+            The record; None at the start of a swarm, when all take the weights of one.
+
         Raises:
             PeerError: somebody did not come within the timeout, and names who; or too few particles are left.
             SwarmError: the shards were offloaded, or the rule needs a loss and saw none.
         """
         assert self.overlap.pending is None, "finish what is pending first"
-        record = self._sync(window, step)
-        assert record is not None, "the swarm has started"
-        return record
-
-    def _sync(self, window: FitnessWindow, step: int) -> SyncRecord | None:
-        """Return the record; None at the start of a swarm, when all take the weights of one."""
         parts, membership = self.parts, self.parts.membership
         for _ in range(_ATTEMPTS):
             snapshot = Snapshot(self._all_tensors(), window, self.state_dict()) if membership.can_fail else None
@@ -137,12 +139,7 @@ class Synchronizer:
             except PeerError as failure:
                 error = failure
             if membership.should_commit(error):
-                record = self._commit(attempt, window)
-                if record is None:
-                    return None
-                seconds = time.perf_counter() - begin
-                record = replace(record, seconds=seconds, **parts.traffic_since(before))
-                return parts.conclude(record, attempt.step, parts.pace())
+                return self._commit(attempt, window, begin, before)
             assert snapshot is not None
             self._roll_back(snapshot, error)
         raise PeerError(
@@ -152,45 +149,46 @@ class Synchronizer:
         )
 
     def _try(self, attempt: _Attempt, window: FitnessWindow) -> None:
+        """Do all that may fail; nothing of it counts before the commit."""
         parts = self.parts
-        parts.shards.check_present()
-        parts.shards.zero_padding()
+        parts.shards.prepare()
+        recovers = False
         if self.gossip is None:
-            quorum = attempt.quorum = self._start_quorum()
-            self.recovery.recover(quorum, window)
-            attempt.step = self.recovery.step(attempt.step)
+            quorum = parts.membership.start_quorum(parts.assessor.index)
+            while quorum.is_mixed:  # the others have learned from it that somebody waits
+                time.sleep(_PAUSE_S)
+                quorum = parts.membership.start_quorum(parts.assessor.index)
+            attempt.quorum = quorum
+            if quorum.recovering or quorum.overdue:
+                attempt.step = self.recovery.recover(quorum, window, attempt.step)
+                recovers = parts.exchange.particle in quorum.recovering
             if quorum.is_start:
                 return
         self.overlap.needs_whole = False
-        parts.schedule.begin(attempt.step)
-        done = parts.schedule.progress(attempt.step)
+        done = parts.schedule.begin(attempt.step)
         if self.gossip is not None:
-            point = attempt.point = parts.assessor.alone(parts.report(window), done)
+            point = attempt.point = parts.assessor.alone(parts.assessor.report(window), done)
             attempt.note = self.gossip.sync(point)
             attempt.distances = parts.updater.take_distance()  # of this particle alone
             return
-        recovers = parts.exchange.particle in quorum.recovering
-        report = ParticleReport.of_recovering() if recovers else parts.report(window)
-        point = attempt.point = parts.assessor.gather(report, done)
+        if recovers:
+            point = parts.assessor.gather(ParticleReport.of_recovering(), done)
+        else:
+            point = parts.assessor.assess(window, done)
+        attempt.point = point
         if any(point.alive):
             parts.is_torn = True
-            self._follow_rule(attempt, point)
+            squares = self._follow_rule(attempt, point)
+            attempt.distances = parts.assessor.distances(squares, point)
             parts.is_torn = False
 
-    def _start_quorum(self) -> Quorum:
-        parts = self.parts
-        quorum = parts.membership.start_quorum(parts.assessor.index)
-        while quorum.is_mixed:  # the others have learned from it that somebody waits
-            time.sleep(_PAUSE_S)
-            quorum = parts.membership.start_quorum(parts.assessor.index)
-        return quorum
-
-    def _follow_rule(self, attempt: _Attempt, point: SyncPoint) -> None:
-        """Carry out the rule's plans, one after the other."""
+    def _follow_rule(self, attempt: _Attempt, point: SyncPoint) -> list[float]:
+        """Carry out the rule's plans, one after the other; return what ``Updater.take_distance`` says, summed."""
         parts, options, note, distances = self.parts, self.parts.options, dict[str, Any](), []
-        # Statistics are no parameters: whatever the rule, they become the mean of the living.
-        with parts.shards.flat_buffers() as buffers:
-            fill(buffers, parts.exchange.weighted_mean(buffers, point.mean_weights()))
+        if parts.shards.has_buffers:
+            # Statistics are no parameters: whatever the rule, they become the mean of the living.
+            with parts.shards.flat_buffers() as buffers:
+                fill(buffers, parts.exchange.weighted_mean(buffers, point.mean_weights()))
         shards = parts.shards.tensors
         pieces = [(parts.updater, shards)]
         if options.streaming:
@@ -204,7 +202,8 @@ class Synchronizer:
                 parts.shards.publish()
                 plan = parts.rule.proceed(plan, parts.assessor.score())
                 note |= updater.carry_out(plan, x)
-            updater.agree_on(x)
+            if updater.differences is not None:
+                updater.agree_on(x)
             parts.memories[number] = plan.memory
             distances.append(updater.take_distance())
         if plan.lr_factors:
@@ -216,7 +215,7 @@ class Synchronizer:
             attempt.resets = not self._average_moments(point) and not alive
         else:
             attempt.resets = options.optimizer_state == "reset" or not alive
-        attempt.distances = parts.assessor.distances([sum(column) for column in zip(*distances, strict=True)], point)
+        return [sum(column) for column in zip(*distances, strict=True)]
 
     def _average_moments(self, point: SyncPoint) -> bool:
         """Let the moments of every particle, the dead included, become the mean of those of the living.
@@ -235,27 +234,36 @@ class Synchronizer:
         parts.shards.publish_moments()
         return True
 
-    def _commit(self, attempt: _Attempt, window: FitnessWindow) -> SyncRecord | None:
-        """Let the result count, for the particle's own ranks and for training."""
-        parts = self.parts
-        if self.recovery.commit() or attempt.resets:
+    def _commit(self, attempt: _Attempt, window: FitnessWindow, begin: float, before: Traffic) -> SyncRecord | None:
+        """Let the result count, for the particle's own ranks and for training.
+
+        Args:
+            begin: the time at which the attempt began, and what had moved ``before``.
+        """
+        parts, point = self.parts, attempt.point
+        recovers = self.recovery.received is not None and self.recovery.commit()
+        if recovers or attempt.resets:
             parts.shards.reset_optimizer_state()
         parts.shards.publish()
-        if attempt.point is None:
+        if point is None:
             return None
         window.clear()
-        parts.assessor.losses = attempt.point.fitness
+        parts.assessor.losses = point.fitness
+        drift = parts.assessor.drift(attempt.distances)
+        present = recovered = None
+        if attempt.quorum is not None and parts.membership.can_fail:
+            present, recovered = attempt.quorum.present, attempt.quorum.recovering
         record = replace(
-            parts.record_of(attempt.point),
-            drift=parts.assessor.drift(attempt.distances),
+            parts.record_of(point, before),
+            drift=drift,
+            seconds=time.perf_counter() - begin,
+            waited_s=0.0 if attempt.quorum is None else parts.membership.waited_s,
             lr_factors=attempt.lr_factors,
+            present=present,
+            recovered=recovered,
             note=attempt.note,
         )
-        if attempt.quorum is not None:
-            record = replace(record, waited_s=parts.membership.waited_s)
-            if parts.membership.can_fail:
-                record = replace(record, present=attempt.quorum.present, recovered=attempt.quorum.recovering)
-        return record
+        return parts.conclude(record, attempt.step, parts.assessor.pace)
 
     def _all_tensors(self) -> list[Tensor]:
         shards, updater = self.parts.shards, self.parts.updater
@@ -267,6 +275,7 @@ class Synchronizer:
         parts = self.parts
         snapshot.restore()
         parts.updater.take_distance()
+        self.recovery.received = None
         self.load_state_dict(snapshot.numbers)
         parts.is_torn = False
         if parts.world.is_leader:
@@ -275,7 +284,7 @@ class Synchronizer:
 
     def finish_pending(self, window: FitnessWindow, step: int) -> SyncRecord | None:
         """Apply now what a sync in the background still has to bring, if one is pending; returns its record."""
-        return self.overlap.advance(window, step, to_the_end=True)
+        return None if self.overlap.pending is None else self.overlap.advance(window, step, to_the_end=True)
 
     def begin_anew(self, step: int) -> None:
         """Forget all syncs: the particles are equal, and what is remembered follows from the weights as they are."""
@@ -300,8 +309,8 @@ class Synchronizer:
             "norm_limit": parts.options.limits.norm,  # for who reads the checkpoint without a swarm
             "totals": asdict(parts.totals),
             "schedule": parts.schedule.state_dict(),
-            "held_up_s": parts.held_up_s,
-            "step_s": parts.assessor.step_s,
+            "held_up_s": parts.assessor.held_up_s,
+            "step_s": parts.assessor.pace.step_s,
             "pending": self.overlap.state_dict(),
             **parts.membership.state_dict(),
         }
@@ -321,5 +330,6 @@ class Synchronizer:
         parts.totals = SyncTotals(**state["totals"])
         parts.assessor.index = parts.totals.count
         parts.schedule.load_state_dict(state["schedule"])
-        parts.held_up_s, parts.assessor.step_s = state["held_up_s"], state["step_s"]
+        parts.assessor.held_up_s = state["held_up_s"]
+        parts.assessor.pace = replace(parts.assessor.pace, step_s=state["step_s"])
         parts.membership.load_state_dict(state)

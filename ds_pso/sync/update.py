@@ -85,7 +85,7 @@ class Updater:
         return self._note(plan)
 
     def agree_on(self, shards: Sequence[Tensor]) -> None:
-        """The sync point is over: where it has left all particles equal, that is what all know alike."""
+        """Take the shards for what all peers know alike, where the rule leaves all particles equal."""
         if self.differences is not None and self.rule.ends_equal:
             self.differences.agree_on(shards)
 
@@ -109,8 +109,12 @@ class Updater:
         if self._measures:
             self._measure(x, received)
         kept = {key: chunk.of(value) for key, value in self.state[chunk.tensor].items()}
-        with on_device(kept, x) as state:
-            self.rule.update(x, received, state, plan, Place(self.exchange.particle, name))
+        place = Place(self.exchange.particle, name)
+        if kept:
+            with on_device(kept, x) as state:
+                self.rule.update(x, received, state, plan, place)
+        else:
+            self.rule.update(x, received, {}, plan, place)
 
     def take_distance(self) -> tuple[float, float]:
         """Return how far this rank's elements were from what arrived first, since this was last called.

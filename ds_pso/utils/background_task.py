@@ -53,12 +53,13 @@ class Background:
         inline: do each job at once, in the caller's thread, where nothing is gained by waiting.
 
     Attributes:
+        task: the job; None: there is none, or it is over and known to be.
         settled_s: seconds for which callers have waited for such jobs so far.
     """
 
     def __init__(self, *, inline: bool = False) -> None:
         self._inline = inline
-        self._task: Task | None = None
+        self.task: Task | None = None
         self.settled_s = 0.0
 
     def run(self, job: Callable[[], None]) -> None:
@@ -67,24 +68,24 @@ class Background:
         if self._inline:
             job()
         else:
-            self._task = Task(job)
+            self.task = Task(job)
 
     def settle(self) -> None:
         """Wait until nothing goes on; raise what the job raised. The job itself does not wait for itself."""
-        if self._task is not None and not self._task.is_mine:
+        if self.task is not None and not self.task.is_mine:
             self.wait()
-            self._task = None
+            self.task = None
 
     def wait(self, until: threading.Event | None = None) -> None:
         """Wait until the job is over, or has set the event; raise what it raised."""
-        if self._task is not None and not self._task.is_mine:
+        if self.task is not None and not self.task.is_mine:
             begin = time.perf_counter()
-            self._task.wait(until)
+            self.task.wait(until)
             self.settled_s += time.perf_counter() - begin
 
     def forget(self) -> None:
         """Forget the job: what it raised is known."""
-        self._task = None
+        self.task = None
 
 
 class Writer:

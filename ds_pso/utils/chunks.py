@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import attrgetter, methodcaller
 
 import torch
 from torch import Tensor
+
+_ON_CPU, _ON_GPU = 2**17, 2**22
 
 
 def chunk_numel(device: torch.device) -> int:
@@ -13,7 +16,7 @@ def chunk_numel(device: torch.device) -> int:
 
     On a CPU it is as many as stay in the cache of a core, and on a GPU as keep it busy.
     """
-    return 2**17 if device.type == "cpu" else 2**22
+    return _ON_CPU if device.type == "cpu" else _ON_GPU
 
 
 def in_chunks(*tensors: Tensor, numel: int = 1) -> Iterator[tuple[Tensor, ...]]:
@@ -22,5 +25,6 @@ def in_chunks(*tensors: Tensor, numel: int = 1) -> Iterator[tuple[Tensor, ...]]:
     Args:
         numel: elements of each entry along the first dimension.
     """
-    size = max(chunk_numel(tensor.device) for tensor in tensors) // numel
-    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+    on_cpu = {"cpu"}.issuperset(map(attrgetter("device.type"), tensors))
+    size = (_ON_CPU if on_cpu else _ON_GPU) // numel
+    return zip(*map(methodcaller("split", size), tensors), strict=True)

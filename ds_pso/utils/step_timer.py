@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 
 
 class StepTimer:
@@ -16,16 +15,16 @@ class StepTimer:
         self._since: float | None = None  # unknown before the first step, which contains all that training begins with
         self._steps: list[float] = []
 
-    def tick(self) -> None:
-        """Count the step that has just been made."""
-        now = time.perf_counter()
-        if self._since is not None:
-            self._steps.append(now - self._since)
-        self._since = now
+    def tick(self, now: float, spent_s: float = 0.0) -> None:
+        """Count the step that has just been made.
 
-    def skip(self) -> None:
-        """Leave out the time since the last step, which was spent on something else."""
-        self._since = time.perf_counter()
+        Args:
+            now: ``time.perf_counter()``.
+            spent_s: seconds since the last step that were spent on something else.
+        """
+        if self._since is not None:
+            self._steps.append(now - self._since - spent_s)
+        self._since = now
 
     def take(self) -> float:
         """Return the median seconds of the steps since the last call; 0 if none was timed."""

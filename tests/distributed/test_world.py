@@ -182,7 +182,7 @@ def test_a_world_of_one_rank_needs_no_store_and_talks_to_itself(lonely):
     assert lonely.local.gather([1.0, 2.0]) == [[1.0, 2.0]]
     lonely.coordinator.barrier("anywhere", [0])
     lonely.coordinator.gather("anywhere", None)
-    lonely.coordinator.forget("anywhere")
+    lonely.coordinator.next_barrier("anywhere", [0])
     lonely.close()
     lonely.close()
 
@@ -204,13 +204,16 @@ def test_carving_after_torch_is_up_is_refused(monkeypatch):
     ],
 )
 def test_agree_tells_foreseen_errors_in_one_line(lonely, raised, said):
-    with pytest.raises(SwarmError, match=said) as caught, lonely.agree("reading"):
+    with pytest.raises(SwarmError, match=said) as caught, lonely.coordinator.agree("reading"):
         raise raised
     assert caught.value.agreed
     assert isinstance(caught.value, ConfigError) == isinstance(raised, ConfigError)
 
 
 def test_agree_tells_the_others_of_a_bug_too(lonely):
-    with pytest.raises(SwarmError, match="reading: ZeroDivisionError: by nothing") as caught, lonely.agree("reading"):
+    with (
+        pytest.raises(SwarmError, match="reading: ZeroDivisionError: by nothing") as caught,
+        lonely.coordinator.agree("reading"),
+    ):
         raise ZeroDivisionError("by nothing")
     assert isinstance(caught.value.__cause__.__cause__, ZeroDivisionError), "the traceback must lead to it"

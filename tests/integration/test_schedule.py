@@ -6,7 +6,7 @@ import csv
 import itertools
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +249,7 @@ def interrupted(case: Case, folder: Path) -> tuple[list[float], list[float]]:
         if number == 0:
             train(case, engine, range(5))
             swarm.save(folder)
-            known = list(swarm.session.synchronizer.overlap.pending.pace)
+            known = list(astuple(swarm.session.synchronizer.overlap.pending.pace))
         else:
             swarm.on_sync(lambda record: records.append(record.to_json()))
             swarm.load(folder)

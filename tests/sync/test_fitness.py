@@ -1,6 +1,7 @@
 """The fitness of a particle: the window of one rank, and what the ranks make of it together."""
 
 import math
+from dataclasses import astuple
 
 import pytest
 import torch
@@ -72,21 +73,21 @@ def test_restore_goes_on_where_the_window_stood():
     ],
 )
 def test_ranks_report_together(rows, loss, num_losses, norm, finite):
-    report = ParticleReport.combined([RankReport(*row) for row in rows], steps=7)
+    report = ParticleReport.combined(rows, steps=7)
     assert (report.highest_loss, report.steps, report.loss_is_finite) == (1.0, 7, finite)
     assert (report.loss, report.num_losses, report.norm) == pytest.approx((loss, num_losses, norm), nan_ok=True)
 
 
 def test_the_slowest_rank_sets_the_pace():
     ranks = [RankReport(1.0, 1, 1.0, 1.0, 0.5, 3.0), RankReport(1.0, 1, 1.0, 1.0, 0.25, 4.0)]
-    report = ParticleReport.combined(ranks, steps=1)
+    report = ParticleReport.combined([astuple(rank) for rank in ranks], steps=1)
     assert (report.step_s, report.held_up_s) == (0.5, 4.0)
 
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(-1e6, 1e6), st.integers(1, 100)), min_size=1, max_size=6))
 def test_the_loss_is_the_mean_over_all_micro_batches(rows):
-    report = ParticleReport.combined([RankReport(total, float(count), 1.0, 1.0) for total, count in rows], steps=1)
+    report = ParticleReport.combined([(total, float(count), 1.0, 1.0) for total, count in rows], steps=1)
     assert report.loss == pytest.approx(math.fsum(t for t, _ in rows) / sum(c for _, c in rows), abs=1e-6)
     assert report.num_losses == sum(count for _, count in rows)
 

@@ -146,20 +146,15 @@ def test_a_fixed_schedule_is_followed_by_another_from_the_last_sync_point_on():
     assert [plan.is_due(step) for step in (19, 23, 24)] == [False, False, True]
 
 
-def test_a_step_clock_tells_steps_from_what_else_happens(monkeypatch: pytest.MonkeyPatch):
-    now = 100.0
-    monkeypatch.setattr("time.perf_counter", lambda: now)
-    clock = StepTimer()
-    now += 50  # data, compilation and whatever else comes first
-    clock.tick()
-    assert clock.take() == 0.0
+def test_a_step_timer_tells_steps_from_what_else_happens():
+    now, timer = 150.0, StepTimer()  # after data, compilation and whatever else comes first
+    timer.tick(now)
+    assert timer.take() == 0.0
     for extra in (0, 0, 30, 0, 0):  # an evaluation in the third
-        now += 1 + extra
-        clock.tick()
-        now += 20  # a sync point
-        clock.go_on()
-    assert clock.take() == 1.0
-    assert clock.take() == 0.0
+        now += 20 + 1 + extra
+        timer.tick(now, spent_s=20)  # in a sync
+    assert timer.take() == 1.0
+    assert timer.take() == 0.0
 
 
 def test_a_varying_interval_goes_on_where_it_was_saved():
