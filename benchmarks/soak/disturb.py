@@ -143,7 +143,7 @@ def _back(at: float, syncs: list[dict[str, Any]], particles: int) -> float | Non
     """When all met again, alive, after a fault."""
     after = (s for s in syncs if s["time"] > at + 0.5)
     return next(
-        (s["time"] for s in after if len(s["present"]) == particles and all(s["alive"]) and not s["healed"]), None
+        (s["time"] for s in after if len(s["present"]) == particles and all(s["alive"]) and not s["recovered"]), None
     )
 
 

@@ -91,9 +91,9 @@ def train(swarm: Any, arguments: argparse.Namespace) -> None:
             engine.step()
             if swarm.totals.count != seen:
                 seen, sync = swarm.totals.count, swarm.last_sync
-                log.write(
-                    event="sync", step=engine.global_steps, **{k: sync.get(k) for k in ("present", "healed", "alive")}
-                )
+                assert sync is not None
+                values = {"present": sync.present, "recovered": sync.recovered, "alive": sync.alive}
+                log.write(event="sync", step=engine.global_steps, **values)
             step, stop = engine.global_steps, swarm.should_stop()
             if step % arguments.save_every == 0 or step >= arguments.steps or stop:
                 swarm.save(checkpoints, keep=2, background=not stop)
