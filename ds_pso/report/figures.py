@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -151,14 +152,8 @@ def _curves(
 def _held_out_dots(axes: Axes, run: Run) -> list[tuple[Line2D, str]]:
     """Draw the held-out losses of every particle, with one name for all."""
     steps, lines, rows = [entry.step for entry in run.held_out], [], columns(run.held_out)
-    style = {
-        "lw": 1.0,
-        "ls": ":",
-        "marker": "o",
-        "markersize": 4,
-        "markeredgewidth": 1.0,
-        "markerfacecolor": LIGHT["paper"],
-    }
+    style: dict[str, Any] = {"lw": 1.0, "ls": ":", "marker": "o", "markersize": 4, "markeredgewidth": 1.0}
+    style["markerfacecolor"] = LIGHT["paper"]
     rows = rows[:1] if all(losses == rows[0] for losses in rows) else rows
     for particle, losses in enumerate(rows):
         color = color_of(particle) if 1 < len(rows) <= FEW else INK
