@@ -43,7 +43,7 @@ class SwarmSampler(Sampler[int]):
         self._moves = 0  # how often the place was moved elsewhere
 
     def __len__(self) -> int:
-        """Samples of this rank in a whole epoch."""
+        """Return the number of samples of this rank in a whole epoch."""
         return self._num_batches * self._batch_size
 
     def __iter__(self) -> Iterator[int]:
@@ -63,7 +63,7 @@ class SwarmSampler(Sampler[int]):
             yield from mine[start : start + self._batch_size]
 
     def advance(self) -> None:
-        """One more batch was trained on."""
+        """Count one more batch as trained on."""
         self._batch += 1
         if self._batch == self._num_batches:
             self.epoch, self._batch = self.epoch + 1, 0
@@ -83,7 +83,7 @@ class SwarmSampler(Sampler[int]):
         }
 
     def check(self, state: dict[str, int]) -> str | None:
-        """Why ``state`` belongs to other data; None if it fits."""
+        """Return why ``state`` belongs to other data; None if it fits."""
         mine = self.state_dict()
         for key in ("dataset_size", "batch_size", "seed"):
             if state[key] != mine[key]:
@@ -91,7 +91,7 @@ class SwarmSampler(Sampler[int]):
         return None
 
     def continued(self, state: dict[str, int], world_size: int) -> dict[str, int]:
-        """``state`` of a sampler that shared the data with so many ranks, as this one's; for ``load_state_dict``.
+        """Return the state of a sampler that shared the data with so many ranks as this one's, for ``load_state_dict``.
 
         What was trained on are the first samples in the order of the epoch; this one goes on behind them, or
         up to one batch of all its ranks before.

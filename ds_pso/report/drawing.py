@@ -6,7 +6,6 @@ import html
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
@@ -68,18 +68,10 @@ STYLE = {
     "lines.solid_joinstyle": "round",
     "legend.frameon": False,
     "legend.fontsize": 8.5,
+    "legend.handlelength": 1.2,
+    "legend.handletextpad": 0.5,
     "svg.fonttype": "none",
 }
-
-
-@dataclass(frozen=True)
-class End:
-    """The end of a line, and the name to write beside it."""
-
-    x: float
-    y: float
-    text: str
-    color: str
 
 
 def color_of(number: int) -> str:
@@ -111,18 +103,19 @@ def thin(values: Sequence[float]) -> np.ndarray:
     return np.where(count > 0, np.where(known, array, 0.0).sum(axis=1) / np.maximum(count, 1), math.nan)
 
 
-def draw(axes: Axes, x: np.ndarray, y: np.ndarray, **options: Any) -> tuple[float, float] | None:
-    """Draw a line, with dots where there are few; returns where it ends, None if there is nothing to see."""
-    known = np.flatnonzero(np.isfinite(y) & np.isfinite(x))
-    if not len(known):
+def draw(axes: Axes, x: np.ndarray, y: np.ndarray, **options: Any) -> Line2D | None:
+    """Draw a line, with dots where there are few; None if there is nothing to see."""
+    known = np.count_nonzero(np.isfinite(y) & np.isfinite(x))
+    if not known:
         return None
-    dots = {"marker": "o", "markersize": 3} if len(known) <= 40 else {}
-    axes.plot(x, y, **{**dots, **options})
-    return float(x[known[-1]]), float(y[known[-1]])
+    dots = {"marker": "o", "markersize": 3} if known <= 40 else {}
+    return axes.plot(x, y, **{**dots, **options})[0]
 
 
-def finish(axes: Axes, ends: Sequence[End] = (), *, title: str, xlabel: str = "", from_zero: bool = False) -> None:
-    """Set limits, ticks, and a label beside the end of each line, moved apart where they would overlap."""
+def finish(
+    axes: Axes, named: Sequence[tuple[Line2D, str]] = (), *, title: str, xlabel: str = "", from_zero: bool = False
+) -> None:
+    """Set limits and ticks, and name lines in a legend beside the axes; a line whose name is empty is not in it."""
     axes.set_title(title, parse_math=False)
     axes.set_xlabel(xlabel)
     axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10], integer=xlabel in ("", STEPS)))
@@ -137,37 +130,12 @@ def finish(axes: Axes, ends: Sequence[End] = (), *, title: str, xlabel: str = ""
         axes.yaxis.set_major_locator(ticks)
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    inches = figure.get_size_inches()[1] / len(figure.axes)
-    axes.get_ylim()  # brings the limits up to date
-    to_axes = axes.transData + axes.transAxes.inverted()
-    heights = [float(to_axes.transform((end.x, end.y))[1]) for end in ends]
-    for end, height in zip(ends, spread(heights, gap=0.155 / max(0.6, inches - 0.8)), strict=True):
-        axes.annotate(
-            end.text,
-            (end.x, height),
-            xycoords=axes.get_xaxis_transform(),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            color=end.color,
-            annotation_clip=False,
-            parse_math=False,
-        )
-
-
-def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Return the heights, moved so that neighbours are ``gap`` apart and none is below zero."""
-    order = sorted(range(len(heights)), key=lambda i: heights[i])
-    up, down = [heights[i] for i in order], [heights[i] for i in order]
-    for k in range(1, len(order)):
-        up[k] = max(up[k], up[k - 1] + gap)
-        down[-k - 1] = min(down[-k - 1], down[-k] - gap)
-    middle = [(u + d) / 2 for u, d in zip(up, down, strict=True)]
-    lift = max(0.0, -min(middle, default=0.0))
-    moved = dict(zip(order, middle, strict=True))
-    return [moved[i] + lift for i in range(len(heights))]
+    named = [(line, name) for line, name in named if name]
+    if named:
+        legend = axes.legend(*zip(*named, strict=True), loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.0)
+        for text, (line, _) in zip(legend.get_texts(), named, strict=True):
+            text.set_parse_math(False)
+            text.set_color(line.get_color())
 
 
 def save_png(figure: Figure, path: Path, title: str = "") -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from ds_pso.metrics.records import Entry, LossRecord, SyncRecord
 from ds_pso.report import sync_figures
@@ -21,7 +23,6 @@ from ds_pso.report.drawing import (
     POINTS,
     STEPS,
     STYLE,
-    End,
     color_of,
     draw,
     finish,
@@ -91,13 +92,13 @@ def loss(runs: Sequence[Run], axis: str) -> Figure | None:
         "bytes": lambda run, entry: run.bytes_by(entry.step) / size,
     }
     figure, (axes,) = new_figure([HEIGHT])
-    ends = _curves(axes, runs, shown, lambda run: run.training, place[axis])
+    named = _curves(axes, runs, shown, lambda run: run.training, place[axis])
     if axis == "steps" and len(runs) == 1:
-        ends += _held_out_dots(axes, runs[0])
+        named += _held_out_dots(axes, runs[0])
         if len(runs[0].syncs) <= 100:
             steps = [sync.step for sync in runs[0].syncs]
             axes.vlines(steps, 0, 1, transform=axes.get_xaxis_transform(), color=GRID, lw=0.6, zorder=0)
-    finish(axes, ends, title="loss", xlabel=xlabel)
+    finish(axes, named, title="loss", xlabel=xlabel)
     return figure if axes.lines else None
 
 
@@ -105,12 +106,12 @@ def loss(runs: Sequence[Run], axis: str) -> Figure | None:
 def held_out(runs: Sequence[Run]) -> Figure | None:
     """Draw held-out loss over steps; None if there is none."""
     figure, (axes,) = new_figure([HEIGHT])
-    ends = _curves(axes, runs, runs, lambda run: run.held_out, lambda _, entry: entry.step)
+    named = _curves(axes, runs, runs, lambda run: run.held_out, lambda _, entry: entry.step)
     for run in runs:
         if math.isfinite(run.exported_loss):
             color = INK if len(runs) == 1 else color_of(run.number)
             axes.plot([run.steps], [run.exported_loss], "D", color=color, markersize=5)
-    finish(axes, ends, title="loss", xlabel=STEPS)
+    finish(axes, named, title="loss", xlabel=STEPS)
     return figure if axes.lines else None
 
 
@@ -120,9 +121,9 @@ def _curves(
     shown: Sequence[Run],
     entries_of: Callable[[Run], Sequence[WithLosses]],
     place: Callable[[Run, WithLosses], float],
-) -> list[End]:
+) -> list[tuple[Line2D, str]]:
     """Draw the mean of each run, and thin lines for its particles; these have a name if there is but one run."""
-    ends = []
+    found = []
     for run in shown:
         entries, alone = entries_of(run), len(runs) == 1
         x = thin([place(run, entry) for entry in entries])
@@ -135,28 +136,29 @@ def _curves(
         for particle, values in losses.items() if len(losses) > 1 else []:
             own = color_of(particle) if named else MUTED if alone else color
             width, alpha = (1.0, 1.0) if named else (0.5, 0.6)
-            end = draw(axes, x, thin(values), color=own, lw=width, alpha=alpha, marker="")
-            if named and end:
-                ends.append(End(*end, f"particle {particle}", own))
-        end = draw(axes, x, thin([mean(entry.record.losses) for entry in entries]), color=color, ls=line_of(run.number))
-        if end:
+            line = draw(axes, x, thin(values), color=own, lw=width, alpha=alpha, marker="")
+            if named and line:
+                found.append((line, f"particle {particle}"))
+        line = draw(
+            axes, x, thin([mean(entry.record.losses) for entry in entries]), color=color, ls=line_of(run.number)
+        )
+        if line:
             which = "mean" if len(losses) > 1 else f"particle {min(losses)}" if losses else "all particles"
             name = short(run.label) if not alone else which if run.num_particles > 1 else ""
-            ends.append(End(*end, name, color))
-    return ends
+            found.append((line, name))
+    return found
 
 
-def _held_out_dots(axes: Axes, run: Run) -> list[End]:
+def _held_out_dots(axes: Axes, run: Run) -> list[tuple[Line2D, str]]:
     """Draw the held-out losses of every particle, with one name for all."""
-    steps, ends, found = [entry.step for entry in run.held_out], [], columns(run.held_out)
-    found = found[:1] if all(losses == found[0] for losses in found) else found
-    for particle, losses in enumerate(found):
-        color = color_of(particle) if 1 < len(found) <= FEW else INK
-        dots = {"marker": "o", "markersize": 4, "markerfacecolor": LIGHT["paper"], "markeredgewidth": 1.0}
-        end = draw(axes, thin(steps), thin(losses), color=color, lw=1.0, ls=":", **dots)
-        if end:
-            ends.append(End(*end, "held-out", MUTED))
-    return ends[:1]
+    steps, lines, rows = [entry.step for entry in run.held_out], [], columns(run.held_out)
+    style: dict[str, Any] = {"lw": 1.0, "ls": ":", "marker": "o", "markersize": 4, "markeredgewidth": 1.0}
+    style["markerfacecolor"] = LIGHT["paper"]
+    rows = rows[:1] if all(losses == rows[0] for losses in rows) else rows
+    for particle, losses in enumerate(rows):
+        color = color_of(particle) if 1 < len(rows) <= FEW else INK
+        lines.append(draw(axes, thin(steps), thin(losses), color=color, **style))
+    return [(Line2D([], [], color=MUTED, **style), "held-out")] if any(lines) else []
 
 
 def _unit(runs: Sequence[Run], axis: str) -> tuple[float, str]:

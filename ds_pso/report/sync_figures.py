@@ -21,7 +21,6 @@ from ds_pso.report.drawing import (
     SERIES,
     STEPS,
     STYLE,
-    End,
     color_of,
     draw,
     finish,
@@ -145,13 +144,13 @@ def _lines(
 ) -> Figure | None:
     """Draw a line for each run, over steps."""
     figure, (axes,) = new_figure([2.6])
-    ends = []
+    named = []
     for run in runs:
         x, y = (thin(values) for values in list(zip(*points(run), strict=True)) or ((), ()))
-        end = draw(axes, x, y, color=color_of(run.number), ls=line_of(run.number))
-        if end:
-            ends.append(End(*end, short(run.label) if len(runs) > 1 else "", color_of(run.number)))
-    finish(axes, ends, title=title, xlabel=STEPS, from_zero=from_zero)
+        line = draw(axes, x, y, color=color_of(run.number), ls=line_of(run.number))
+        if line:
+            named.append((line, short(run.label) if len(runs) > 1 else ""))
+    finish(axes, named, title=title, xlabel=STEPS, from_zero=from_zero)
     return figure if axes.lines else None
 
 
@@ -206,13 +205,13 @@ def rule(run: Run) -> Figure | None:
     figure, rows = new_figure([1.7 if len(values) == 1 else 2.1 for _, values in panels])
     x = thin([sync.step for sync in run.syncs])
     for axes, (key, values) in zip(rows, panels, strict=True):
-        ends, named = [], 1 < len(values) <= FEW
-        for particle, line in enumerate(values):
-            color = color_of(particle) if named or len(values) == 1 else MUTED
-            end = draw(axes, x, thin(line), color=color, lw=1.2 if len(values) > 1 else 1.8)
-            if named and end:
-                ends.append(End(*end, f"particle {particle}", color))
-        finish(axes, ends, title=NOTES.get(key, key.replace("_", " ")), xlabel=STEPS if axes is rows[-1] else "")
+        named, few = [], 1 < len(values) <= FEW
+        for particle, numbers in enumerate(values):
+            color = color_of(particle) if few or len(values) == 1 else MUTED
+            line = draw(axes, x, thin(numbers), color=color, lw=1.2 if len(values) > 1 else 1.8)
+            if few and line:
+                named.append((line, f"particle {particle}"))
+        finish(axes, named, title=NOTES.get(key, key.replace("_", " ")), xlabel=STEPS if axes is rows[-1] else "")
     return figure
 
 

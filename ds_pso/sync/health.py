@@ -67,7 +67,7 @@ def _above(values: Mapping[int, float], limit: float | None, floors: Mapping[int
     found: dict[int, float] = {}
     left = dict(values)
     while limit is not None and len(left) > 1:
-        worst = max(left, key=lambda i: (left[i], i))
+        worst = max(zip(left.values(), left, strict=True))[1]
         value = left.pop(worst)
         others = median(left.values())
         if not (others > 0 and value > limit * others and value > floors[worst]):

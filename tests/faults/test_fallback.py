@@ -90,7 +90,7 @@ def choose(case: Case, folders: list[Path]) -> list[tuple[str, list[str]]]:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 try:
-                    name = newest_whole(swarm.world, folder)
+                    name = newest_whole(swarm.world.coordinator, folder)
                 except SwarmError as error:
                     name = f"{type(error).__name__}: {error}"
             found.append((name, [str(warning.message) for warning in caught]))

@@ -74,7 +74,7 @@ def lose_in_the_background(case: Case, lost: int, how: str) -> Any:
         train(case, engine, range(1))
         if swarm.world.layout.rank == lost:
             leave(how)
-        swarm.session.synchronizer.overlap.begin(swarm.session.window, step=1, delay=1)
+        swarm.session.synchronizer.overlap.begin(swarm.session.window, step=1)
         swarm.session.synchronizer.overlap.advance(swarm.session.window, step=2)
 
 

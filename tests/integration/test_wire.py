@@ -56,9 +56,9 @@ def watch(cases: list[Case], nan_at: int | None = None) -> list[Life]:
     lives = []
     for case, swarm, engine in one_after_the_other(cases):
         synchronizer, meetings = swarm.session.synchronizer, []
-        real = synchronizer.sync
+        parts, real = synchronizer.parts, synchronizer.sync
 
-        def sync(window: Any, step: int, s: Any = synchronizer, real: Any = real, meetings: Any = meetings) -> Any:
+        def sync(window: Any, step: int, s: Any = parts, real: Any = real, meetings: Any = meetings) -> Any:
             s.shards.zero_padding()
             if s.totals.count == nan_at and s.exchange.particle == 1:
                 s.shards.tensors[0][:1] = math.nan

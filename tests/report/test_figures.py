@@ -26,6 +26,11 @@ def lines(figure, panel=0):
     return [xy[:, np.isfinite(xy[1])].tolist() for xy in found if np.isfinite(xy[1]).any()]
 
 
+def names(figure):
+    legend = figure.axes[0].get_legend()
+    return [text.get_text() for text in legend.get_texts()] if legend else []
+
+
 def texts(figure, panel=0):
     return [text.get_text() for text in figure.axes[panel].texts]
 
@@ -39,7 +44,7 @@ def test_loss_over_steps(read):
         [[0, 12], [8.0, 3.0]],  # held-out
         [[0, 12], [8.0, 5.0]],
     ]
-    assert texts(figure) == ["particle 0", "particle 1", "mean", "held-out"]
+    assert names(figure) == ["particle 0", "particle 1", "mean", "held-out"]
 
 
 @pytest.mark.parametrize(
@@ -58,11 +63,17 @@ def test_loss_over_what_it_costs(read, axis, x, label):
 def test_runs_lie_over_one_another(read):
     other = [start(), *(sync(step, step / 2, [1.0, 3.0], bytes_received=0) for step in (4, 8, 16))]
     runs = read(small(), other)
-    assert texts(figures.loss(runs, "steps")) == ["run0", "run1"]
+    assert names(figures.loss(runs, "steps")) == ["run0", "run1"]
     assert lines(figures.loss(runs, "steps"))[-1] == [[4, 8, 16], [2.0, 2.0, 2.0]]
-    assert texts(figures.loss(runs, "bytes")) == ["run0"], "nothing is known of the other"
+    assert names(figures.loss(runs, "bytes")) == ["run0"], "nothing is known of the other"
     caption = next(p.caption for p in figures.pictures(runs) if p.name == "loss_bytes")
     assert caption.endswith("Nothing is counted in run1.")
+
+
+def test_a_run_may_have_any_name(tmp_path):
+    runs = read_runs([write(tmp_path / name, small()) for name in ("_private", "$x_{$")])
+    assert names(figures.loss(runs, "steps")) == ["_private", "$x_{$"]
+    assert names(sync_figures.drift(runs)) == ["_private", "$x_{$"]
 
 
 def test_a_run_has_its_color_in_every_figure(read):
@@ -181,5 +192,5 @@ def test_any_number_of_particles(read, particles):
     records = [start(particles=particles), *(sync(4 + 4 * i, i + 3.0, row) for i, row in enumerate(values))]
     figure = figures.loss(read(records), "steps")
     assert len(lines(figure)) == (particles + 1 if particles > 1 else 1)
-    assert len(texts(figure)) == (particles + 1 if 1 < particles <= 6 else 1)
+    assert len(names(figure)) == (particles + 1 if 1 < particles <= 6 else particles > 1)
     assert math.isclose(lines(figure)[-1][1][0], np.mean(values[0]))
