@@ -66,9 +66,9 @@ def plan_buckets(numels: Sequence[int], bucket_numel: int) -> list[list[Piece]]:
     return buckets
 
 
-def wire_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which tensors of ``dtype`` are summed: fp32 at least."""
-    return torch.promote_types(dtype, torch.float32)
+def wire_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype in which such tensors are summed: fp32 at least."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 class Exchange:
@@ -296,8 +296,9 @@ class Exchange:
             yield piece, whole
 
     def _buckets(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, list[Piece]]]:
-        for dtype in sorted({wire_dtype(t.dtype) for t in tensors}, key=str):
-            numels = [t.numel() if wire_dtype(t.dtype) == dtype else 0 for t in tensors]
+        dtypes = list(map(wire_dtype, tensors))
+        for dtype in sorted(set(dtypes), key=str):
+            numels = [t.numel() if own == dtype else 0 for t, own in zip(tensors, dtypes, strict=True)]
             capacity = max(1, self.bucket_bytes // dtype.itemsize)
             buffer = torch.empty(min(capacity, sum(numels)), dtype=dtype, device=self.device)
             for pieces in plan_buckets(numels, capacity):

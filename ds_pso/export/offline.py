@@ -156,7 +156,7 @@ def _combine(chosen: Sequence[tuple[float, _Particle]], of_rule: bool) -> tuple[
     for name in leader.buffers:
         buffer = leader.buffer(name)
         if buffer.is_floating_point():
-            wide = wire_dtype(buffer.dtype)
+            wide = wire_dtype(buffer)
             buffer = _mean([(w, particle.buffer(name).to(wide)) for w, particle in chosen]).to(buffer.dtype)
         state_dict[name] = buffer
     return state_dict, tied
