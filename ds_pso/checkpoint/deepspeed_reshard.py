@@ -93,12 +93,14 @@ class _Repartition:
     def optimizer(self) -> SavedPartition:
         """Return the engine's own state, with what was saved in place of its values."""
         theirs = self._states[0]
-        mine = type(theirs)(self._engine.optimizer.state_dict())  # of the same class: they have the same keys
+        mine = theirs.format.read(self._engine.optimizer.state_dict())  # of the same class: they have the same keys
         self._check_groups(mine)
-        mine.values |= {name: theirs.values[name] for name in mine.common if name in theirs.values}
+        mine.copy_common(theirs)
         masters = self._saved.masters()
-        mine.masters = self._saved.gather(
-            self._shards.segments, self._sizes, torch.float32, lambda rank, shard: masters[rank][shard]
+        mine.replace_masters(
+            self._saved.gather(
+                self._shards.segments, self._sizes, torch.float32, lambda rank, shard: masters[rank][shard]
+            )
         )
         mine.base["state"] = self._moments([mine.group_of(shard) for shard in range(len(self._sizes))])
         mine.base["param_groups"] = [

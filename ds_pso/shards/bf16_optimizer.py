@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch.distributed as dist
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ds_pso.shards.base import Segment, Shards, intersect
 from ds_pso.shards.layout import ShardLayout
-from ds_pso.shards.saved import SavedPartition
+from ds_pso.shards.saved import PartitionFormat
 
 
 class _Optimizer(Protocol):
@@ -49,21 +49,14 @@ class BF16Shards(Shards):
         self.optimizer.update_lp_params()
 
 
-class SavedBF16(SavedPartition):
-    """One master per parameter group with its padding, and no loss scale."""
-
-    masters_key = "single_partition_of_fp32_groups"
-    base_key = "base_optimizer_state"
-
-    @classmethod
-    def recognizes(cls, values: Mapping[str, object]) -> bool:
-        return cls.masters_key in values and "loss_scaler" not in values
-
-
 def optimizer_class() -> type:
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
     return BF16_Optimizer
 
 
-LAYOUT = ShardLayout(optimizer_class, BF16Shards, SavedBF16)
+LAYOUT = ShardLayout(
+    optimizer_class,
+    BF16Shards,
+    PartitionFormat(masters="single_partition_of_fp32_groups", base="base_optimizer_state", has_loss_scale=False),
+)

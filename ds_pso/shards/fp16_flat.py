@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol, cast
+from collections.abc import Sequence
+from typing import Protocol
 
 from torch import Tensor
 
 from ds_pso.shards.layout import ShardLayout
 from ds_pso.shards.replicated import ReplicatedShards
-from ds_pso.shards.saved import SavedWhole
+from ds_pso.shards.saved import WholeFormat
 
 
 class _Optimizer(Protocol):
@@ -38,23 +38,10 @@ class FlatMasterShards(ReplicatedShards):
                 offset += param.numel()
 
 
-class SavedFlatMasters(SavedWhole):
-    """One flat master per parameter group."""
-
-    masters_key = "fp32_groups_flat"
-
-    @classmethod
-    def recognizes(cls, values: Mapping[str, object]) -> bool:
-        return cls.masters_key in values
-
-    def masters(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-        return cast("list[Tensor]", self.values[self.masters_key])
-
-
 def optimizer_class() -> type:
     from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 
     return FP16_Optimizer
 
 
-LAYOUT = ShardLayout(optimizer_class, FlatMasterShards, SavedFlatMasters)
+LAYOUT = ShardLayout(optimizer_class, FlatMasterShards, WholeFormat(masters="fp32_groups_flat"))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol, cast
+from collections.abc import Sequence
+from typing import Protocol
 
 from torch import Tensor
 
 from ds_pso.shards.layout import ShardLayout
 from ds_pso.shards.replicated import ReplicatedShards
-from ds_pso.shards.saved import SavedWhole
+from ds_pso.shards.saved import WholeFormat
 
 
 class _Optimizer(Protocol):
@@ -35,23 +35,10 @@ class SplitMasterShards(ReplicatedShards):
             param.data.copy_(master.view_as(param))
 
 
-class SavedSplitMasters(SavedWhole):
-    """One master per parameter, in lists by parameter group."""
-
-    masters_key = "fp32_groups"
-
-    @classmethod
-    def recognizes(cls, values: Mapping[str, object]) -> bool:
-        return cls.masters_key in values
-
-    def masters(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-        return [master for group in cast("list[list[Tensor]]", self.values[self.masters_key]) for master in group]
-
-
 def optimizer_class() -> type:
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
     return FP16_UnfusedOptimizer
 
 
-LAYOUT = ShardLayout(optimizer_class, SplitMasterShards, SavedSplitMasters)
+LAYOUT = ShardLayout(optimizer_class, SplitMasterShards, WholeFormat(masters="fp32_groups"))

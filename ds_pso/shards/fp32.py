@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ds_pso.shards.layout import ShardLayout
 from ds_pso.shards.replicated import ReplicatedShards
-from ds_pso.shards.saved import SavedWhole
+from ds_pso.shards.saved import WholeFormat
 
 
 class ParameterShards(ReplicatedShards):
@@ -27,15 +27,4 @@ class ParameterShards(ReplicatedShards):
         pass  # they are the same
 
 
-class SavedParameters(SavedWhole):
-    """The state of a torch optimizer; the parameters are saved with the model."""
-
-    @classmethod
-    def recognizes(cls, values: Mapping[str, object]) -> bool:
-        return "param_groups" in values
-
-    def masters(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-        return parameters
-
-
-LAYOUT = ShardLayout(lambda: torch.optim.Optimizer, ParameterShards, SavedParameters)
+LAYOUT = ShardLayout(lambda: torch.optim.Optimizer, ParameterShards, WholeFormat(masters=None))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ds_pso.shards.base import Shards
-from ds_pso.shards.saved import SavedOptimizer
+from ds_pso.shards.saved import SavedFormat
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,9 @@ class ShardLayout:
     Attributes:
         optimizer_class: imports and returns it.
         shards: the masters of an engine with such an optimizer.
-        saved: what such an optimizer has saved.
+        saved: the description of what such an optimizer saves.
     """
 
     optimizer_class: Callable[[], type]
     shards: type[Shards]
-    saved: type[SavedOptimizer]
+    saved: SavedFormat

@@ -46,7 +46,7 @@ def saved_optimizer(values: dict[str, object]) -> SavedOptimizer:
     """
     for layout in LAYOUTS:
         if layout.saved.recognizes(values):
-            return layout.saved(values)
+            return layout.saved.read(values)
     raise CheckpointError(
         f"ds_pso does not know an optimizer whose state has the keys {sorted(values)}; use the ds_pso that saved it"
     )

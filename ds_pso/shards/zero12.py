@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch.distributed as dist
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ds_pso.shards.base import Segment, Shards, intersect
 from ds_pso.shards.layout import ShardLayout
-from ds_pso.shards.saved import SavedPartition
+from ds_pso.shards.saved import PartitionFormat
 
 
 class _Optimizer(Protocol):
@@ -50,21 +50,14 @@ class Zero12Shards(Shards):
         self.optimizer.update_lp_params()
 
 
-class SavedZero12(SavedPartition):
-    """One master per parameter group, saved without the padding at its end."""
-
-    masters_key = "single_partition_of_fp32_groups"
-    base_key = "base_optimizer_state"
-
-    @classmethod
-    def recognizes(cls, values: Mapping[str, object]) -> bool:
-        return cls.masters_key in values and "loss_scaler" in values
-
-
 def optimizer_class() -> type:
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     return DeepSpeedZeroOptimizer
 
 
-LAYOUT = ShardLayout(optimizer_class, Zero12Shards, SavedZero12)
+LAYOUT = ShardLayout(
+    optimizer_class,
+    Zero12Shards,
+    PartitionFormat(masters="single_partition_of_fp32_groups", base="base_optimizer_state"),
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch.distributed as dist
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ds_pso.shards.base import Segment, Shards
 from ds_pso.shards.layout import ShardLayout
-from ds_pso.shards.saved import SavedPartition
+from ds_pso.shards.saved import PartitionFormat
 
 
 class _Parameter(Protocol):
@@ -68,21 +68,12 @@ class Zero3Shards(Shards):
         optimizer.checkpoint_event_epilogue()  # gathers them anew, and drops hpZ's secondary copies
 
 
-class SavedZero3(SavedPartition):
-    """One master per sub-group; padding, which lies inside them, is saved."""
-
-    masters_key = "fp32_flat_groups"
-    base_key = "optimizer_state_dict"
-
-    @classmethod
-    def recognizes(cls, values: Mapping[str, object]) -> bool:
-        return cls.masters_key in values
-
-
 def optimizer_class() -> type:
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
     return DeepSpeedZeroOptimizer_Stage3
 
 
-LAYOUT = ShardLayout(optimizer_class, Zero3Shards, SavedZero3)
+LAYOUT = ShardLayout(
+    optimizer_class, Zero3Shards, PartitionFormat(masters="fp32_flat_groups", base="optimizer_state_dict")
+)
