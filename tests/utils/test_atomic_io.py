@@ -23,9 +23,14 @@ def test_the_new_file_takes_the_place_of_the_old_one_at_the_end(tmp_path: Path) 
 def test_after_an_error_the_old_one_is_there_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "latest"
     write_atomically(path, "old")
-    with pytest.raises(OSError, match="No space"), replacing_file(path) as temporary:
-        temporary.write_text("ne")
-        raise OSError(28, "No space left on device")
+
+    def fail() -> None:
+        with replacing_file(path) as temporary:
+            temporary.write_text("ne")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        fail()
     with pytest.raises(FileNotFoundError), replacing_file(path):
         pass  # nothing was written
     assert path.read_text() == "old"
