@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -93,12 +93,14 @@ class _Repartition:
     def optimizer(self) -> SavedPartition:
         """Return the engine's own state, with what was saved in place of its values."""
         theirs = self._states[0]
-        mine = replace(theirs, values=self._engine.optimizer.state_dict())  # of the same class: they have the same keys
+        mine = theirs.format.read(self._engine.optimizer.state_dict())  # of the same class: they have the same keys
         self._check_groups(mine)
-        mine.values |= {name: theirs.values[name] for name in mine.common if name in theirs.values}
+        mine.copy_common(theirs)
         masters = self._saved.masters()
-        mine.masters = self._saved.gather(
-            self._shards.segments, self._sizes, torch.float32, lambda rank, shard: masters[rank][shard]
+        mine.replace_masters(
+            self._saved.gather(
+                self._shards.segments, self._sizes, torch.float32, lambda rank, shard: masters[rank][shard]
+            )
         )
         mine.base["state"] = self._moments([mine.group_of(shard) for shard in range(len(self._sizes))])
         mine.base["param_groups"] = [

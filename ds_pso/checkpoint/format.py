@@ -39,12 +39,9 @@ class RandomRecord(TypedDict):
     numpy: list[Any]  # the tuple that NumPy gives
 
 
-class RankRecord(TypedDict):
-    """The JSON file of a rank: counters and positions, and the files that belong to it."""
+class Identity(TypedDict):
+    """The values of a record that must be equal where it is loaded."""
 
-    format: int
-    step: int
-    # What must be equal where a checkpoint is loaded.
     num_particles: int
     particle_size: int
     sync_mode: str
@@ -52,7 +49,13 @@ class RankRecord(TypedDict):
     turns: int
     zero_stage: int
     model: str  # a fingerprint
-    # What is restored.
+
+
+class RankRecord(Identity):
+    """The JSON file of a rank: counters and positions, and the files that belong to it."""
+
+    format: int
+    step: int
     shards: ShardRecord | None  # None: they cannot be read, and a lone particle trains without
     window: list[float]  # ``FitnessWindow.state``
     synchronizer: dict[str, Any] | None  # ``Synchronizer.state_dict``

@@ -6,28 +6,16 @@ import hashlib
 import json
 import random
 from dataclasses import astuple
-from typing import TypedDict, cast
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ds_pso.checkpoint.format import FORMAT, RankRecord, ShardRecord
+from ds_pso.checkpoint.format import FORMAT, Identity, RankRecord, ShardRecord
 from ds_pso.errors import SwarmError
 from ds_pso.session.session import Session
 from ds_pso.shards import find_shards
-
-
-class Identity(TypedDict):
-    """The values of a record that must be equal where it is loaded."""
-
-    num_particles: int
-    particle_size: int
-    sync_mode: str
-    wire: str
-    turns: int
-    zero_stage: int
-    model: str
 
 
 def own_tensors(session: Session) -> dict[str, Tensor]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import Protocol
 
 from torch import Tensor
 
 from ds_pso.shards.layout import ShardLayout
 from ds_pso.shards.replicated import ReplicatedShards
-from ds_pso.shards.saved import SavedForm, SavedWhole
+from ds_pso.shards.saved import WholeFormat
 
 
 class _Optimizer(Protocol):
@@ -44,12 +44,4 @@ def optimizer_class() -> type:
     return FP16_Optimizer
 
 
-LAYOUT = ShardLayout(
-    "fp16_flat",
-    optimizer_class,
-    FlatMasterShards,
-    SavedForm(
-        lambda values: "fp32_groups_flat" in values,
-        lambda values: SavedWhole(values, lambda v, _: cast("list[Tensor]", v["fp32_groups_flat"])),
-    ),
-)
+LAYOUT = ShardLayout(optimizer_class, FlatMasterShards, WholeFormat(masters="fp32_groups_flat"))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import Protocol
 
 from torch import Tensor
 
 from ds_pso.shards.layout import ShardLayout
 from ds_pso.shards.replicated import ReplicatedShards
-from ds_pso.shards.saved import SavedForm, SavedWhole
+from ds_pso.shards.saved import WholeFormat
 
 
 class _Optimizer(Protocol):
@@ -35,23 +35,10 @@ class SplitMasterShards(ReplicatedShards):
             param.data.copy_(master.view_as(param))
 
 
-def _saved_masters(values: dict[str, object], _: Sequence[Tensor]) -> Sequence[Tensor]:
-    groups = cast("list[list[Tensor]]", values["fp32_groups"])
-    return [master for group in groups for master in group]
-
-
 def optimizer_class() -> type:
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
     return FP16_UnfusedOptimizer
 
 
-LAYOUT = ShardLayout(
-    "fp16_split",
-    optimizer_class,
-    SplitMasterShards,
-    SavedForm(
-        lambda values: "fp32_groups" in values,
-        lambda values: SavedWhole(values, _saved_masters),
-    ),
-)
+LAYOUT = ShardLayout(optimizer_class, SplitMasterShards, WholeFormat(masters="fp32_groups"))

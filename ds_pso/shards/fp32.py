@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ds_pso.shards.layout import ShardLayout
 from ds_pso.shards.replicated import ReplicatedShards
-from ds_pso.shards.saved import SavedForm, SavedWhole
+from ds_pso.shards.saved import WholeFormat
 
 
 class ParameterShards(ReplicatedShards):
@@ -27,12 +27,4 @@ class ParameterShards(ReplicatedShards):
         pass  # they are the same
 
 
-LAYOUT = ShardLayout(
-    "fp32",
-    lambda: torch.optim.Optimizer,
-    ParameterShards,
-    SavedForm(
-        lambda values: "param_groups" in values,
-        lambda values: SavedWhole(values, lambda _, parameters: parameters),
-    ),
-)
+LAYOUT = ShardLayout(lambda: torch.optim.Optimizer, ParameterShards, WholeFormat(masters=None))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ds_pso.shards.base import Shards
-from ds_pso.shards.saved import SavedForm
+from ds_pso.shards.saved import SavedFormat
 
 
 @dataclass(frozen=True)
@@ -14,13 +14,11 @@ class ShardLayout:
     """An optimizer class that can be trained in a swarm. A module of this package makes one, and the registry lists it.
 
     Attributes:
-        name: of the layout.
         optimizer_class: imports and returns it.
         shards: the masters of an engine with such an optimizer.
-        saved: the form in which such an optimizer saves its state.
+        saved: the description of what such an optimizer saves.
     """
 
-    name: str
     optimizer_class: Callable[[], type]
     shards: type[Shards]
-    saved: SavedForm
+    saved: SavedFormat

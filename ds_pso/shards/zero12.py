@@ -10,9 +10,7 @@ from torch import Tensor
 
 from ds_pso.shards.base import Segment, Shards, intersect
 from ds_pso.shards.layout import ShardLayout
-from ds_pso.shards.saved import SavedForm, SavedPartition
-
-_MASTERS = "single_partition_of_fp32_groups"
+from ds_pso.shards.saved import PartitionFormat
 
 
 class _Optimizer(Protocol):
@@ -59,11 +57,7 @@ def optimizer_class() -> type:
 
 
 LAYOUT = ShardLayout(
-    "zero12",
     optimizer_class,
     Zero12Shards,
-    SavedForm(
-        lambda values: _MASTERS in values and "loss_scaler" in values,
-        lambda values: SavedPartition(values, _MASTERS, "base_optimizer_state"),
-    ),
+    PartitionFormat(masters="single_partition_of_fp32_groups", base="base_optimizer_state"),
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ds_pso.shards.base import Segment, Shards
 from ds_pso.shards.layout import ShardLayout
-from ds_pso.shards.saved import SavedForm, SavedPartition
+from ds_pso.shards.saved import PartitionFormat
 
 
 class _Parameter(Protocol):
@@ -75,11 +75,5 @@ def optimizer_class() -> type:
 
 
 LAYOUT = ShardLayout(
-    "zero3",
-    optimizer_class,
-    Zero3Shards,
-    SavedForm(
-        lambda values: "fp32_flat_groups" in values,
-        lambda values: SavedPartition(values, "fp32_flat_groups", "optimizer_state_dict"),
-    ),
+    optimizer_class, Zero3Shards, PartitionFormat(masters="fp32_flat_groups", base="optimizer_state_dict")
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 from pathlib import Path
 
@@ -49,6 +50,15 @@ def test_nothing_else_is_removed(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     prune(tmp_path / "step_00000020", 1)
     assert left(tmp_path) == sorted(["latest", "step_00000003", "step_00000020", *others])
+
+
+def test_what_is_removed_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made(tmp_path, "step_00000010", "step_00000020")
+    with caplog.at_level(logging.DEBUG, "ds_pso.checkpoint"):
+        prune(tmp_path / "step_00000020", 1)
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("ds_pso.checkpoint.writer", "DEBUG")
+    assert record.getMessage().endswith("step_00000010.old: removed; the newest 1 checkpoints stay")
 
 
 def test_what_cannot_be_removed_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,9 @@ from ds_pso.comm.compression import BLOCK, FORMATS, Differences, find_format
 from ds_pso.comm.exchange import Exchange, plan_buckets, wire_dtype
 from ds_pso.distributed.full_duplex_gloo import FullDuplexGloo
 from ds_pso.distributed.layout import Layout
+from ds_pso.distributed.peer_group import PeerGroup
 from ds_pso.errors import PeerError
+from ds_pso.utils.background_task import Background
 
 relaxed = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 
@@ -85,13 +87,9 @@ def make_worlds(num_particles: int, timeout_s: float = 30.0) -> list[Any]:
             group = FullDuplexGloo(store, particle, num_particles, timedelta(seconds=timeout_s))
         return SimpleNamespace(
             layout=Layout(particle, num_particles, num_particles),
-            present=range(num_particles),
-            backend="none" if group is None else "gloo",
-            peer_group=group,
-            peer_device=torch.device("cpu"),
-            timeout_s=timeout_s,
-            describe=lambda rank: f"particle {rank}",
-            settle=lambda: None,
+            peers=PeerGroup(group, range(num_particles), "none" if group is None else "gloo"),
+            coordinator=SimpleNamespace(timeout_s=timeout_s, describe=lambda rank: f"particle {rank}"),
+            background=Background(),
         )
 
     with ThreadPoolExecutor(num_particles) as pool:

@@ -10,6 +10,7 @@ import torch
 import ds_pso
 from ds_pso.errors import CheckpointError
 from ds_pso.shards import SavedPartition, saved_optimizer
+from ds_pso.shards.layout import ShardLayout
 from ds_pso.shards.registry import LAYOUTS
 
 BASE = {"state": {0: {"exp_avg": torch.zeros(4)}, 1: {}}, "param_groups": [{"params": [0]}, {"params": [1, 2]}]}
@@ -24,13 +25,17 @@ STATES = {
 }
 
 
+def module_of(layout: ShardLayout) -> str:
+    return layout.shards.__module__.rpartition(".")[2]
+
+
 def test_there_is_a_state_for_every_optimizer_class():
-    assert {layout.name for layout in LAYOUTS} == set(STATES)
+    assert list(map(module_of, LAYOUTS)) == list(STATES)
 
 
 @pytest.mark.parametrize("name", STATES)
 def test_one_class_and_no_other_recognises_it(name):
-    assert [layout.name for layout in LAYOUTS if layout.saved.recognizes(STATES[name])] == [name]
+    assert [module_of(layout) for layout in LAYOUTS if layout.saved.recognizes(STATES[name])] == [name]
 
 
 def test_of_an_unknown_class_the_keys_are_named():
@@ -58,8 +63,12 @@ def test_groups_and_paddings_of_a_partition(name):
     assert [state.group_of(master) for master in range(3)] == [0, 1, 1]
     assert state.masters_in_group(1) == [1, 2]
     assert [state.padded_numel(shard) for shard in range(2)] == [5, 5 if name == "bf16_optimizer" else 3]
-    state.masters = []
+    other = saved_optimizer({**STATES[name], "overflow": True})
+    assert isinstance(other, SavedPartition)
+    state.copy_common(other)
+    state.replace_masters([])
     assert saved_optimizer(state.values).shards(0, 1, []) == []
+    assert state.values["overflow"] is True
 
 
 def test_the_keys_are_known_to_the_module_of_the_class_alone():

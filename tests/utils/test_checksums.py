@@ -113,7 +113,7 @@ def run(job: Callable[[Exchange], Any], damage: Callable[[Any], Any] | None = No
     """The job on P threads; ``damage`` wraps the process group of the last one."""
     worlds = make_worlds(P, timeout_s=2.0)
     if damage is not None:
-        worlds[-1].peer_group = damage(worlds[-1].peer_group)
+        worlds[-1].peers.group = damage(worlds[-1].peers.group)
 
     def live(world: Any) -> Any:
         exchange = Exchange(world, NUMEL * 4 / 2**20 / 2, checksums=True)  # several buckets
