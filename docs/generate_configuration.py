@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from ds_pso.comm.compression import wire_names
 from ds_pso.config.presets import sync_modes
 from ds_pso.config.schema import SwarmConfig
+from ds_pso.distributed.transports import TRANSPORTS
 from ds_pso.elastic.config import ElasticConfig
 from ds_pso.rules import RULES
 from ds_pso.sync.schedule import ScheduleConfig
@@ -32,6 +33,7 @@ _BY_VALIDATOR = {
     "schedule": "object",
     "sync_mode": ", ".join(f'`"{name}"`' for name in sync_modes()) + ', `"my_module:MyRule"`',
     "wire": ", ".join(f'`"{name}"`' for name in wire_names()),
+    "transport": ", ".join(f'`"{name}"`' for name in TRANSPORTS),
 }
 
 

@@ -1,4 +1,18 @@
-"""A checkpoint as it lies on disk: names, records, hashes, and the classes that may be unpickled. Knows no swarm."""
+"""A checkpoint as it lies on disk: names, records, hashes, and the classes that may be unpickled. Knows no swarm.
+
+Layout of a checkpoint folder::
+
+    latest                      name of the newest complete checkpoint
+    step_00000064/
+        particle_0/deepspeed/   DeepSpeed's own checkpoint of particle 0
+        particle_0/model/       its Hugging Face config, if it has one
+        particle_1/deepspeed/
+        swarm/rank_00000.json          this rank's counters, random state, data position, file hashes
+        swarm/rank_00000.safetensors   its rule state (velocity, anchor, ...), buffers, torch's random state
+
+Everything is written to ``.step_00000064.tmp`` and renamed when all ranks are done; only then
+does ``latest`` move. Where the HF Trainer has written a particle's checkpoint, ``swarm/`` is put beside it.
+"""
 
 from __future__ import annotations
 

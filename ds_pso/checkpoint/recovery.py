@@ -47,9 +47,7 @@ def newest_whole(coordinator: Coordinator, folder: Path) -> str:
         reason = _damage(coordinator, folder / name)
         if reason is None:
             if wrong and coordinator.is_leader:
-                message = f"{'; '.join(wrong)}; resuming from {folder / name} instead"
-                log.warning(message)
-                warnings.warn(message, stacklevel=4)
+                warnings.warn(f"{'; '.join(wrong)}; resuming from {folder / name} instead", stacklevel=4)
             return name
         wrong.append(reason)
     raise CheckpointError(f"{folder}: no checkpoint to resume is whole: {'; '.join(wrong)}", agreed=True)

@@ -135,10 +135,10 @@ def warnings(ds_config: Mapping[str, object], swarm: SwarmConfig, given: Mapping
         return
     steps = swarm.total_steps or total_num_steps(ds_config)
     if isinstance(steps, int) and steps < n // swarm.turns:
-        yield f"swarm.sync_interval = {n}: training ends after {steps} steps, before the particles meet"
+        yield f"swarm.sync_interval = {n}: training ends after {steps} steps, before the particles sync"
     if n == 1 and swarm.schedule.type == "fixed":
         yield (
-            'swarm.sync_interval = 1: the particles meet at every step, and move fp32 weights where "allreduce" moves '
+            'swarm.sync_interval = 1: the particles sync at every step, and move fp32 weights where "allreduce" moves '
             "gradients in the working precision"
         )
     if swarm.delay and swarm.delay == n // swarm.turns and swarm.schedule.type == "fixed":
@@ -210,7 +210,7 @@ def _cost_lines(model: ModelCost, settings: Mapping[str, object]) -> Iterator[st
     yield f"  memory         {as_bytes(memory.kept)} on each rank beside DeepSpeed's own"
     if settings["delay"]:
         yield f"                 {as_bytes(memory.pending)} more while a sync point is pending"
-    yield f"                 {as_bytes(memory.exchange)} more while particles meet"
+    yield f"                 {as_bytes(memory.exchange)} more during a sync"
     if settings["optimizer_state"] == "average":
         yield "  not counted    the optimizer's moments, which travel, too: of Adam twice what the weights take in fp32"
 

@@ -9,6 +9,7 @@ import argparse
 import sys
 
 from ds_pso.cli import check, export, launch, plan, report, simulate
+from ds_pso.distributed import logs
 from ds_pso.errors import SwarmError
 
 
@@ -16,6 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; an error that ds_pso foresaw becomes one line and exit code 1."""
     arguments = _parser().parse_args(sys.argv[1:] if argv is None else argv)
     try:
+        logs.configure(arguments.verbose)
         return int(arguments.run(arguments))
     except SwarmError as error:
         print(f"ds-pso: error: {error}", file=sys.stderr)
@@ -28,6 +30,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Swarms of DeepSpeed ZeRO worlds.",
         epilog="`ds-pso COMMAND --help` has the arguments and an example. Errors are one line, and exit with 1.",
     )
+    parser.add_argument("-v", "--verbose", action="count", default=0, help="log more (INFO; -vv: DEBUG)")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (check, plan, simulate, launch, report, export):
         command.add_to(commands)

@@ -159,7 +159,7 @@ EXCLUSIONS: list[Exclusion] = [
     Exclusion(
         streams,
         lambda c: c.swarm.optimizer_state != "keep",
-        'swarm.optimizer_state = "{swarm.optimizer_state}": with swarm.streaming only a part of the model has met',
+        'swarm.optimizer_state = "{swarm.optimizer_state}": with swarm.streaming only a part of the model was synced',
         'use "keep", or remove streaming',
     ),
     Exclusion(

@@ -205,7 +205,7 @@ def describe(cluster: Cluster, ds_config: Mapping[str, object], swarm: SwarmConf
         f"  {now.megabytes:.3g} MB into each particle at a sync point, in {now.exchange_s:.3g} s; "
         f"training stands still for {now.held_up_s:.3g} s",
         f"  compute share {100 * now.compute_share:.1f} %; {percent} {_enough(now, cluster, share)}",
-        f"  {as_bytes(needed.kept)} of memory on each rank, and {to_sync} more to meet",
+        f"  {as_bytes(needed.kept)} of memory on each rank, and {to_sync} more during a sync",
         f"plain data parallel training, at least {every_step.megabytes:.3g} MB at every step:",
         f"  compute share {100 * every_step.compute_share:.1f} %; {percent} {_enough(every_step, cluster, share)}",
         "",

@@ -9,6 +9,7 @@ from pydantic import Field, PrivateAttr, field_validator
 
 from ds_pso.comm.compression import UNCOMPRESSED, wire_names
 from ds_pso.config.presets import ALLREDUCE, sync_modes
+from ds_pso.distributed.transports import TRANSPORTS
 from ds_pso.elastic.config import ElasticConfig
 from ds_pso.rules import Rule, RuleConfig, find_rule
 from ds_pso.sync.schedule import Schedule, ScheduleConfig, make_schedule
@@ -32,7 +33,7 @@ class SwarmConfig(StrictModel):
         "`my_module:MyRule`.",
     )
     sync_interval: int = Field(
-        default=32, ge=1, description="Optimizer steps after which the whole model has met again."
+        default=32, ge=1, description="Optimizer steps after which the whole model has been synced again."
     )
     schedule: ScheduleConfig = Field(
         default=ScheduleConfig(), description="How the interval changes: see `swarm.schedule` below."
@@ -51,7 +52,7 @@ class SwarmConfig(StrictModel):
     )
     streaming: bool = Field(
         default=False,
-        description="Let each fragment meet by itself, one after the other, evenly spread over the interval.",
+        description="Sync each fragment by itself, one after the other, evenly spread over the interval.",
     )
     fitness: Literal["train", "probe"] = Field(
         default="train",
@@ -104,7 +105,7 @@ class SwarmConfig(StrictModel):
     peer_backend: Literal["auto", "gloo", "nccl"] = Field(
         default="auto", description="Collectives between particles: NCCL on GPUs and gloo on CPU unless named."
     )
-    transport: Literal["static", "elastic"] = Field(
+    transport: str = Field(
         default="static",
         description="`static`: all particles in one launch. `elastic`: each is a job of its own, started by "
         "`ds-pso launch`, and the others go on without it.",
@@ -140,6 +141,13 @@ class SwarmConfig(StrictModel):
         *names, last = wire_names()
         if value not in (*names, last):
             raise ValueError(f"must be {', '.join(map(repr, names))} or {last!r}")
+        return value
+
+    @field_validator("transport", mode="before")
+    @classmethod
+    def _transport(cls, value: object) -> object:
+        if not isinstance(value, str) or value not in TRANSPORTS:
+            raise ValueError(f"must be {' or '.join(map(repr, TRANSPORTS))}")
         return value
 
     @property

@@ -1,4 +1,7 @@
-"""A report of runs: one HTML page that needs nothing else, and its figures as PNG files."""
+"""A report of runs: one HTML page that needs nothing else, and its figures as PNG files.
+
+Knows ``metrics.jsonl``; must not import torch.
+"""
 
 from __future__ import annotations
 

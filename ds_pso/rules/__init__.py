@@ -1,4 +1,7 @@
-"""The registry of sync rules, from JSON name to class. Adding a rule is adding a file and a line."""
+"""The registry of sync rules, from JSON name to class. Adding a rule is adding a file and a line.
+
+Rules know tensors and fitness; must not know torch.distributed, DeepSpeed or peers.
+"""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ class GuardedMean(Rule):
     Source: our own. The parts: B. Polyak, 1964 (heavy ball); rank utilities as in D. Wierstra et
     al., "Natural Evolution Strategies", 2014. Moves one all-reduce of the shard, two when in
     doubt; with the guard keeps one tensor, with inertia a and v. A particle that is not alive restarts
-    where the others meet.
+    where the others sync.
     """
 
     Config = GuardedMeanConfig

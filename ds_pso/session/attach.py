@@ -82,7 +82,7 @@ def _check(session: Session, rule: Rule, schedule: Schedule, probe: Probe | None
     if schedule.last == 0 and session.world.is_leader:
         warnings.warn(
             f"swarm.sync_interval = {config.sync_interval}: longer than the whole training, so that the "
-            "particles never meet; lower it",
+            "particles never sync; lower it",
             stacklevel=4,
         )
     if rule.uses_progress and not schedule.last:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import ds_pso
+from ds_pso.distributed import logs
 from ds_pso.elastic.launch_env import ATTEMPT
 from ds_pso.errors import CheckpointError, ConfigError, PeerError
 from ds_pso.metrics import log
@@ -33,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> int:
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+        logs.configure(arguments.verbose)
         config = read_deepspeed_config(arguments.deepspeed_config, int(os.environ.get("WORLD_SIZE", "1")))
         with ds_pso.init(config, run_dir=arguments.output_dir) as swarm:
             done = train(swarm, arguments)

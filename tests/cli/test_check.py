@@ -89,7 +89,7 @@ def test_numbers_for_people(tmp_path: Path, capsys: Any) -> None:
         "  a sync point   32 MB into each particle, 16 MB into each rank",
         "  memory         32 MB on each rank beside DeepSpeed's own",
         "                 16 MB more while a sync point is pending",
-        "                 16 MB more while particles meet",
+        "                 16 MB more during a sync",
     ]
 
 
@@ -118,7 +118,7 @@ WARNINGS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"pso": {"inertia": 0.5}}, {}, 'swarm.pso is not used: swarm.sync_mode is "local_sgd"'),
     ({"particles": 1}, {}, "swarm.particles = 1: plain DeepSpeed"),
     ({"sync_mode": "allreduce"}, {}, "and ignores particles"),
-    ({"sync_interval": 1}, {}, "swarm.sync_interval = 1: the particles meet at every step"),
+    ({"sync_interval": 1}, {}, "swarm.sync_interval = 1: the particles sync at every step"),
     ({"sync_interval": 8, "delay": 8}, {}, "swarm.delay = 8: as long as the interval"),
     ({"sync_interval": 8, "delay": 2, "fragments": 4, "streaming": True}, {}, "swarm.delay = 2: as long as"),
     ({"fitness": "probe"}, {}, 'and "local_sgd" does not rank particles'),

@@ -553,8 +553,8 @@ def test_a_bad_schedule_is_refused(schedule, said):
         *[
             (
                 {**STREAMING, "optimizer_state": what},
-                f'swarm.optimizer_state = "{what}": with swarm.streaming only a part of the model has met; use "keep", '
-                "or remove streaming",
+                f'swarm.optimizer_state = "{what}": with swarm.streaming only a part of the model was synced; '
+                'use "keep", or remove streaming',
             )
             for what in ("reset", "average")
         ],
