@@ -117,7 +117,7 @@ def drop_a_bucket() -> None:
 
 
 @sabotage("integration/test_wire.py")
-def owe_nothing() -> None:
+def lose_the_residual() -> None:
     """What rounding loses is lost."""
     from ds_pso.comm.exchange import Exchange
 
@@ -201,7 +201,7 @@ def carry_nan_into_fragments() -> None:
 
 
 @sabotage("integration/test_streaming.py")
-def heal_only_the_fragment_in_turn() -> None:
+def recover_only_the_fragment_in_turn() -> None:
     """A particle that is not alive waits for the other fragments until their turn comes."""
     import ds_pso.sync.overlapped
 
@@ -256,7 +256,7 @@ def decide_alone() -> None:
 
 
 @sabotage("integration/test_resume.py")
-def forget_what_is_owed() -> None:
+def forget_the_residual() -> None:
     """The state of the wire is not in the checkpoint."""
     from ds_pso.checkpoint import loading, rank_state
 
@@ -305,8 +305,8 @@ def answer_oneself() -> None:
 
 
 @sabotage("faults/test_nobody_waits.py")
-def wait_for_letters() -> None:
-    """Asynchronous particles do not go on before a letter has come."""
+def wait_for_messages() -> None:
+    """Asynchronous particles do not go on before a message has come."""
     import time
 
     from ds_pso.distributed.mailbox import GlooMailbox
@@ -314,15 +314,15 @@ def wait_for_letters() -> None:
     real = GlooMailbox.newest
 
     def newest(self: Any) -> Any:
-        while (letter := real(self)) is None:
+        while (message := real(self)) is None:
             time.sleep(0.01)
-        return letter
+        return message
 
     GlooMailbox.newest = newest
 
 
 @sabotage("faults/test_nobody_waits.py")
-def read_old_letters() -> None:
+def read_old_messages() -> None:
     from ds_pso.rules.nosync import NoSync
 
     NoSync.max_staleness = property(lambda self: 10**6 if self.options.asynchronous else None)
@@ -349,7 +349,7 @@ def average_moments_unevenly() -> None:
 
 
 @sabotage("integration/test_optimizer_state.py")
-def keep_moments_from_mates() -> None:
+def keep_moments_from_local_ranks() -> None:
     """At ZeRO 0 a rank averages its own part, and does not tell the others of its particle."""
     from ds_pso.shards.replicated import ReplicatedShards
 
@@ -357,7 +357,7 @@ def keep_moments_from_mates() -> None:
 
 
 @sabotage("integration/test_optimizer_state.py")
-def compare_moments_of_mates() -> None:
+def compare_moments_of_local_ranks() -> None:
     """At ZeRO 0 ranks of a particle may hold different numbers of them, and then nothing is averaged."""
     from ds_pso.sync.synchronizer import Synchronizer
 
@@ -839,7 +839,7 @@ def keep_half_an_exchange() -> None:
 
 
 @sabotage("faults/test_elastic.py")
-def heal_the_weights_alone() -> None:
+def recover_the_weights_alone() -> None:
     """Who is behind keeps its own state of rule and wire."""
     from ds_pso.sync import recovery
 
@@ -856,7 +856,7 @@ def count_who_recovers() -> None:
 
 @sabotage("faults/test_rescue.py")
 def fail_alone() -> None:
-    """A rank that waits in vain for a peer does not tell its mates."""
+    """A rank that waits in vain for a peer does not tell its local ranks."""
     from ds_pso.distributed.coordinator import StoreCoordinator
 
     StoreCoordinator._barrier_with_local_ranks = lambda self, label, ranks, store: self.barrier(

@@ -529,7 +529,9 @@ def test_an_elastic_swarm_is_refused() -> None:
     import ds_pso
     from ds_pso.hf_trainer import _check_supported
 
-    swarm: Any = SimpleNamespace(num_particles=2, world=SimpleNamespace(meets_at_sync_points_only=True))
+    swarm: Any = SimpleNamespace(
+        num_particles=2, world=SimpleNamespace(membership=SimpleNamespace(reachable=lambda: (0,)))
+    )
     trainer: Any = SimpleNamespace(args=None, is_deepspeed_enabled=True)
     with pytest.raises(ds_pso.ConfigError, match="counts its own steps"):
         _check_supported(swarm, trainer)

@@ -76,7 +76,7 @@ def test_a_run_can_be_repeated_bit_for_bit(pool: Pool):
     assert any(np.any(one[0][0][name] != one[1][0][name]) for name in one[0][0]), "rules differ"
 
 
-def slow_letters(case: Case, slow: int | None) -> Any:
+def slow_messages(case: Case, slow: int | None) -> Any:
     def life(swarm: Swarm) -> Any:
         records: list[dict[str, Any]] = []
         swarm.on_sync(lambda record: records.append(record.to_json()))
@@ -93,15 +93,15 @@ def slow_letters(case: Case, slow: int | None) -> Any:
 def test_who_is_slow_changes_nothing_also_where_nobody_waits(pool: Pool):
     options = {"asynchronous": True, "growth": "constant"}
     case = replace(CASE, sync_mode="nosync", interval=1, options=options)
-    (expected,), (actual,) = (pool.run(slow_letters, case, slow, world_size=1) for slow in (None, 1))
-    for (letters, weights), (expected_letters, expected_weights) in zip(actual, expected, strict=True):
-        assert letters == expected_letters
-        assert any(sender is not None for sender, _ in letters)
+    (expected,), (actual,) = (pool.run(slow_messages, case, slow, world_size=1) for slow in (None, 1))
+    for (messages, weights), (expected_messages, expected_weights) in zip(actual, expected, strict=True):
+        assert messages == expected_messages
+        assert any(sender is not None for sender, _ in messages)
         assert_equal(weights, expected_weights)
 
 
 def draw(case: Case, greedy: int | None) -> list[Any]:
-    """Numbers that each particle draws between meetings; the greedy one draws others in between, and seeds anew."""
+    """Numbers that each particle draws between sync points; the greedy one draws others in between, and seeds anew."""
 
     def life(swarm: Swarm) -> Any:
         torch.manual_seed(swarm.particle)
@@ -113,7 +113,7 @@ def draw(case: Case, greedy: int | None) -> list[Any]:
             if swarm.particle == greedy:
                 torch.rand(7), np.random.random(7), random.random()
                 torch.manual_seed(9)
-            swarm.gather(0.0)  # a meeting
+            swarm.gather(0.0)  # a sync point
         return numbers
 
     return simulate(case, life)
@@ -167,8 +167,8 @@ def test_one_works_at_a_time(pool: Pool):
     (events,) = pool.run(overlap, CASE, world_size=1)
     assert len(events) == 3 * 3 * 2
     assert events[::2] == events[1::2]
-    for meeting in range(3):
-        assert sorted(events[6 * meeting : 6 * meeting + 6 : 2]) == [0, 1, 2], "nobody is a meeting ahead"
+    for sync_point in range(3):
+        assert sorted(events[6 * sync_point : 6 * sync_point + 6 : 2]) == [0, 1, 2], "nobody is a meeting ahead"
 
 
 # -- errors -----------------------------------------------------------------------------------
@@ -191,9 +191,9 @@ def meet_for_ever(swarm: Swarm) -> None:
 def fail_in_many_ways() -> dict[str, Any]:
     ends: list[str] = []
 
-    def body(swarm: Swarm, who: int, error: BaseException, meetings: int) -> None:
+    def body(swarm: Swarm, who: int, error: BaseException, sync_points: int) -> None:
         try:
-            for _ in range(meetings):
+            for _ in range(sync_points):
                 swarm.gather(0.0)
             if swarm.particle == who:
                 raise error
@@ -204,10 +204,10 @@ def fail_in_many_ways() -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     for who in range(3):
-        for meetings in (0, 2):
+        for sync_points in (0, 2):
             ends.clear()
-            failure = failure_of(lambda swarm, w=who, m=meetings: body(swarm, w, ValueError(f"number {w}"), m))
-            found[f"{who} after {meetings}"] = failure, sorted(ends)
+            failure = failure_of(lambda swarm, w=who, m=sync_points: body(swarm, w, ValueError(f"number {w}"), m))
+            found[f"{who} after {sync_points}"] = failure, sorted(ends)
     for error in (SystemExit(3), KeyboardInterrupt("in a particle")):
         found[type(error).__name__] = failure_of(lambda swarm, error=error: body(swarm, 1, error, 1))
     found["all"] = failure_of(lambda swarm: (_ for _ in ()).throw(ValueError(f"number {swarm.particle}")))
@@ -218,12 +218,12 @@ def fail_in_many_ways() -> dict[str, Any]:
 def test_the_first_error_wins_and_ends_all(pool: Pool):
     (found,) = pool.run(fail_in_many_ways, world_size=1)
     for who in range(3):
-        for meetings in (0, 2):
-            failure, ends = found[f"{who} after {meetings}"]
+        for sync_points in (0, 2):
+            failure, ends = found[f"{who} after {sync_points}"]
             assert failure == ("ValueError", f"number {who}", [])
             assert {end[0] for end in ends} <= {"0", "1", "2"} - {str(who)}
             assert all("PeerError" in end and "the simulation was stopped" in end for end in ends), ends
-            if meetings:
+            if sync_points:
                 assert len(ends) == 2, "the others heard of it"
     assert found["SystemExit"] == ("SystemExit", "3", [])
     assert found["KeyboardInterrupt"] == ("KeyboardInterrupt", "in a particle", [])
@@ -283,14 +283,14 @@ def leave_early(gone: set[int], after: int) -> tuple[str, str, list[str]]:
 
 @pytest.mark.parametrize("after", [0, 3])
 @pytest.mark.parametrize("gone", [{0}, {1}, {2}, {0, 2}], ids=str)
-def test_who_waits_for_a_particle_that_has_ended_is_told_its_name(pool: Pool, gone: set[int], after: int):
+def test_who_waits_for_a_particle_that_has_ended_gets_its_name(pool: Pool, gone: set[int], after: int):
     ((kind, text, threads),) = pool.run(leave_early, gone, after, world_size=1, timeout=30)
     assert (kind, threads) == ("PeerError", [])
     told = f" waits for particles {sorted(gone)}, which have ended; all must reach the same sync points"
     assert text in {f"particle {i}{told}" for i in {0, 1, 2} - gone}
 
 
-def leave_after_the_last_meeting() -> Any:
+def leave_after_the_last_sync_point() -> Any:
     def life(swarm: Swarm) -> int:
         engine = attached(CASE, swarm)
         train(CASE, engine, range(4 + (swarm.particle == 1)), where=(swarm.particle, 0, 1))  # the fifth meets nobody
@@ -300,7 +300,7 @@ def leave_after_the_last_meeting() -> Any:
 
 
 def test_particles_may_end_one_after_the_other(pool: Pool):
-    assert pool.run(leave_after_the_last_meeting, world_size=1) == [([0, 1, 2], [])]
+    assert pool.run(leave_after_the_last_sync_point, world_size=1) == [([0, 1, 2], [])]
 
 
 def interrupt(at: str) -> Any:
@@ -316,7 +316,7 @@ def interrupt(at: str) -> Any:
             if swarm.particle == 1:
                 signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
                 raised.wait(PATIENCE_S)
-            while at == "letters":  # without any meeting
+            while at == "messages":  # without any sync point
                 train(case, engine, range(1), where=(swarm.particle, 0, 1))
             meet_for_ever(swarm)
         except ds_pso.SwarmError as error:
@@ -324,7 +324,7 @@ def interrupt(at: str) -> Any:
             raise
 
     case = CASE
-    if at == "letters":
+    if at == "messages":
         options = {"asynchronous": True, "growth": "constant"}
         case = replace(CASE, sync_mode="nosync", interval=1, options=options)
     try:
@@ -338,7 +338,7 @@ def interrupt(at: str) -> Any:
     return "not interrupted"
 
 
-@pytest.mark.parametrize("at", ["meetings", "letters"])
+@pytest.mark.parametrize("at", ["meetings", "messages"])
 def test_ctrl_c_ends_the_particles(pool: Pool, at: str):
     ((threads, ends),) = pool.run(interrupt, at, world_size=1)
     assert threads == []
@@ -398,7 +398,7 @@ def bad_config() -> tuple[str, str, list[str]]:
     return failure_of(lambda swarm: None, replace(CASE, sync_mode="pos"))
 
 
-def test_a_bad_config_is_told_once(pool: Pool):
+def test_a_bad_config_is_said_once(pool: Pool):
     ((kind, text, threads),) = pool.run(bad_config, world_size=1)
     assert (kind, threads) == ("ConfigError", [])
     assert text.startswith("config: swarm.sync_mode = 'pos': must be one of")

@@ -327,12 +327,12 @@ small_buckets = st.sampled_from([1, 4096, 10_000, 2**20])
 
 @dataclass
 class Round:
-    """What a meeting of all particles began and ended with: flat, of each particle."""
+    """What a sync point of all particles began and ended with: flat, of each particle."""
 
     x: list[Tensor]
     weights: list[float]
-    owed_before: list[Tensor]
-    owed_after: list[Tensor]
+    residual_before: list[Tensor]
+    residual_after: list[Tensor]
     received: list[Tensor]
     common: list[Tensor]
     bytes_received: list[int]
@@ -354,13 +354,13 @@ def meet_by_differences(
         for weights in rounds:
             for t in x:
                 t.add_(torch.from_numpy(rng.normal(size=t.numel()).astype(np.float32)), alpha=0.01)
-            brought, owed, bytes_before = flat(x), flat(differences.residual), exchange.bytes_received
+            brought, residual, bytes_before = flat(x), flat(differences.residual), exchange.bytes_received
             if weights[me] == 0:
                 x = [torch.full_like(t, math.nan) for t in x]  # dead
             visits = overwrite(exchange.mean_by_differences(x, weights, differences, feedback=True), x)
             assert visits == [[1] * n for n in numels]
             received = exchange.bytes_received - bytes_before
-            seen.append((brought, owed, flat(differences.residual), flat(x), flat(differences.common), received))
+            seen.append((brought, residual, flat(differences.residual), flat(x), flat(differences.common), received))
         return seen
 
     results = particles.run(num_particles, bucket_bytes, job)
@@ -381,42 +381,43 @@ def meet_by_differences(
 )
 def test_in_the_sum_over_the_particles_nothing_is_lost(particles, form, numels, bucket_bytes, rounds, seed):
     """received + all that is owed = the exact mean + all that was owed."""
-    for meeting in meet_by_differences(particles, form, numels, bucket_bytes, rounds, seed):
-        assert_same_bits([[t] for t in meeting.received])
-        assert_same_bits([[meeting.received[0]], *[[t] for t in meeting.common]])
-        mean = oracle_mean([[t] for t in meeting.x], meeting.weights)[0]
-        owed_before, owed_after = (
-            sum(t.double().numpy() for t in owed) for owed in (meeting.owed_before, meeting.owed_after)
+    for sync_point in meet_by_differences(particles, form, numels, bucket_bytes, rounds, seed):
+        assert_same_bits([[t] for t in sync_point.received])
+        assert_same_bits([[sync_point.received[0]], *[[t] for t in sync_point.common]])
+        mean = oracle_mean([[t] for t in sync_point.x], sync_point.weights)[0]
+        residual_before, residual_after = (
+            sum(t.double().numpy() for t in residual)
+            for residual in (sync_point.residual_before, sync_point.residual_after)
         )
         np.testing.assert_allclose(
-            meeting.received[0].double().numpy() + owed_after, mean + owed_before, rtol=0, atol=1e-6
+            sync_point.received[0].double().numpy() + residual_after, mean + residual_before, rtol=0, atol=1e-6
         )
 
 
 @relaxed
 @given(st.sampled_from(["int8", "int4"]), st.integers(2, 4), st.integers(1, 3000), st.integers(0, 2**32 - 1))
-def test_little_is_owed(particles, form, num_particles, numel, seed):
-    """However many meetings: half a step of what a particle sends, and of the sum that it sends on."""
+def test_little_is_left_over(particles, form, num_particles, numel, seed):
+    """However many sync points: half a step of what a particle sends, and of the sum that it sends on."""
     rounds = [[1 / num_particles] * num_particles] * 6
     levels = find_format(form).levels
-    for meeting in meet_by_differences(particles, form, [numel], 2**20, rounds, seed):
-        for owed in meeting.owed_after:
+    for sync_point in meet_by_differences(particles, form, [numel], 2**20, rounds, seed):
+        for residual in sync_point.residual_after:
             # Weights differ by less than 0.1 from what all know, and with them what is sent.
-            assert float(owed.abs().max()) <= 0.1 / levels
+            assert float(residual.abs().max()) <= 0.1 / levels
 
 
 @relaxed
 @given(st.sampled_from(list(FORMATS)), st.integers(2, 4), sizes, small_buckets)
 def test_bytes_do_not_grow_with_the_number_of_particles(particles, form, num_particles, numels, bucket_bytes):
     weights = [1 / num_particles] * num_particles
-    (meeting,) = meet_by_differences(particles, form, numels, bucket_bytes, [weights], 0)
+    (sync_point,) = meet_by_differences(particles, form, numels, bucket_bytes, [weights], 0)
     unit = num_particles * BLOCK
     capacity = max(1, bucket_bytes // (4 * unit)) * unit
     full, rest = divmod(sum(numels), capacity)
     padded = full * capacity + math.ceil(rest / unit) * unit
     # Two phases, in each of which all parts but one's own arrive.
     expected = 2 * (num_particles - 1) * find_format(form).nbytes(padded) // num_particles
-    assert meeting.bytes_received == [expected] * num_particles
+    assert sync_point.bytes_received == [expected] * num_particles
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -38,7 +38,7 @@ def test_an_example_by_hand() -> None:
     assert synchronous(CLUSTER, {}).exchange_s == pytest.approx(2.4)
     assert synchronous(CLUSTER, {"bf16": {"enabled": True}}).exchange_s == pytest.approx(1.2)
     waits = sync_cost(replace(CLUSTER, latency_s=0.1), section())
-    assert waits.exchange_s == pytest.approx(2.4 + 0.1 * (5 + 2))  # to meet, and round the ring
+    assert waits.exchange_s == pytest.approx(2.4 + 0.1 * (5 + 2))  # to sync, and round the ring
     assert sync_cost(CLUSTER, section(sync_mode="nosync", nosync={"asynchronous": True})).compute_share == 1
 
 
@@ -197,7 +197,7 @@ def test_what_is_kept_takes_the_memory_it_says(pool: Pool) -> None:
         assert (needed.kept, needed.pending) == (kept, pending), swarm_section
 
 
-def test_what_meeting_takes_is_bounded_by_the_bucket() -> None:
+def test_what_sync_point_takes_is_bounded_by_the_bucket() -> None:
     whole = memory(CLUSTER, section(bucket_mb=4096))
     assert whole == Memory(kept=0, pending=0, exchange=4 * 7.5e6)
     assert memory(CLUSTER, section(bucket_mb=1)).exchange == 2**20
@@ -205,8 +205,8 @@ def test_what_meeting_takes_is_bounded_by_the_bucket() -> None:
     share = 7.5e6 / 4
     assert (shared.kept, shared.pending) == (8 * share, 4 * share)
     assert shared.exchange == pytest.approx(share * (4 + (1 / 2 + 1 / 64) * (2 - 1 / 2)))
-    letters = memory(CLUSTER, section(sync_mode="nosync", nosync={"asynchronous": True}))
-    assert letters == Memory(kept=7.5e6 * 4 * 3, pending=0, exchange=0)
+    messages = memory(CLUSTER, section(sync_mode="nosync", nosync={"asynchronous": True}))
+    assert messages == Memory(kept=7.5e6 * 4 * 3, pending=0, exchange=0)
 
 
 # -- the command ------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def test_only_formats_that_the_rule_can_use(tmp_path, capsys):
         ({"wire": "int2"}, [], "swarm.wire = 'int2': must be"),
     ],
 )
-def test_what_makes_no_sense_is_told_in_one_line(tmp_path, capsys, keys, arguments, said):
+def test_what_makes_no_sense_is_said_in_one_line(tmp_path, capsys, keys, arguments, said):
     assert cli.main(["plan", write(tmp_path, **keys), *ARGUMENTS, *arguments]) == 1
     error = capsys.readouterr().err
     assert said in error

@@ -653,7 +653,7 @@ def test_every_mode_travels_in_every_format(wire, mode):
     assert load({"sync_mode": mode, "total_steps": 64, "wire": wire, "optimizer_state": "reset"}).wire == wire
 
 
-def test_all_mistakes_of_a_section_are_told_at_once():
+def test_all_mistakes_of_a_section_are_said_at_once():
     message = message_of({"swarm": {"particles": 0, "sync_interval": 0}})
     assert "swarm.particles = 0" in message
     assert "swarm.sync_interval = 0" in message

@@ -24,7 +24,7 @@ PATIENCE_S = 30.0  # longest wait for what should happen at once, on a machine t
 
 def groups_of(size: int) -> list[Any]:
     """Of every particle its process group, made as ``World.open_mailbox`` makes it; all in this process."""
-    store = dist.PrefixStore("letters", dist.HashStore())
+    store = dist.PrefixStore("messages", dist.HashStore())
     with ThreadPoolExecutor(size) as threads:
         timeout = timedelta(seconds=PATIENCE_S)
         made = [threads.submit(dist.ProcessGroupGloo, store, i, size, timeout) for i in range(size)]
@@ -77,19 +77,19 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def deliver(sender: Mailbox, peer: int, index: int, *tensors: Tensor) -> None:
-    """Send a letter and wait until it has left."""
+    """Send a message and wait until it has left."""
     sender.send(tensors, index, peer)
     wait_until(lambda: not sender.busy(peer))
 
 
-def content(letter: Message | None) -> tuple[int, int, list[float]] | None:
-    return None if letter is None else (letter.sender, letter.index, letter.flat.tolist())
+def content(message: Message | None) -> tuple[int, int, list[float]] | None:
+    return None if message is None else (message.sender, message.index, message.flat.tolist())
 
 
-# -- which letter is kept ---------------------------------------------------------------------
+# -- which message is kept ---------------------------------------------------------------------
 
 
-def test_the_newest_letter_is_kept_and_an_older_one_never_replaces_it(office: MakeOffice):
+def test_the_newest_message_is_kept_and_an_older_one_never_replaces_it(office: MakeOffice):
     me, second, third = office(3).open(0, 1, 2)
     assert me.newest() is None
     arrived = 0
@@ -108,7 +108,7 @@ def test_the_newest_letter_is_kept_and_an_older_one_never_replaces_it(office: Ma
     assert second.newest() is third.newest() is None, "nobody wrote to them"
 
 
-def test_a_letter_that_was_dropped_is_gone_and_only_that_one(office: MakeOffice):
+def test_a_message_that_was_dropped_is_gone_and_only_that_one(office: MakeOffice):
     me, other = office(2).open(0, 1)
     deliver(other, 0, 3, torch.ones(1))
     wait_until(lambda: me.newest() is not None)
@@ -124,11 +124,11 @@ def test_a_letter_that_was_dropped_is_gone_and_only_that_one(office: MakeOffice)
     assert me.newest().index == 2, "how old is too old is the rule's business"
 
 
-# -- what a letter holds ----------------------------------------------------------------------
+# -- what a message holds ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("numel", [0, 1, 15, 16, 17, 32, 1001])
-def test_a_letter_arrives_whole_in_chunks(office: MakeOffice, numel: int):
+def test_a_message_arrives_whole_in_chunks(office: MakeOffice, numel: int):
     """A chunk is 16 elements: fewer, exactly one or several, and some more."""
     me, other = office(2, chunk_bytes=64).open(0, 1)
     for index in (5, 6):  # the second must not begin with the rest of the first
@@ -168,9 +168,9 @@ def test_all_write_to_all_at_once(office: MakeOffice):
                 if peer != me:
                     wait_until(lambda peer=peer: not boxes[me].busy(peer))
                     boxes[me].send([torch.full((100,), 10.0 * index + me)], index, peer)
-            letter = boxes[me].newest()
-            if letter is not None and set(letter.flat.tolist()) != {10.0 * letter.index + letter.sender}:
-                errors.append((me, content(letter)))
+            message = boxes[me].newest()
+            if message is not None and set(message.flat.tolist()) != {10.0 * message.index + message.sender}:
+                errors.append((me, content(message)))
 
     with ThreadPoolExecutor(size) as threads:
         list(threads.map(write, range(size)))
@@ -205,7 +205,7 @@ def test_a_copy_is_sent(office: MakeOffice):
     state = [torch.ones(3), torch.zeros(2)]
     me.send(state, 1, 1)
     for tensor in state:
-        tensor.fill_(7.0)  # training goes on while the letter waits
+        tensor.fill_(7.0)  # training goes on while the message waits
     assert me.busy(1)
     (other,) = people.open(1)
     wait_until(lambda: other.newest() is not None)
@@ -244,11 +244,11 @@ def test_who_remains_goes_on_without_who_has_closed(office: MakeOffice):
     assert not leaving.is_alive()
 
 
-def close_beside_a_silent_peer(with_letter: bool) -> tuple[float, bool]:
+def close_beside_a_silent_peer(with_message: bool) -> tuple[float, bool]:
     """In a process of its own: threads that wait for a silent peer cannot be ended."""
     people = Office(3)
     me, other = people.open(0, 1)
-    if with_letter:
+    if with_message:
         me.send([torch.ones(10)], 0, 2)
     begin = time.monotonic()
     with ThreadPoolExecutor(2) as threads:
@@ -256,11 +256,11 @@ def close_beside_a_silent_peer(with_letter: bool) -> tuple[float, bool]:
     return time.monotonic() - begin, me.busy(2)
 
 
-@pytest.mark.parametrize("with_letter", [False, True], ids=["nothing to say", "a letter on its way"])
-def test_closing_waits_only_a_little_for_a_silent_peer(pool: Pool, with_letter: bool):
-    ((seconds, busy),) = pool.run(close_beside_a_silent_peer, with_letter, world_size=1, timeout=30)
+@pytest.mark.parametrize("with_message", [False, True], ids=["nothing to say", "a letter on its way"])
+def test_closing_waits_only_a_little_for_a_silent_peer(pool: Pool, with_message: bool):
+    ((seconds, busy),) = pool.run(close_beside_a_silent_peer, with_message, world_size=1, timeout=30)
     assert seconds < 15
-    assert busy == with_letter
+    assert busy == with_message
 
 
 def lose_the_peer() -> bool:
@@ -306,16 +306,16 @@ def in_a_room(*bodies: Callable[[Mailbox], Any]) -> list[Any]:
     return results
 
 
-def test_a_simulated_letter_is_there_when_its_sender_has_the_turn_again():
+def test_a_simulated_message_is_there_when_its_sender_has_the_turn_again():
     def first(box: Mailbox) -> Any:
         state = [torch.tensor([[1.0, 2.0]]), torch.tensor([3.0], dtype=torch.bfloat16)]
         assert not box.busy(1)
         box.send(state, 5, 1)  # the other runs up to its own send
-        letter = box.newest()
+        message = box.newest()
         for tensor in state:
             tensor.zero_()
         box.send(state, 6, 1)
-        return letter
+        return message
 
     def second(box: Mailbox) -> Any:
         before = box.newest()
@@ -325,14 +325,14 @@ def test_a_simulated_letter_is_there_when_its_sender_has_the_turn_again():
         assert box.newest() is None
         return before, box.bytes_received
 
-    letter, (before, nbytes) = in_a_room(first, second)
-    assert content(letter) == (1, 9, [0.0, 0.0])
+    message, (before, nbytes) = in_a_room(first, second)
+    assert content(message) == (1, 9, [0.0, 0.0])
     assert content(before) == (0, 5, [1.0, 2.0, 3.0]), "a copy"
     assert before.flat.dtype == torch.float32
     assert nbytes >= 12
 
 
-def test_simulated_letters_go_to_whom_they_are_addressed():
+def test_simulated_messages_go_to_whom_they_are_addressed():
     def write_to(peer: int) -> Callable[[Mailbox], Any]:
         def body(box: Mailbox) -> Any:
             box.send([torch.tensor([float(peer)])], 0, peer)
@@ -347,7 +347,7 @@ def test_simulated_letters_go_to_whom_they_are_addressed():
     ]
 
 
-def test_an_older_simulated_letter_never_replaces_a_newer_one():
+def test_an_older_simulated_message_never_replaces_a_newer_one():
     def sender_of(index: int) -> Callable[[Mailbox], Any]:
         return lambda box: box.send([torch.zeros(1)], index, 2)
 
@@ -357,7 +357,7 @@ def test_an_older_simulated_letter_never_replaces_a_newer_one():
     assert in_a_room(sender_of(7), sender_of(5), reader)[2] == (0, 7, [0.0])
 
 
-def test_all_simulated_letters_that_have_come_are_counted():
+def test_all_simulated_messages_that_have_come_are_counted():
     def sender(box: Mailbox) -> Any:
         return box.send([torch.zeros(3)], 0, 2)
 
@@ -368,14 +368,14 @@ def test_all_simulated_letters_that_have_come_are_counted():
 
 
 def test_a_new_simulated_mailbox_is_empty():
-    """As a real one, whose connections are new: the letters of an earlier swarm are of another training."""
+    """As a real one, whose connections are new: the messages of an earlier swarm are of another training."""
     room = ThreadScheduler(1)
     earlier, later = (simulated_world(room, 0, PATIENCE_S) for _ in range(2))
     earlier.open_mailbox().send([torch.zeros(3)], 0, 0)
     assert later.open_mailbox().newest() is None
 
 
-def test_a_damaged_letter_is_as_good_as_none(office: MakeOffice) -> None:
+def test_a_damaged_message_is_as_good_as_none(office: MakeOffice) -> None:
     """The next one arrives; and after a header that is damaged nothing can be read any more, and nobody hangs."""
     sender, receiver = office(2).open(0, 1)
     group = sender._group

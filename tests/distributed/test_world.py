@@ -46,7 +46,7 @@ def test_rank_is_particle_and_shard_rank(layout):
 
 @relaxed
 @given(layouts)
-def test_peers_and_mates_each_partition_the_ranks(layout):
+def test_peers_and_local_ranks_each_partition_the_ranks(layout):
     for groups in ({tuple(x.peers) for x in everybody(layout)}, {tuple(x.local_ranks) for x in everybody(layout)}):
         assert sorted(rank for group in groups for rank in group) == list(range(layout.world_size))
 
@@ -62,10 +62,10 @@ def test_peers_hold_the_same_shard_in_the_order_of_particles(layout):
 
 @relaxed
 @given(layouts)
-def test_mates_share_a_particle_in_the_order_of_shards(layout):
-    mates = [everybody(layout)[rank] for rank in layout.local_ranks]
-    assert [mate.shard_rank for mate in mates] == list(range(layout.particle_size))
-    assert {mate.particle for mate in mates} == {layout.particle}
+def test_local_ranks_share_a_particle_in_the_order_of_shards(layout):
+    local_ranks = [everybody(layout)[rank] for rank in layout.local_ranks]
+    assert [mate.shard_rank for mate in local_ranks] == list(range(layout.particle_size))
+    assert {mate.particle for mate in local_ranks} == {layout.particle}
     assert layout.local_ranks[layout.shard_rank] == layout.rank
     assert set(layout.peers) & set(layout.local_ranks) == {layout.rank}
 

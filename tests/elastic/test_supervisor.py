@@ -85,7 +85,7 @@ def test_who_dies_too_often_is_given_up(
     assert len(list(tmp_path.glob("0_*"))) == (3 if steady else 2)
 
 
-def test_who_is_told_to_end_leaves(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_who_is_asked_to_end_leaves(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code, _ = supervise(tmp_path, "time.sleep(1 if n == '0' else 0)\nsys.exit(75 if n == '1' else 0)")
     assert code == 0
     assert "particle 1 was asked to end, and has left the swarm" in capfd.readouterr().out
@@ -119,7 +119,7 @@ time.sleep(100)
     assert nobody_left(tmp_path)
 
 
-def test_who_is_to_be_started_again_is_not_when_all_are_told_to_end(tmp_path: Path) -> None:
+def test_who_is_to_be_started_again_is_not_when_all_are_asked_to_end(tmp_path: Path) -> None:
     def stop() -> None:
         while not (tmp_path / "0_0").exists():
             time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""A particle whose loss, gradients or weights are not finite arrives all the same, and is healed.
+"""A particle whose loss, gradients or weights are not finite arrives all the same, and is recovered.
 
 Its NaN reaches nobody; the others go on as if it had not been there.
 """
@@ -52,7 +52,7 @@ class Spoil:
 
 
 def job(case: Case, spoil: Spoil) -> Any:
-    """Six steps, three sync points; the particle goes mad before the second."""
+    """Six steps, three sync points; the particle goes diverged before the second."""
     records: list[dict[str, Any]] = []
     with swarm_of(case) as (swarm, engine):
         swarm.on_sync(lambda record: records.append(record.to_json()))
@@ -80,10 +80,10 @@ def assert_sane(ranks: list[Any]) -> None:
 def test_a_nan_loss(pool: Pool, stage: int, mad: int, sync_mode: str) -> None:
     """In pure fp32 at stage 0 the NaN reaches the weights, at the other stages the step is skipped."""
     case = Case(stage=stage, sync_mode=sync_mode, options=RULES[sync_mode])
-    assert_healed(pool.run(job, case, Spoil(math.nan, mad)), case, mad)
+    assert_recovered(pool.run(job, case, Spoil(math.nan, mad)), case, mad)
 
 
-def assert_healed(ranks: list[Any], case: Case, mad: int) -> None:
+def assert_recovered(ranks: list[Any], case: Case, mad: int) -> None:
     assert_sane(ranks)
     for records, *_ in ranks:
         assert [list(record["alive"]) for record in records] == [[True, True], [mad != 0, mad != 1], [True, True]]
@@ -99,10 +99,10 @@ def assert_healed(ranks: list[Any], case: Case, mad: int) -> None:
 def test_a_nan_loss_under_the_later_rules(pool: Pool, rule: str, stage: int, mad: int) -> None:
     case = replace(LATER_RULES[rule], stage=stage)
     ranks = pool.run(job, case, Spoil(math.nan, mad))
-    assert_healed(ranks, case, mad)
-    healthy, healed = ranks[2 * (1 - mad)], ranks[2 * mad]
+    assert_recovered(ranks, case, mad)
+    healthy, recovered = ranks[2 * (1 - mad)], ranks[2 * mad]
     if rule == "nosync":  # it is the only one that lives, and so the mean
-        assert_equal(healed[1], healthy[1])
+        assert_equal(recovered[1], healthy[1])
 
 
 def test_nan_on_one_rank_is_the_whole_particle(pool: Pool) -> None:
@@ -124,7 +124,7 @@ def test_an_fp16_overflow(pool: Pool, stage: int, sync_mode: str) -> None:
         assert applied == [True, True, number < 2, True, True, True]
 
 
-def mad_weights(case: Case, mad: int, what: float) -> Any:
+def diverged_weights(case: Case, mad: int, what: float) -> Any:
     """The weights of one rank's shard go bad just before the sync, though its loss looks well."""
     with swarm_of(case) as (swarm, engine):
         train(case, engine, range(1))
@@ -144,7 +144,7 @@ def mad_weights(case: Case, mad: int, what: float) -> Any:
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_bad_weights(pool: Pool, stage: int, sync_mode: str, what: float) -> None:
     case = Case(stage=stage, interval=100, sync_mode=sync_mode)
-    ranks = pool.run(mad_weights, case, 0, what)
+    ranks = pool.run(diverged_weights, case, 0, what)
     healthy = ranks[2][0]
     for before, after, moments, later in ranks:
         assert_close(after, healthy)  # the only one alive is the mean, and the best
@@ -163,7 +163,7 @@ def everybody_mad(case: Case) -> Any:
     [*(Case(sync_mode=name, options=options) for name, options in RULES.items()), *LATER_RULES.values()],
     ids=lambda case: case.sync_mode,
 )
-def test_a_swarm_gone_mad_hangs_nobody(pool: Pool, case: Case) -> None:
+def test_a_swarm_diverged_hangs_nobody(pool: Pool, case: Case) -> None:
     """With no particle alive a sync point changes nothing; at stage 2 the steps were skipped."""
     ranks = pool.run(everybody_mad, case)
     for count, weights in ranks:

@@ -122,7 +122,7 @@ def test_a_particle_is_killed(pool: Pool, url: str, lost: int, where: str) -> No
 
 
 @pytest.mark.slow
-def test_what_a_broken_meeting_has_measured_is_forgotten(pool: Pool, url: str) -> None:
+def test_what_a_broken_sync_point_has_measured_is_forgotten(pool: Pool, url: str) -> None:
     """A sync point that was broken off and made again is logged as one that was made at once."""
     case = replace(CASE, swarm=CASE.swarm | SMALL_BUCKETS)
     found = []
@@ -135,7 +135,7 @@ def test_what_a_broken_meeting_has_measured_is_forgotten(pool: Pool, url: str) -
 
 
 @pytest.mark.slow
-def test_the_schedule_learns_nothing_from_a_meeting_that_came_to_nothing(pool: Pool, url: str) -> None:
+def test_the_schedule_learns_nothing_from_a_sync_point_that_came_to_nothing(pool: Pool, url: str) -> None:
     case = replace(CASE, swarm=CASE.swarm | SMALL_BUCKETS | {"delay": 1})
     outcomes = pool.outcomes(
         lose_one, case, 2, "exchange", "killed", (0,), world_size=3, env=places(url, 3, 1), timeout=LIMIT_S
@@ -154,7 +154,7 @@ def test_the_schedule_learns_nothing_from_a_meeting_that_came_to_nothing(pool: P
     ],
 )
 def test_one_rank_of_a_particle_is_killed(pool: Pool, url: str, stage: int, where: str) -> None:
-    """Its mate would be ended by the launcher; the others lose both."""
+    """Its local rank would be ended by the launcher; the others lose both."""
     case = replace(CASE, stage=stage, particles=2, swarm=CASE.swarm | SMALL_BUCKETS)
     outcomes = pool.outcomes(
         lose_one, case, 0, where, "killed", (1,), world_size=4, env=places(url, 2, 2), timeout=LIMIT_S, silent=(0,)
@@ -226,8 +226,8 @@ def test_a_particle_comes_late(pool: Pool, url: str, tmp_path: Path, case: Case)
         assert (data["epoch"], data["batch"]) == (0, case.steps)
         # With a delay it breaks off what the others have begun in the background, and meets them a step later.
         assert at == (6 + case.swarm.get("delay", 0) if rank // size == late else 0)
-        healed = [list(record.get("recovered", [])) for record in records]
-        assert [late] in healed or rank // size == late
+        recovered = [list(record.get("recovered", [])) for record in records]
+        assert [late] in recovered or rank // size == late
         assert all(np.isfinite(value).all() for value in weights.values())
         if case.sync_mode != "pso":  # its particles stay apart
             weights.pop("norm.num_batches_tracked", None)
@@ -266,7 +266,7 @@ def test_a_stalled_particle(pool: Pool, url: str, tmp_path: Path, for_s: float, 
 
 
 def be_slow(case: Case, missed: int, folder: Path) -> Any:
-    """Particle 1 comes to sync point ``missed`` when the others have been through it; they meet it at the next."""
+    """Particle 1 comes to sync point ``missed`` when the others have been through it; they sync it at the next."""
     step = case.interval * (missed + 1)
     with swarm_of(case) as (swarm, engine):
         records = listen(swarm)
@@ -286,24 +286,24 @@ def be_slow(case: Case, missed: int, folder: Path) -> Any:
     [("skip", 1, False), *(pytest.param("async", *p, marks=SLOW) for p in [(1, True), (0, False)])],
 )
 def test_nobody_waits_long_for_a_straggler(pool: Pool, tmp_path: Path, policy: str, missed: int, counts: bool) -> None:
-    """Its work may count if it is of this swarm: whoever has met nobody since the start may be as it was made."""
+    """Its work may count if it is of this swarm: whoever has synced nobody since the start may be as it was made."""
     case = elastic(CASE, straggler=policy, straggler_s=2.0, heartbeat_s=5.0)
     with lighthouse(join_s=2.0, heartbeat_s=5.0) as url:
         ranks = pool.run(be_slow, case, missed, tmp_path, world_size=3, env=places(url, 3, 1), timeout=LIMIT_S)
     present = [list(record["present"]) for record in ranks[0][0]]
     assert present == [*[[0, 1, 2]] * missed, [0, 2], [0, 1, 2]]
-    healed = [list(record["recovered"]) for record in ranks[0][0]]
-    assert healed == [*[[]] * missed, [], [] if counts else [1]]
+    recovered = [list(record["recovered"]) for record in ranks[0][0]]
+    assert recovered == [*[[]] * missed, [], [] if counts else [1]]
     alive = [list(record["alive"]) for record in ranks[0][0]]
     assert alive[-1] == [True, counts, True]
     for _, weights, _ in ranks:
         assert_equal(weights, ranks[0][1])
-    # Who is healed goes on where the others are; whose work counts has made its own steps.
+    # Who is recovered goes on where the others are; whose work counts has made its own steps.
     last = case.interval * (missed + 2)
     assert [steps for *_, steps in ranks] == [last, last - 2 if counts else last, last]
 
 
-def lose_the_giver(case: Case, folder: Path) -> Any:
+def lose_the_donor(case: Case, folder: Path) -> Any:
     """Particle 1 misses a sync point; at the next, particle 0 is killed when it has given its state."""
     with swarm_of(case) as (swarm, engine):
         train(case, engine, range(3))
@@ -330,10 +330,10 @@ def lose_the_giver(case: Case, folder: Path) -> Any:
 
 @pytest.mark.slow
 def test_if_who_gives_is_lost_all_is_put_back(pool: Pool, tmp_path: Path) -> None:
-    """The moments, too, which begin anew where a particle is healed."""
+    """The moments, too, which begin anew where a particle is recovered."""
     case = elastic(replace(CASE, particles=2), straggler="skip", straggler_s=2.0)
     with lighthouse(join_s=2.0) as url:
-        outcomes = pool.outcomes(lose_the_giver, case, tmp_path, world_size=2, env=places(url, 2, 1), timeout=LIMIT_S)
+        outcomes = pool.outcomes(lose_the_donor, case, tmp_path, world_size=2, env=places(url, 2, 1), timeout=LIMIT_S)
     assert outcomes[0].kind == "Killed"
     (before, after), record = outcomes[1].get()
     assert list(record["present"]) == [1]

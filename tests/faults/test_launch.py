@@ -38,7 +38,7 @@ def launch(folder: Path, config: Path, *more: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen([*words, "--save_every", "20", *more], stdout=log, stderr=subprocess.STDOUT)
 
 
-def test_ranks_die_everybody_dies_and_the_job_is_told_to_end(tmp_path: Path) -> None:
+def test_ranks_die_everybody_dies_and_the_job_is_asked_to_end(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     config = soak.write_config(folder, 1200)
     process = launch(folder, config, "--pace", "0.1")

@@ -50,7 +50,7 @@ def lose_while_training(case: Case, lost: int, how: str) -> Any:
         train(case, engine, range(2))
         if swarm.world.layout.rank == lost:
             leave(how)
-        # Straight to the meeting: in a step of its own the particle would wait inside DeepSpeed.
+        # Straight to the sync point: in a step of its own the particle would wait inside DeepSpeed.
         swarm.sync()
 
 
@@ -62,7 +62,7 @@ def lose_while_gathering(case: Case, lost: int, how: str) -> Any:
 
 
 def lose_in_the_exchange(case: Case, lost: int, how: str) -> Any:
-    """After the roll call: the lost rank has said that it is there."""
+    """After the barrier: the lost rank has said that it is there."""
     with swarm_of(case) as (swarm, _):
         if swarm.world.layout.rank == lost:
             swarm.session.exchange.weighted_mean = lambda *_: leave(how)
@@ -109,7 +109,7 @@ def test_a_rank_that_never_starts(pool: Pool, lost: int) -> None:
 def test_a_peer_lost_before_a_sync_point(pool: Pool, lost: int, how: str) -> None:
     silent = (lost,) if how == "stopped" else ()
     outcomes = pool.outcomes(lose_while_training, CASE, lost, how, timeout=LIMIT_S, silent=silent)
-    assert_named(outcomes, lost, [(lost + 2) % 4, lost ^ 1])  # its peer and its mate
+    assert_named(outcomes, lost, [(lost + 2) % 4, lost ^ 1])  # its peer and its local rank
     assert outcomes[3 - lost].kind is not None  # who has no business with it ends too, when the others leave
 
 
@@ -134,17 +134,17 @@ def test_a_rank_lost_before_a_gathering_of_all(pool: Pool, lost: int, how: str) 
     ],
 )
 def test_a_peer_lost_in_the_middle_of_an_exchange(pool: Pool, lost: int, how: str) -> None:
-    # The mate of a frozen rank waits inside DeepSpeed's own collective, for as long as DeepSpeed likes.
+    # The local rank of a frozen rank waits inside DeepSpeed's own collective, for as long as DeepSpeed likes.
     silent = (lost, lost ^ 1) if how == "stopped" else ()
     outcomes = pool.outcomes(lose_in_the_exchange, CASE, lost, how, timeout=LIMIT_S, silent=silent)
     assert_named(outcomes, lost, [(lost + 2) % 4])
 
 
 @pytest.mark.parametrize("how", ["stopped", pytest.param("killed", marks=pytest.mark.slow)])
-def test_a_peer_lost_before_a_meeting_in_the_background(pool: Pool, how: str) -> None:
+def test_a_peer_lost_before_a_sync_point_in_the_background(pool: Pool, how: str) -> None:
     lost, silent = 3, (3,) if how == "stopped" else ()
     outcomes = pool.outcomes(lose_in_the_background, CASE, lost, how, timeout=LIMIT_S, silent=silent)
-    assert_named(outcomes, lost, [1, 2])  # its peer, when it asks for the result, and its mate
+    assert_named(outcomes, lost, [1, 2])  # its peer, when it asks for the result, and its local rank
 
 
 def lose_between_plans(case: Case, lost: int, how: str, where: str) -> Any:

@@ -1,4 +1,4 @@
-"""Asynchronous particles: one that is slow, stopped or lost delays nobody, and letters pull the others together.
+"""Asynchronous particles: one that is slow, stopped or lost delays nobody, and messages pull the others together.
 
 No clock decides: a particle sleeps until the others have done all their steps, which they would never do if they
 waited for it.
@@ -65,7 +65,7 @@ def test_a_slow_particle_delays_nobody(
         assert len(senders) == case.steps
         assert waited == 0
         assert all(np.isfinite(value).all() for value in weights.values())
-    for start in range(0, particles * size, size):  # the ranks of a particle use the same letters
+    for start in range(0, particles * size, size):  # the ranks of a particle use the same messages
         assert all(rank[0] == ranks[start][0] for rank in ranks[start : start + size])
 
 
@@ -125,11 +125,11 @@ def test_a_lost_particle_delays_nobody(
         assert f"particle {lost}, rank {rank % size}" in end
 
 
-# -- what letters do ------------------------------------------------------------------------
+# -- what messages do ------------------------------------------------------------------------
 
 
-def exchange_letters(case: Case, wanted: int, folder: Path) -> Any:
-    """Particles a unit apart exchange letters, without training, until each has had some."""
+def exchange_messages(case: Case, wanted: int, folder: Path) -> Any:
+    """Particles a unit apart exchange messages, without training, until each has had some."""
     particle, rank, size = place(case)
     with swarm_of(case) as (swarm, _):
         records = listen(swarm)
@@ -152,39 +152,39 @@ def exchange_letters(case: Case, wanted: int, folder: Path) -> Any:
             if sum(record["from"] is not None for record in records) >= wanted:
                 (folder / f"{particle} {rank}").touch()
             time.sleep(0.005)
-        letters = [(record["from"], record["age"]) for record in records if record["from"] is not None]
+        messages = [(record["from"], record["age"]) for record in records if record["from"] is not None]
         shard_bytes = sum(4 * tensor.numel() for tensor in shards.tensors)
-        return seen, letters, swarm.session.exchange.bytes_received - before, shard_bytes
+        return seen, messages, swarm.session.exchange.bytes_received - before, shard_bytes
 
 
 @pytest.mark.parametrize(("stage", "particles", "size"), [(1, 4, 1), (3, 2, 2)])
-def test_letters_pull_the_models_together(pool: Pool, tmp_path: Path, stage: int, particles: int, size: int) -> None:
+def test_messages_pull_the_models_together(pool: Pool, tmp_path: Path, stage: int, particles: int, size: int) -> None:
     case = replace(CASE, stage=stage, particles=particles, options=ASYNCHRONOUS | {"max_staleness": 10**6})
-    ranks = pool.run(exchange_letters, case, 12, tmp_path, timeout=LIMIT_S)
+    ranks = pool.run(exchange_messages, case, 12, tmp_path, timeout=LIMIT_S)
     ends = []
-    for rank, (seen, letters, nbytes, shard_bytes) in enumerate(ranks):
+    for rank, (seen, messages, nbytes, shard_bytes) in enumerate(ranks):
         low, high = seen[-1]
         assert high - low < 1e-5, "all elements take the same part of the way"
         ends.append(low)
         for low, high in seen:  # a mean of two never leaves the hull
             assert -1e-5 <= low <= high <= particles - 1 + 1e-5
-        assert {sender for sender, _ in letters} <= set(range(particles)) - {rank // size}
+        assert {sender for sender, _ in messages} <= set(range(particles)) - {rank // size}
         assert nbytes % shard_bytes == 0
-        assert nbytes >= len(letters) * shard_bytes  # others came, too, and were overtaken
+        assert nbytes >= len(messages) * shard_bytes  # others came, too, and were overtaken
     drift = max(ends) - min(ends)
     assert drift < 0.3 * (particles - 1), ends
 
 
-def test_all_ranks_of_a_particle_read_the_same_letter(pool: Pool, tmp_path: Path) -> None:
+def test_all_ranks_of_a_particle_read_the_same_message(pool: Pool, tmp_path: Path) -> None:
     """Shards of one model should not move towards states of different times, or of different peers."""
     case = replace(CASE, options=ASYNCHRONOUS | {"max_staleness": 10**6})
-    ranks = pool.run(exchange_letters, case, 30, tmp_path, timeout=LIMIT_S)
+    ranks = pool.run(exchange_messages, case, 30, tmp_path, timeout=LIMIT_S)
     for first, mate in (ranks[:2], ranks[2:]):
-        assert first[1] == mate[1]  # (sender, age) of each letter used
+        assert first[1] == mate[1]  # (sender, age) of each message used
 
 
-def letters_and_none(case: Case, folder: Path) -> Any:
-    """Particle 1 writes one letter at its first sync point; particle 0 reads it at its third."""
+def messages_and_none(case: Case, folder: Path) -> Any:
+    """Particle 1 writes one message at its first sync point; particle 0 reads it at its third."""
     with swarm_of(case) as (swarm, _):
         records = listen(swarm)
         if swarm.particle == 1:
@@ -197,7 +197,7 @@ def letters_and_none(case: Case, folder: Path) -> Any:
             swarm.sync()
             (folder / "two behind me").touch()
             wait_for(folder / "sent")
-            time.sleep(0.5)  # for the letter to arrive
+            time.sleep(0.5)  # for the message to arrive
             swarm.sync()
             swarm.sync()
             (folder / "read").touch()
@@ -205,21 +205,21 @@ def letters_and_none(case: Case, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize(("staleness", "used"), [(1, None), (2, 1)])
-def test_a_letter_is_used_once_and_not_when_it_is_old(
+def test_a_message_is_used_once_and_not_when_it_is_old(
     pool: Pool, tmp_path: Path, staleness: int, used: int | None
 ) -> None:
     case = replace(CASE, options=ASYNCHRONOUS | {"max_staleness": staleness})
-    first, second = pool.run(letters_and_none, case, tmp_path, world_size=2)
+    first, second = pool.run(messages_and_none, case, tmp_path, world_size=2)
     assert [record["from"] for record in first] == [None, None, used, None]
     if used is not None:
         assert first[2]["age"] == 2
-    (letter,) = second
-    assert letter["from"] in (0, None)  # what particle 0 had sent before, if it has come
-    assert list(np.isnan(letter["losses"])) == [True, True], "it knows its own loss alone, and has none"
+    (message,) = second
+    assert message["from"] in (0, None)  # what particle 0 had sent before, if it has come
+    assert list(np.isnan(message["losses"])) == [True, True], "it knows its own loss alone, and has none"
 
 
-def heal_by_letter(case: Case, folder: Path) -> Any:
-    """A particle of NaN sends nothing, and starts again from the next letter; the other goes on writing."""
+def recover_by_message(case: Case, folder: Path) -> Any:
+    """A particle of NaN sends nothing, and starts again from the next message; the other goes on writing."""
     particle, rank, _ = place(case)
     with swarm_of(case) as (swarm, engine):
         records = listen(swarm)
@@ -229,8 +229,8 @@ def heal_by_letter(case: Case, folder: Path) -> Any:
             for tensor in tensors:
                 tensor.fill_(math.nan)
         while True:
-            healed = [path.exists() for path in (folder / "healed 0", folder / "healed 1")]
-            if all(all(row) for row in swarm.world.local.gather([float(value) for value in healed])):
+            recovered = [path.exists() for path in (folder / "healed 0", folder / "healed 1")]
+            if all(all(row) for row in swarm.world.local.gather([float(value) for value in recovered])):
                 break
             swarm.sync()
             if particle == 1 and all(bool(tensor.isfinite().all()) for tensor in tensors):
@@ -241,9 +241,9 @@ def heal_by_letter(case: Case, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 2, 3])
-def test_a_particle_of_nan_starts_again_from_a_letter(pool: Pool, tmp_path: Path, stage: int) -> None:
+def test_a_particle_of_nan_starts_again_from_a_message(pool: Pool, tmp_path: Path, stage: int) -> None:
     case = replace(CASE, stage=stage, steps=4, batch_norm=True)
-    ranks = pool.run(heal_by_letter, case, tmp_path, timeout=LIMIT_S)
+    ranks = pool.run(recover_by_message, case, tmp_path, timeout=LIMIT_S)
     for rank, (alive, weights) in enumerate(ranks):
         assert all(np.isfinite(value).all() for value in weights.values())
         own = [row[rank // 2] for row in alive]

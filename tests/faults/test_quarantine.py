@@ -1,6 +1,6 @@
-"""A particle that is finite and mad all the same is left out, and starts again from the others.
+"""A particle that is finite and diverged all the same is left out, and starts again from the others.
 
-The truth for the others is a swarm in which the mad one is dead for a reason that was always seen: a NaN.
+The truth for the others is a swarm in which the diverged one is dead for a reason that was always seen: a NaN.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAD = 1  # particle
 
 
 def at_once(cases: list[Case], spoils: list[Spoil]) -> list[Any]:
-    """Of each case the records, and the weights after the sync point at which it was mad and at the end."""
+    """Of each case the records, and the weights after the sync point at which it was diverged and at the end."""
     found = []
     for spoil, (case, swarm, engine) in zip(spoils, one_after_the_other(cases), strict=True):
         records: list[dict[str, Any]] = []
@@ -116,7 +116,7 @@ VALUE = 0.02  # as weights of real models are
 
 
 def flip_bits(case: Case) -> Any:
-    """One element of one shard of the mad particle, before each of several sync points."""
+    """One element of one shard of the diverged particle, before each of several sync points."""
     case, swarm, engine = next(one_after_the_other([case]))
     shards, found = swarm.session.synchronizer.parts.shards, []
     particle, rank, size = place(case)

@@ -57,7 +57,7 @@ def resume(case: Case, folder: Path) -> Any:
 
 @pytest.mark.parametrize(("stage", "lost"), SAVED, ids=str)
 def test_what_can_be_saved_is_saved(pool: Pool, tmp_path: Path, stage: int, lost: tuple[int, ...]) -> None:
-    """A particle that is whole is saved and continues, as an elastic swarm in which the lost one is healed."""
+    """A particle that is whole is saved and continues, as an elastic swarm in which the lost one is recovered."""
     case = replace(CASE, stage=stage)
     outcomes = pool.outcomes(lose_and_rescue, case, lost, tmp_path, False, timeout=60)
     gone = lost[0] // 2

@@ -39,7 +39,7 @@ def main() -> None:
         loader = DataLoader(data, batch_size=4, sampler=swarm.sampler(data), generator=torch.Generator())
         if arguments.resume:
             swarm.load(arguments.folder)
-        if arguments.until_told:
+        if arguments.until_asked:
             swarm.should_stop()
             (arguments.folder / f"pid_{swarm.world.layout.rank}").write_text(str(os.getpid()))
         while engine.global_steps < arguments.steps:
@@ -47,10 +47,10 @@ def main() -> None:
                 engine.backward((engine(x) - x.sum(1, keepdim=True)).square().mean())
                 engine.step()
                 if engine.global_steps == 3 and not arguments.resume:
-                    swarm.save(arguments.folder, background=arguments.until_told)
+                    swarm.save(arguments.folder, background=arguments.until_asked)
                 if engine.global_steps == arguments.steps:
                     break
-                if arguments.until_told:
+                if arguments.until_asked:
                     time.sleep(0.05)
                     if swarm.should_stop():
                         swarm.save(arguments.folder)

@@ -78,7 +78,7 @@ def why_not(section: dict[str, Any]) -> str | None:
 
 
 def live(section: dict[str, Any], stage: int) -> list[Life]:
-    """So many steps that each fragment has met ``ROUNDS`` times."""
+    """So many steps that each fragment has synced ``ROUNDS`` times."""
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "optimizer": {"type": "SGD", "params": {"lr": 0.0}},

@@ -408,7 +408,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_what_is_wrong_is_told_in_one_line(runs: Runs, tmp_path: Path, name: str, capsys: Any) -> None:
+def test_what_is_wrong_is_said_in_one_line(runs: Runs, tmp_path: Path, name: str, capsys: Any) -> None:
     damage, arguments, said = DAMAGE[name]
     run = copy_of(runs, tmp_path)
     damage(run / "checkpoints" / STEP)

@@ -61,7 +61,7 @@ def test_a_delay_of_zero_is_a_sync_point_that_waits(pool: Pool) -> None:
 
 
 def moments_of_steps(case: Case, late: int) -> list[tuple[float, float]]:
-    """(begin, end) of each step; particle ``late`` comes a second late to the step after the meeting began."""
+    """(begin, end) of each step; particle ``late`` comes a second late to the step after the sync point began."""
     times = []
     with swarm_of(case) as (swarm, engine):
         for step in range(case.steps):
@@ -77,7 +77,7 @@ def moments_of_steps(case: Case, late: int) -> list[tuple[float, float]]:
 def test_nobody_waits_for_a_late_particle_until_it_is_due(pool: Pool, delay: int) -> None:
     case = Case(steps=5, interval=3, swarm={"delay": delay})
     ranks = pool.run(moments_of_steps, case, 1, world_size=4)
-    arrives = min(ranks[rank][2][0] for rank in (2, 3))  # of the late one at the meeting
+    arrives = min(ranks[rank][2][0] for rank in (2, 3))  # of the late one at the sync point
     for rank in (0, 1):
         meets, applies = (ranks[rank][step][1] for step in (2, 4))
         assert (meets < arrives) == (delay > 0)
@@ -85,7 +85,7 @@ def test_nobody_waits_for_a_late_particle_until_it_is_due(pool: Pool, delay: int
 
 
 def with_interruptions(case: Case, interrupt: bool, folder: Path) -> Any:
-    """All that can be asked of a swarm while a meeting goes on."""
+    """All that can be asked of a swarm while a sync point goes on."""
     records: list[dict[str, Any]] = []
     with swarm_of(case) as (swarm, engine):
         swarm.on_sync(lambda record: records.append(record.to_json()))
@@ -116,7 +116,7 @@ def test_what_is_asked_meanwhile_changes_nothing(pool: Pool, tmp_path: Path) -> 
         assert overlapped > 0
 
 
-def statistics_at_the_meeting(case: Case) -> Any:
+def statistics_at_the_sync_point(case: Case) -> Any:
     with swarm_of(case) as (_, engine):
         norm = engine.module.norm
         train(case, engine, range(2))
@@ -126,7 +126,7 @@ def statistics_at_the_meeting(case: Case) -> Any:
 
 
 def test_statistics_become_the_mean_of_the_peers_as_it_was(pool: Pool) -> None:
-    ranks = pool.run(statistics_at_the_meeting, Case(batch_norm=True, swarm={"delay": 1}), world_size=4)
+    ranks = pool.run(statistics_at_the_sync_point, Case(batch_norm=True, swarm={"delay": 1}), world_size=4)
     for rank, (_, after) in enumerate(ranks):
         peers = [ranks[other][0] for other in (rank, (rank + 2) % 4)]
         for i in range(2):
@@ -150,7 +150,7 @@ def meet_by_hand(case: Case) -> Any:
         return weights, swarm.totals.count
 
 
-def test_a_meeting_by_hand_comes_after_the_one_that_is_pending(pool: Pool) -> None:
+def test_a_sync_point_by_hand_comes_after_the_one_that_is_pending(pool: Pool) -> None:
     ranks = pool.run(meet_by_hand, replace(BASE, swarm={"delay": 3}), world_size=4)
     for weights, count in ranks:
         assert_equal(weights, ranks[0][0])
@@ -165,7 +165,7 @@ def one_goes_mad(case: Case) -> Any:
 
 
 @pytest.mark.parametrize("sync_mode", ["local_sgd", "easgd"])
-def test_a_mad_particle_restarts_where_the_others_were(pool: Pool, sync_mode: str) -> None:
+def test_a_diverged_particle_restarts_where_the_others_were(pool: Pool, sync_mode: str) -> None:
     """Its own steps meanwhile do not count: they began nowhere."""
     case = Case(sync_mode=sync_mode, steps=4, interval=2, swarm={"delay": 2})
     ranks = pool.run(one_goes_mad, case, world_size=4)
@@ -241,7 +241,7 @@ def ask_meanwhile(case: Case) -> dict[str, Any]:
         if swarm.particle == 1:
             time.sleep(1.0)
         train(case, engine, range(2, 3))
-        swarm.gather(0.0)  # must wait for the meeting
+        swarm.gather(0.0)  # must wait for the sync point
         train(case, engine, range(3, 5))
     return records[0]
 
@@ -261,6 +261,6 @@ def nobody_is_left(case: Case) -> Any:
     return records
 
 
-def test_if_all_are_mad_nothing_moves(pool: Pool) -> None:
+def test_if_all_have_diverged_nothing_moves(pool: Pool) -> None:
     for records in pool.run(nobody_is_left, Case(steps=3, swarm={"delay": 1}), world_size=4):
         assert [record["alive"] for record in records] == [(False, False)]

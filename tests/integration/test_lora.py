@@ -26,7 +26,7 @@ def train_adapters(stage: int, base: Path, folder: Path) -> dict[str, Any]:
         elements = sum(parameter.numel() for parameter in trained)
         engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=swarm.ds_config)
         swarm.attach(engine)
-        for _ in range(3):  # they meet after the second
+        for _ in range(3):  # they sync after the second
             tokens = torch.randint(50, (4, 8))
             engine.backward(engine(input_ids=tokens, labels=tokens, use_cache=False).loss)
             engine.step()

@@ -57,7 +57,7 @@ def job(case: Case, poison: bool) -> Any:
     [*((case, "pso") for case in CASES), *((case, rule) for case in CASES[::4] for rule in ("local_sgd", "diloco"))],
     ids=lambda value: f"{value}-groups{value.groups}" if isinstance(value, Case) else value,
 )
-def test_poisoned_padding_changes_nothing(pool: Pool, case: Case, sync_mode: str) -> None:
+def test_corrupted_padding_changes_nothing(pool: Pool, case: Case, sync_mode: str) -> None:
     case = replace(case, sync_mode=sync_mode, options=RULES[sync_mode], interval=1)
     clean = pool.run(job, case, False)
     assert sum(rank[0] for rank in clean) > 0, "this case has no padding to poison"

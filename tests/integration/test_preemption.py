@@ -22,7 +22,7 @@ STEPS = 400  # more than any of these takes
 CASE = Case(sync_mode="diloco", interval=4, swarm={"timeout_s": 20})
 
 
-def train_until_told(case: Case, folder: Path, signalled: dict[int, int], seconds: list[float]) -> tuple[int, int]:
+def train_until_asked(case: Case, folder: Path, signalled: dict[int, int], seconds: list[float]) -> tuple[int, int]:
     """Where this rank stopped, and where it was when it learned that it should.
 
     Args:
@@ -64,7 +64,7 @@ def finish(case: Case, folder: Path | None, steps: int) -> Any:
 )
 def test_all_ranks_stop_at_one_step(pool: Pool, tmp_path: Path, stage: int, signalled: dict[int, int]) -> None:
     case = replace(CASE, stage=stage)
-    found = pool.run(train_until_told, case, tmp_path, signalled, [0.02, 0.02])
+    found = pool.run(train_until_asked, case, tmp_path, signalled, [0.02, 0.02])
     ((stopped, _),) = {(step, 0) for step, _ in found}
     assert 5 <= stopped < 5 + 60, "not within about a second"
     steps = stopped + 3
@@ -76,7 +76,7 @@ def test_all_ranks_stop_at_one_step(pool: Pool, tmp_path: Path, stage: int, sign
 
 def test_particles_that_are_apart_stop_where_the_first_is(pool: Pool, tmp_path: Path) -> None:
     case = replace(CASE, interval=1000)
-    found = pool.run(train_until_told, case, tmp_path, {3: 8}, [0.005, 0.05])
+    found = pool.run(train_until_asked, case, tmp_path, {3: 8}, [0.005, 0.05])
     ((stopped, _),) = {(step, 0) for step, _ in found}
     fast, slow = found[0][1], found[3][1]
     assert slow < fast - 10, "they were not apart"

@@ -1,4 +1,4 @@
-"""Schedules with real processes: when particles meet, how far apart they are then, and what the monitor says."""
+"""Schedules with real processes: when particles sync, how far apart they are then, and what the monitor says."""
 
 from __future__ import annotations
 
@@ -75,10 +75,10 @@ def lives(cases: list[Case]) -> list[Life]:
 def drifts(ranks: list[Life], particle_size: int) -> list[float]:
     """Of each sync point, from the weights of all ranks: sqrt(mean of |x_i - mean|^2 / |mean|^2)."""
     found = []
-    for meeting in zip(*(rank.before for rank in ranks), strict=True):
+    for sync_point in zip(*(rank.before for rank in ranks), strict=True):
         apart = norm = 0.0
         for shard in range(particle_size):
-            x = np.stack(meeting[shard::particle_size])
+            x = np.stack(sync_point[shard::particle_size])
             mean = x.mean(0)
             apart += ((x - mean) ** 2).sum(1).mean()
             norm += (mean**2).sum()
@@ -149,7 +149,7 @@ def test_all_ranks_adapt_alike(pool: Pool) -> None:
 
 
 def test_a_warmup_is_synchronous_training(pool: Pool) -> None:
-    """Meeting after every step with plain SGD is what an all-reduce of gradients makes; and then as the JSON says."""
+    """Syncing after every step with plain SGD is what an all-reduce of gradients makes; and then as the JSON says."""
     case = Case(optimizer="SGD", lr=0.1, steps=6, interval=4, seed=3)
     cases = [
         replace(case, swarm={"schedule": {"warmup_steps": 6}}),
@@ -189,7 +189,7 @@ def slow_particle(case: Case) -> list[dict[str, Any]]:
         return records
 
 
-def at_its_own_pace(case: Case, training_s: float, meeting_s: float) -> list[dict[str, Any]]:
+def at_its_own_pace(case: Case, training_s: float, sync_point_s: float) -> list[dict[str, Any]]:
     """Particle 1 needs so long for a step; whatever a sync point needs takes so long on all."""
     with swarm_of(case) as (swarm, engine):
         records: list[dict[str, Any]] = []
@@ -197,7 +197,7 @@ def at_its_own_pace(case: Case, training_s: float, meeting_s: float) -> list[dic
         publish = swarm.session.synchronizer.parts.shards.publish
 
         def slow_publish() -> None:
-            time.sleep(meeting_s)
+            time.sleep(sync_point_s)
             publish()
 
         swarm.session.synchronizer.parts.shards.publish = slow_publish

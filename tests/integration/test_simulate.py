@@ -104,7 +104,7 @@ def test_particles_take_turns(pool: Pool) -> None:
     assert results == [(particle, particle == 0, 2, [0.0, 1.0, 2.0], nbytes) for particle in range(3)]
     for particle in range(3):
         assert [step for who, step in events if who == particle] == [0, 1, 2, 3]
-    # Nobody begins its third step before all have done their first: there was a meeting in between.
+    # Nobody begins its third step before all have done their first: there was a sync point in between.
     third = min(position for position, (_, step) in enumerate(events) if step == 2)
     assert {who for who, step in events[:third] if step == 0} == {0, 1, 2}
 

@@ -59,17 +59,17 @@ def test_every_rule_that_keeps_a_movement(pool: Pool, stage: int, particles: int
                 assert dtype == (torch.bfloat16 if key in rough else torch.float32), f"{name} {key}"
 
 
-def test_what_the_wire_owes_is_rounded_and_hardly_less(pool: Pool) -> None:
+def test_what_the_wire_leaves_over_is_rounded_and_hardly_less(pool: Pool) -> None:
     names = ("local_sgd", "easgd", "nosync")
     cases = [replace(ON_THE_WIRE[name], swarm=ON_THE_WIRE[name].swarm | ROUGH | {"wire": "int4"}) for name in names]
     ranks = pool.run(watch, cases, world_size=4, timeout=120)
     for index, (name, case) in enumerate(zip(names, cases, strict=True)):
         lives = [lives[index] for lives in ranks]
-        owed = max(float(np.abs(m.owed_after).max(initial=0.0)) for life in lives for m in life.meetings)
-        check(name, case, lives, 2, atol=1e-6 + 2 * owed / 256)
+        residual = max(float(np.abs(m.residual_after).max(initial=0.0)) for life in lives for m in life.sync_points)
+        check(name, case, lives, 2, atol=1e-6 + 2 * residual / 256)
         for life in lives:
-            for meeting in life.meetings:
-                kept = torch.from_numpy(meeting.owed_after)
+            for sync_point in life.sync_points:
+                kept = torch.from_numpy(sync_point.residual_after)
                 assert torch.equal(kept.bfloat16().double(), kept)
 
 

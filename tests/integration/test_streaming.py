@@ -82,7 +82,7 @@ def test_with_few_digits_all_know_the_same(pool: Pool, sync_mode: str) -> None:
 
 @pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_dead_particle_takes_the_whole_model(pool: Pool, stage: int) -> None:
-    """After the meeting of step 2 has begun: that of step 4 is abandoned, and at step 5 all meet for all of it."""
+    """After the sync point of step 2 has begun: that of step 4 is abandoned, and at step 5 all sync for all of it."""
     case = Case(stage=stage, steps=8, interval=4, swarm={**TWO, "delay": 1, "total_steps": 8})
     ranks = pool.run(with_a_dead_particle, case, world_size=4)
     for alive, count, _ in ranks[:2]:
@@ -147,7 +147,7 @@ WELL, DEAD = (True, True), (True, False)
 
 @pytest.mark.parametrize(("sync_mode", "wire"), [("diloco", "fp32"), ("diloco", "int4"), ("pso", "int8")])
 def test_if_the_next_turn_comes_all_meet_and_nobody_twice(pool: Pool, sync_mode: str, wire: str) -> None:
-    """With a delay of n / F, the step at which all meet in place of an abandoned turn is that of the next turn."""
+    """With a delay of n / F, the step at which all sync in place of an abandoned turn is that of the next turn."""
     case = Case(sync_mode=sync_mode, steps=9, interval=4, swarm={**TWO, "delay": 2, "wire": wire})
     ranks = pool.run(spoilt_weights, case, 3, world_size=4)
     for rank in ranks:

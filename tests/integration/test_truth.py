@@ -103,9 +103,9 @@ def final_weights(case: Case) -> Weights:
 def assert_true(ranks: list[Weights], case: Case, fragment_of: np.ndarray | None = None) -> None:
     size = len(ranks) // int(case.particles)
     for particle, expected in enumerate(train_particles(case, fragment_of)):
-        first, *mates = ranks[particle * size : (particle + 1) * size]
+        first, *local_ranks = ranks[particle * size : (particle + 1) * size]
         assert_close(first, expected)
-        for mate in mates:
+        for mate in local_ranks:
             assert_equal(mate, first)
 
 

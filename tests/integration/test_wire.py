@@ -31,19 +31,19 @@ SENDS_MEAN_ONCE = ("local_sgd", "easgd", "nosync")  # and what all know is that 
 
 
 @dataclass
-class Meeting:
+class SyncPointSeen:
     """Of one rank at one sync point, flat."""
 
     brought: np.ndarray
-    owed_before: np.ndarray
+    residual_before: np.ndarray
     left_with: np.ndarray
-    owed_after: np.ndarray
+    residual_after: np.ndarray
     common: np.ndarray
 
 
 @dataclass
 class Life:
-    meetings: list[Meeting]
+    sync_points: list[SyncPointSeen]
     weights: dict[str, np.ndarray]
 
 
@@ -52,25 +52,25 @@ def flat(tensors: list[torch.Tensor]) -> np.ndarray:
 
 
 def watch(cases: list[Case], nan_at: int | None = None) -> list[Life]:
-    """Train; in sync point ``nan_at`` particle 1 has lost its mind."""
+    """Train; in sync point ``nan_at`` particle 1 has diverged."""
     lives = []
     for case, swarm, engine in one_after_the_other(cases):
-        synchronizer, meetings = swarm.session.synchronizer, []
+        synchronizer, sync_points = swarm.session.synchronizer, []
         parts, real = synchronizer.parts, synchronizer.sync
 
-        def sync(window: Any, step: int, s: Any = parts, real: Any = real, meetings: Any = meetings) -> Any:
+        def sync(window: Any, step: int, s: Any = parts, real: Any = real, sync_points: Any = sync_points) -> Any:
             s.shards.zero_padding()
             if s.totals.count == nan_at and s.exchange.particle == 1:
                 s.shards.tensors[0][:1] = math.nan
             before = flat(s.shards.tensors), flat(s.updater.differences.residual)
             record = real(window, step)
             d = s.updater.differences
-            meetings.append(Meeting(*before, flat(s.shards.tensors), flat(d.residual), flat(d.common)))
+            sync_points.append(SyncPointSeen(*before, flat(s.shards.tensors), flat(d.residual), flat(d.common)))
             return record
 
         synchronizer.sync = sync
         train(case, engine)
-        lives.append(Life(meetings, working_weights(engine)))
+        lives.append(Life(sync_points, working_weights(engine)))
     return lives
 
 
@@ -79,20 +79,23 @@ def check(
 ) -> None:
     P = int(case.particles)
     for shard in range(particle_size):
-        peers = [ranks[particle * particle_size + shard].meetings for particle in range(P)]
-        for number, meetings in enumerate(zip(*peers, strict=True)):
-            for meeting in meetings:
-                np.testing.assert_array_equal(meeting.common, meetings[0].common)
+        peers = [ranks[particle * particle_size + shard].sync_points for particle in range(P)]
+        for number, sync_points in enumerate(zip(*peers, strict=True)):
+            for sync_point in sync_points:
+                np.testing.assert_array_equal(sync_point.common, sync_points[0].common)
                 if name in ENDS_EQUAL:
-                    np.testing.assert_array_equal(meeting.left_with, meeting.common)
+                    np.testing.assert_array_equal(sync_point.left_with, sync_point.common)
             if name in SENDS_MEAN_ONCE:
-                living = [m.brought for i, m in enumerate(meetings) if (number, i) != (nan_at, 1)]
-                owed_before, owed_after = sum(m.owed_before for m in meetings), sum(m.owed_after for m in meetings)
-                np.testing.assert_allclose(
-                    meetings[0].common + owed_after, np.mean(living, axis=0) + owed_before, rtol=0, atol=atol
+                living = [m.brought for i, m in enumerate(sync_points) if (number, i) != (nan_at, 1)]
+                residual_before, residual_after = (
+                    sum(m.residual_before for m in sync_points),
+                    sum(m.residual_after for m in sync_points),
                 )
-            if name not in ("pso", "swarm") and case.swarm["wire"] != "bf16":  # what is tentative owes nothing
-                assert any(m.owed_after.any() for m in meetings) or not meetings[0].common.size
+                np.testing.assert_allclose(
+                    sync_points[0].common + residual_after, np.mean(living, axis=0) + residual_before, rtol=0, atol=atol
+                )
+            if name not in ("pso", "swarm") and case.swarm["wire"] != "bf16":  # what is tentative leaves over nothing
+                assert any(m.residual_after.any() for m in sync_points) or not sync_points[0].common.size
 
 
 @pytest.mark.parametrize(
@@ -148,10 +151,10 @@ def test_a_mean_that_is_thrown_away_leaves_nothing_behind(pool: Pool) -> None:
         assert np.max(lives) < 1e-3
 
 
-def test_a_mad_particle_sends_nothing_and_restarts(pool: Pool) -> None:
+def test_a_diverged_particle_sends_nothing_and_restarts(pool: Pool) -> None:
     cases = [replace(RULES[name], swarm=RULES[name].swarm | {"wire": "int4"}) for name in ("local_sgd", "easgd")]
     ranks = pool.run(watch, cases, 1, world_size=4)
     for index, name in enumerate(("local_sgd", "easgd")):
         lives = [lives[index] for lives in ranks]
         check(name, cases[index], lives, 2, nan_at=1)
-        assert all(np.isfinite(m.left_with).all() for life in lives for m in life.meetings)
+        assert all(np.isfinite(m.left_with).all() for life in lives for m in life.sync_points)

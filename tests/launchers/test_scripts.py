@@ -223,7 +223,9 @@ TORCHRUN = """
     ("how", "signals", "code", "requeued"),
     [("saves", 1, 1, True), ("saves", 2, 1, True), ("done", 1, 0, False), ("fails", 0, 1, False)],
 )
-def test_slurm_requeues_what_was_told_to_end(tmp_path: Path, how: str, signals: int, code: int, requeued: bool) -> None:
+def test_slurm_requeues_what_was_asked_to_end(
+    tmp_path: Path, how: str, signals: int, code: int, requeued: bool
+) -> None:
     env = environment(tmp_path / "bin", **slurm(tmp_path))
     stub(tmp_path / "bin", "torchrun", TORCHRUN)
     job = subprocess.Popen([LAUNCHER / "slurm.sbatch", how], env=env, cwd=tmp_path)

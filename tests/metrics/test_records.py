@@ -62,7 +62,7 @@ def test_what_has_no_meaning_is_not_written():
 
 def test_older_versions_wrote_less():
     record = read(LEAST)
-    assert (record.losses[0], list(record.alive), record.recovered, record.note) == (1.0, [], (), {})
+    assert (record.losses[0], list(record.alive), record.recovered, record.note) == (1.0, [], None, {})
     assert math.isnan(record.losses[1])
     assert math.isnan(record.drift)
 

@@ -16,7 +16,7 @@ from ds_pso.rules import RULES, Place, Plan, Rule, SyncPoint
 
 
 class Simulation:
-    """Holds every particle's weights and state, and lets them meet.
+    """Holds every particle's weights and state, and lets them sync.
 
     Args:
         start: weights of all particles, shape (n,).
@@ -83,7 +83,7 @@ class Simulation:
             received = [mean.clone() for _ in self.x]
         elif plan.receive == "one":
             received = [outgoing[source].clone() for source in plan.sources]
-        elif plan.receive == "newest":  # in place of letters: what the next living particle has sent just now
+        elif plan.receive == "newest":  # in place of messages: what the next living particle has sent just now
             received = [outgoing[self._next_living(i, plan.alive)].clone() for i in range(len(self.x))]
         else:
             assert plan.receive == "nothing"
@@ -95,7 +95,7 @@ class Simulation:
 
     @staticmethod
     def _next_living(particle: int, alive: Sequence[bool]) -> int:
-        """A lone one gets its own letter."""
+        """A lone one gets its own message."""
         others = [(particle + step) % len(alive) for step in range(1, len(alive) + 1)]
         return next(other for other in others if alive[other])
 
@@ -129,7 +129,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 @st.composite
-def meetings(draw: st.DrawFn, num_particles: int) -> tuple[list[float], list[bool]]:
+def sync_points(draw: st.DrawFn, num_particles: int) -> tuple[list[float], list[bool]]:
     """(fitness, alive) of a sync point; at least one particle lives."""
     fitness = draw(st.lists(losses, min_size=num_particles, max_size=num_particles))
     alive = draw(st.lists(st.booleans(), min_size=num_particles, max_size=num_particles))
@@ -138,7 +138,7 @@ def meetings(draw: st.DrawFn, num_particles: int) -> tuple[list[float], list[boo
 
 
 # Several sync points of the same 1 to 5 particles.
-histories = st.integers(1, 5).flatmap(lambda p: st.lists(meetings(p), min_size=1, max_size=6))
+histories = st.integers(1, 5).flatmap(lambda p: st.lists(sync_points(p), min_size=1, max_size=6))
 
 
 @st.composite

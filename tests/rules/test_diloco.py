@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from .simulation import Simulation, diloco_rules, make_rule, meetings, relaxed
+from .simulation import Simulation, diloco_rules, make_rule, relaxed, sync_points
 
 
 class NumpyDiLoCo:
@@ -25,7 +25,7 @@ class NumpyDiLoCo:
 @relaxed
 @given(
     diloco_rules,
-    st.integers(1, 5).flatmap(lambda p: st.lists(meetings(p), min_size=1, max_size=6)),
+    st.integers(1, 5).flatmap(lambda p: st.lists(sync_points(p), min_size=1, max_size=6)),
     st.integers(0, 20),
     st.integers(0, 2**32 - 1),
 )

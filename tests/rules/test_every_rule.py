@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from ds_pso.rules import RULES, Place, SyncPoint
 
-from .simulation import Simulation, any_rule, histories, losses, make_rule, meetings, relaxed, seeds
+from .simulation import Simulation, any_rule, histories, losses, make_rule, relaxed, seeds, sync_points
 
 
 def bits(tensor):
@@ -22,9 +22,9 @@ def bits(tensor):
     return tensor.view(torch.int32)
 
 
-def scattered(rule, meeting, seed=0, numel=3, dead=math.nan):
+def scattered(rule, sync_point, seed=0, numel=3, dead=math.nan):
     """Particles in random places, the dead ones at NaN or elsewhere, after a sync point with this fitness."""
-    fitness, alive = meeting
+    fitness, alive = sync_point
     swarm = Simulation(rule, torch.zeros(numel), len(alive))
     generator = torch.Generator().manual_seed(seed)
     for x, living in zip(swarm.x, alive, strict=True):
@@ -34,11 +34,11 @@ def scattered(rule, meeting, seed=0, numel=3, dead=math.nan):
 
 
 @relaxed
-@given(any_rule, st.integers(1, 5).flatmap(meetings), seeds)
-def test_a_plan_can_be_carried_out(rule, meeting, seed):
-    _, alive = meeting
+@given(any_rule, st.integers(1, 5).flatmap(sync_points), seeds)
+def test_a_plan_can_be_carried_out(rule, sync_point, seed):
+    _, alive = sync_point
     state = rule.init_state(torch.zeros(3))
-    for plan in scattered(rule, meeting, seed).plans:
+    for plan in scattered(rule, sync_point, seed).plans:
         assert plan.send == "x" or plan.send in state
         assert plan.alive == tuple(alive)
         if plan.receive == "mean":
@@ -53,11 +53,11 @@ def test_a_plan_can_be_carried_out(rule, meeting, seed):
 
 
 @relaxed
-@given(any_rule, st.integers(2, 5).flatmap(lambda n: st.tuples(meetings(n), st.integers(2, 6))), seeds)
-def test_a_memory_serves_another_number_of_particles(rule, meeting_and_more, seed):
+@given(any_rule, st.integers(2, 5).flatmap(lambda n: st.tuples(sync_points(n), st.integers(2, 6))), seeds)
+def test_a_memory_serves_another_number_of_particles(rule, sync_point_and_more, seed):
     """A checkpoint may be loaded on other numbers of particles: lists with an entry for each change their length."""
-    meeting, more = meeting_and_more
-    swarm = scattered(rule, meeting, seed)
+    sync_point, more = sync_point_and_more
+    swarm = scattered(rule, sync_point, seed)
     count = len(swarm.x)
     lists = {name for name, value in swarm.memory.items() if isinstance(value, list | tuple)}
     assert lists <= rule.memory_of_particles, "a list of something else, or one that is not named"
@@ -74,9 +74,9 @@ def test_a_memory_serves_another_number_of_particles(rule, meeting_and_more, see
 
 
 @relaxed
-@given(any_rule, st.integers(1, 4).flatmap(meetings), st.integers(0, 1000))
-def test_a_plan_depends_on_its_arguments_alone(rule, meeting, index):
-    point = SyncPoint(index, tuple(meeting[0]), tuple(meeting[1]), total=2000)
+@given(any_rule, st.integers(1, 4).flatmap(sync_points), st.integers(0, 1000))
+def test_a_plan_depends_on_its_arguments_alone(rule, sync_point, index):
+    point = SyncPoint(index, tuple(sync_point[0]), tuple(sync_point[1]), total=2000)
     twin = type(rule)(rule.options, seed=rule.seed)
     twin.plan(replace(point, index=index + 1), {})  # other calls in between change nothing
     assert rule.plan(point, {}) == twin.plan(point, {})
@@ -85,19 +85,21 @@ def test_a_plan_depends_on_its_arguments_alone(rule, meeting, index):
 @settings(relaxed, max_examples=200)
 @given(
     any_rule,
-    st.integers(2, 4).flatmap(meetings),
+    st.integers(2, 4).flatmap(sync_points),
     st.sampled_from([150, 33, 8, 1, 0]),
     st.integers(1, 6),
     seeds,
 )
-def test_updating_in_pieces_equals_updating_at_once(rule, meeting, numel, num_pieces, seed):
+def test_updating_in_pieces_equals_updating_at_once(rule, sync_point, numel, num_pieces, seed):
     rng = np.random.default_rng(seed)
 
     def noise():
         return torch.from_numpy(rng.normal(size=numel).astype(np.float32))
 
     edges = [0, *sorted(rng.integers(0, numel + 1, size=num_pieces)), numel]
-    for plan, (particle, living) in itertools.product(scattered(rule, meeting, seed).plans, enumerate(meeting[1])):
+    for plan, (particle, living) in itertools.product(
+        scattered(rule, sync_point, seed).plans, enumerate(sync_point[1])
+    ):
         place = Place(particle, "weight")
         x, arrived = noise() if living else torch.full((numel,), math.nan), noise()
         state = {name: noise() for name in rule.init_state(x)}
@@ -118,9 +120,9 @@ def test_updating_in_pieces_equals_updating_at_once(rule, meeting, numel, num_pi
 
 
 @settings(relaxed, max_examples=200)
-@given(any_rule, st.integers(2, 5).flatmap(meetings), seeds)
-def test_what_a_rule_says_of_itself_is_true(rule, meeting, seed):
-    swarm = scattered(rule, meeting, seed)
+@given(any_rule, st.integers(2, 5).flatmap(sync_points), seeds)
+def test_what_a_rule_says_of_itself_is_true(rule, sync_point, seed):
+    swarm = scattered(rule, sync_point, seed)
     if rule.ends_equal:
         assert (bits(torch.from_numpy(swarm.array())) == bits(swarm.x[0])).all()
     if rule.receives_alike:
@@ -129,9 +131,9 @@ def test_what_a_rule_says_of_itself_is_true(rule, meeting, seed):
 
 
 @relaxed
-@given(any_rule, st.integers(2, 5).flatmap(meetings), st.integers(0, 3))
-def test_a_dead_particle_comes_back_finite(rule, meeting, rounds_before):
-    fitness, alive = meeting
+@given(any_rule, st.integers(2, 5).flatmap(sync_points), st.integers(0, 3))
+def test_a_dead_particle_comes_back_finite(rule, sync_point, rounds_before):
+    fitness, alive = sync_point
     swarm = Simulation(rule, torch.linspace(-1, 1, 7), len(alive))
     for _ in range(rounds_before):
         for i, x in enumerate(swarm.x):
@@ -149,12 +151,12 @@ def test_a_dead_particle_comes_back_finite(rule, meeting, rounds_before):
 
 
 @settings(relaxed, max_examples=200)
-@given(any_rule, st.integers(2, 5).flatmap(meetings), st.sampled_from([0.0, 0.5, 1e15, math.inf]), losses, seeds)
-def test_what_the_dead_hold_and_report_reaches_nobody(rule, meeting, held, reported, seed):
+@given(any_rule, st.integers(2, 5).flatmap(sync_points), st.sampled_from([0.0, 0.5, 1e15, math.inf]), losses, seeds)
+def test_what_the_dead_hold_and_report_reaches_nobody(rule, sync_point, held, reported, seed):
     """They may have died of their loss, with weights that look well."""
-    fitness, alive = meeting
+    fitness, alive = sync_point
     told = [loss if living else reported for loss, living in zip(fitness, alive, strict=True)]
-    a, b = scattered(rule, meeting, seed), scattered(rule, (told, alive), seed, dead=held)
+    a, b = scattered(rule, sync_point, seed), scattered(rule, (told, alive), seed, dead=held)
     assert np.array_equal(a.array(), b.array())
     assert all(np.array_equal(a.states(name), b.states(name)) for name in a.state[0])
     assert (a.lr_factors, a.memory) == (b.lr_factors, b.memory)
@@ -209,12 +211,12 @@ def test_what_lives_on_is_state_and_memory(rounds, rule):
 
 
 @relaxed
-@given(any_rule, st.integers(2, 5).flatmap(meetings), seeds)
-def test_rules_that_use_no_fitness_ignore_it(rule, meeting, seed):
+@given(any_rule, st.integers(2, 5).flatmap(sync_points), seeds)
+def test_rules_that_use_no_fitness_ignore_it(rule, sync_point, seed):
     if rule.uses_fitness:
         return
-    fitness, alive = meeting
-    a, b = scattered(rule, meeting, seed), scattered(rule, ([0.0] * len(fitness), alive), seed)
+    fitness, alive = sync_point
+    a, b = scattered(rule, sync_point, seed), scattered(rule, ([0.0] * len(fitness), alive), seed)
     assert np.array_equal(a.array(), b.array())
 
 

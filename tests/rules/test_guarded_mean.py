@@ -172,7 +172,7 @@ def test_inertia_ends_with_training_and_is_not_for_short_ones(total, index, coas
 # -- the guard --------------------------------------------------------------------------------
 
 
-def meeting(places, fitness, alive=None, **options):
+def sync_point(places, fitness, alive=None, **options):
     """One sync point of particles at these distances from the target; returns the swarm and the last plan."""
     rule = make_rule("swarm", inertia=0.0, fitness_steps=1, **options)
     swarm = Simulation(rule, torch.zeros(1, dtype=torch.float64), len(places), score=distance)
@@ -184,7 +184,7 @@ def meeting(places, fitness, alive=None, **options):
 
 def test_equal_particles_cost_one_score():
     """Whatever their training losses are: those with other data have others."""
-    swarm, plan = meeting([1.0, -1.0, 1.0, -1.0], [0.1, 2.0, 4.0, 6.0])
+    swarm, plan = sync_point([1.0, -1.0, 1.0, -1.0], [0.1, 2.0, 4.0, 6.0])
     assert len(swarm.plans) == 2
     assert [p.score for p in swarm.plans] == [True, False]
     assert "guard" not in plan.note
@@ -193,7 +193,7 @@ def test_equal_particles_cost_one_score():
 
 def test_a_spoilt_particle_is_noticed_and_left_out():
     """Its own training loss may say nothing, as when its labels are wrong and it has learned them."""
-    swarm, plan = meeting([0.1, -0.1, 0.1, 8.0], [0.1, 0.1, 0.1, 0.1])
+    swarm, plan = sync_point([0.1, -0.1, 0.1, 8.0], [0.1, 0.1, 0.1, 0.1])
     assert plan.note["guard"] == "weighted"
     assert np.abs(swarm.array() - TARGET).max() < 0.11
     assert plan.note["weights"][3] == 0.0
@@ -202,7 +202,7 @@ def test_a_spoilt_particle_is_noticed_and_left_out():
 
 def test_the_weighted_mean_must_be_better():
     """The worst particle may be what balances the others."""
-    swarm, plan = meeting([1.0, 1.0, -2.0], [0.1, 0.1, 4.0])
+    swarm, plan = sync_point([1.0, 1.0, -2.0], [0.1, 0.1, 4.0])
     assert plan.note["guard"] == "mean"
     np.testing.assert_allclose(swarm.array(), TARGET)
     assert plan.note["weights"] == pytest.approx((1 / 3,) * 3)
@@ -217,15 +217,15 @@ def test_a_tie_goes_to_the_mean(weighted, winner):
 
 
 @pytest.mark.parametrize("place", [1e3, 1e30, NAN])
-def test_exploded_weights_are_poison_in_no_dose(place):
+def test_exploded_weights_are_never_mixed_in(place):
     """Also with a temperature at which softmax alone would leave them a small weight."""
-    swarm, plan = meeting([0.1, -0.1, 0.1, place], [0.1, 0.1, 0.1, 0.1], temperature=1e5)
+    swarm, plan = sync_point([0.1, -0.1, 0.1, place], [0.1, 0.1, 0.1, 0.1], temperature=1e5)
     assert np.abs(swarm.array() - TARGET).max() < 0.11, plan
 
 
 def test_the_dead_are_not_heard_even_with_good_weights():
     """A loss that is not finite is enough to be dead; the weights may still be the best of all."""
-    swarm, plan = meeting([1.0, 1.2, 8.0, 0.0], [0.1, 0.1, 0.1, NAN], [True, True, True, False], temperature=0.3)
+    swarm, plan = sync_point([1.0, 1.2, 8.0, 0.0], [0.1, 0.1, 0.1, NAN], [True, True, True, False], temperature=0.3)
     assert plan.note["guard"] == "weighted"
     assert plan.note["weights"][2:] == (0.0, 0.0)
     assert (swarm.array() > TARGET + 1.0).all()
@@ -245,7 +245,7 @@ def test_an_exploded_particle_is_left_out_whatever_the_temperature(num_particles
     """Exploded means a loss far above the temperature, of weights that are still finite."""
     places = np.random.default_rng(seed).uniform(-0.1, 0.1, num_particles)
     places[seed % num_particles] = place * math.sqrt(1 + 10 * temperature)
-    swarm, plan = meeting(places.tolist(), [0.1] * num_particles, temperature=temperature)
+    swarm, plan = sync_point(places.tolist(), [0.1] * num_particles, temperature=temperature)
     assert plan.note["weights"][seed % num_particles] == 0.0
     assert np.abs(swarm.array() - TARGET).max() <= 0.1 + 1e-9
 

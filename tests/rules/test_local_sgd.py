@@ -5,12 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from .simulation import Simulation, make_rule, meetings, relaxed
+from .simulation import Simulation, make_rule, relaxed, sync_points
 
 
 @relaxed
 @given(
-    st.integers(1, 5).flatmap(lambda p: st.lists(meetings(p), min_size=1, max_size=4)),
+    st.integers(1, 5).flatmap(lambda p: st.lists(sync_points(p), min_size=1, max_size=4)),
     st.integers(0, 20),
     st.integers(0, 2**32 - 1),
 )
@@ -26,7 +26,7 @@ def test_everybody_takes_the_mean_of_the_living(rounds, numel, seed):
         np.testing.assert_allclose(swarm.array(), np.tile(expected, (num_particles, 1)), rtol=1e-12, atol=1e-12)
 
 
-def test_meeting_after_every_step_equals_synchronous_sgd():
+def test_sync_point_after_every_step_equals_synchronous_sgd():
     """f_i(x) = ||x - t_i||^2 / 2: one step each and a mean is one step on the mean of the f_i."""
     rng = np.random.default_rng(0)
     targets, learning_rate = rng.normal(size=(4, 6)), 0.1

@@ -79,12 +79,12 @@ def test_asynchronous_moves_towards_the_mean_of_two(pressure):
     assert rule.max_staleness == 4
     plan = rule.plan(SyncPoint(5, (0.5, float("nan")), (True, True)), {})
     assert plan.receive == "newest"
-    x, letter = torch.zeros(3), torch.full((3,), 4.0)
-    rule.update(x, letter, {}, plan, Place(0))
+    x, message = torch.zeros(3), torch.full((3,), 4.0)
+    rule.update(x, message, {}, plan, Place(0))
     assert x.tolist() == [pressure * 2.0] * 3  # the mean of the two is 2
 
 
-def test_asynchronous_a_dead_particle_takes_the_letter():
+def test_asynchronous_a_dead_particle_takes_the_message():
     rule = make_rule("nosync", asynchronous=True, growth="constant")
     plan = rule.plan(SyncPoint(0, (float("nan"), float("nan")), (True, False)), {})
     x = torch.full((2,), float("nan"))

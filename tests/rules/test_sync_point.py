@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from ds_pso.rules import SyncPoint
 
-from .simulation import meetings, relaxed
+from .simulation import relaxed, sync_points
 
 NAN, INF = math.nan, math.inf
-points = st.integers(1, 8).flatmap(meetings).map(lambda m: SyncPoint(0, tuple(m[0]), tuple(m[1])))
+points = st.integers(1, 8).flatmap(sync_points).map(lambda m: SyncPoint(0, tuple(m[0]), tuple(m[1])))
 
 
 @relaxed

@@ -242,8 +242,8 @@ def found_on_the_path() -> None:
         sys.path.insert(0, RECIPES)
 
 
-def gossip(case: Case, meetings: int, dead: dict[int, int], folder: Path) -> list[Any]:
-    """Particles driven apart meet, some of them dead; of each what it had before, after, and who followed whom."""
+def gossip(case: Case, sync_points: int, dead: dict[int, int], folder: Path) -> list[Any]:
+    """Particles driven apart sync, some of them dead; of each what it had before, after, and who followed whom."""
     found_on_the_path()
     path = folder / "config.json"
     path.write_text(json.dumps(config(case, 1)), encoding="utf-8")
@@ -255,10 +255,10 @@ def gossip(case: Case, meetings: int, dead: dict[int, int], folder: Path) -> lis
         tensors = swarm.session.synchronizer.parts.shards.tensors
         noise = torch.Generator().manual_seed(swarm.particle)
         history = []
-        for meeting in range(meetings):
+        for sync_point in range(sync_points):
             for x in tensors:
                 x.add_(torch.randn(x.shape, generator=noise))
-            if dead.get(meeting) == swarm.particle:
+            if dead.get(sync_point) == swarm.particle:
                 tensors[0][0] = torch.nan
             before = torch.cat(list(tensors)).numpy()
             swarm.sync()
@@ -269,19 +269,19 @@ def gossip(case: Case, meetings: int, dead: dict[int, int], folder: Path) -> lis
 
 
 def test_a_simulation_follows_its_equation(pool: Pool, tmp_path: Path):
-    meetings, dead, part = 6, {2: 0, 4: 3}, 0.25
+    sync_points, dead, part = 6, {2: 0, 4: 3}, 0.25
     case = Case(stage=0, particles=4, sync_mode=OWN, options={"part": part}, swarm={"seed": 3})
-    (histories,) = pool.run(gossip, case, meetings, dead, tmp_path, world_size=1)
-    for meeting in range(meetings):
-        before = np.stack([history[meeting][0] for history in histories]).astype(np.float64)
-        after = np.stack([history[meeting][1] for history in histories])
-        sources = histories[0][meeting][2]
+    (histories,) = pool.run(gossip, case, sync_points, dead, tmp_path, world_size=1)
+    for sync_point in range(sync_points):
+        before = np.stack([history[sync_point][0] for history in histories]).astype(np.float64)
+        after = np.stack([history[sync_point][1] for history in histories])
+        sources = histories[0][sync_point][2]
         assert len(set(sources)) > 1, "then this is no test of sending from each to each"
         expected = np.empty_like(before)
         for i, j in enumerate(sources):
-            expected[i] = before[j] if dead.get(meeting) == i else (1 - part) * before[i] + part * before[j]
+            expected[i] = before[j] if dead.get(sync_point) == i else (1 - part) * before[i] + part * before[j]
         np.testing.assert_allclose(after, expected, rtol=1e-5, atol=1e-6)
-        assert all(history[meeting][2] == sources for history in histories)
+        assert all(history[sync_point][2] == sources for history in histories)
 
 
 def simulated(case: Case) -> list[Any]:

@@ -1,4 +1,4 @@
-"""When particles meet: fixed, adaptive and wall-time schedules, as pure functions of what sync points show."""
+"""When particles sync: fixed, adaptive and wall-time schedules, as pure functions of what sync points show."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def schedule(interval: int = 4, total: int | None = None, **options: object) -> 
 
 
 def run(plan: Schedule, steps: int, observed: list[Observed]) -> list[int]:
-    """The steps after which the particles meet; each sync point shows the next observation, the last one for ever."""
+    """The steps after which the particles sync; each sync point shows the next observation, the last one for ever."""
     met = []
     for step in range(1, steps + 1):
         if plan.is_due(step):

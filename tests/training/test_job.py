@@ -144,7 +144,7 @@ def test_with_nothing_but_defaults_any_number_of_ranks_trains(pool, tiny, tmp_pa
     check_run(tmp_path / "run", {1: 1, 2: 2, 3: 3}[world_size])
 
 
-def run_main_and_be_told(argv):
+def run_main_and_be_asked(argv):
     """SIGTERM to one rank after step 8."""
     from ds_pso.swarm import Swarm
 
@@ -166,7 +166,7 @@ def test_resumed_run_ends_where_the_uninterrupted_one_does(pool, tiny, tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
     pool.run(run_main, tiny(path, 30, "whole"), timeout=120)
-    results = pool.run(run_main_and_be_told, tiny(path, 19, "parts"), timeout=120)
+    results = pool.run(run_main_and_be_asked, tiny(path, 19, "parts"), timeout=120)
     assert [code for code, _, _ in results] == [75] * 4
     assert "stopped by SIGTERM after step" in results[0][1]
     assert not (tmp_path / "parts/model").exists()
