@@ -239,9 +239,9 @@ class Swarm:
                 session.sync_has_ended(record)
 
     def on_sync(self, callback: Callable[[SyncRecord], None]) -> None:
-        """Call ``callback`` with the record of each sync that has ended, on this rank, in ``engine.step``.
+        """Call ``callback`` on this rank with the record of each sync that has ended, at its end.
 
-        Metrics and monitors are written in the same way. What the callback raises, ``engine.step`` raises.
+        Metrics and monitors are written in the same way. What the callback raises, the call raises that has synced.
         """
         self.session.callbacks.append(callback)
 
@@ -249,7 +249,7 @@ class Swarm:
         """Append a record to ``metrics.jsonl`` (the leader's; other ranks' are dropped).
 
         Args:
-            event: what kind of record; ds_pso's own are called ``sync``.
+            event: what kind of record; ds_pso's own are ``start`` and ``sync``.
             values: what JSON can hold; NaN and infinities become null.
         """
         self.session.log(event, **values)
@@ -404,8 +404,14 @@ class Swarm:
 
         Raises:
             CheckpointError: missing, damaged, or of another model or swarm; nothing was changed.
+            ConfigError: ``reshape`` in an elastic swarm.
         """
         membership = self.world.membership
+        if reshape and membership.can_fail:
+            raise ConfigError(
+                "reshape = true: in an elastic swarm each particle reads its own checkpoint alone; leave reshape "
+                "(train.py: --reshape) out, and start as many places and ranks per particle as were saved"
+            )
         if membership.has_newer_state:
             return int(self.engine.global_steps)
         step = checkpoint.load(self.session, membership.folder(Path(folder)), tag, reshape=reshape)

@@ -37,13 +37,14 @@ def load(session: Session, folder: Path, tag: str | None = None, *, reshape: boo
     """
     session.writer.wait()
     begin = time.perf_counter()
+    or_reshape = "" if session.world.membership.can_fail else _OR_RESHAPE
     name = newest_whole(session.world.coordinator, folder) if tag is None else tag
     with session.world.coordinator.agree("checking the checkpoint"):
         source = find(folder, name)
         reshape = reshape and is_of_another_shape(session, source)
         if not reshape:
-            record = _read_record(source, session, _OR_RESHAPE)
-            _check_fits(record, session, source, _OR_RESHAPE)
+            record = _read_record(source, session, or_reshape)
+            _check_fits(record, session, source, or_reshape)
             if tag is not None:  # otherwise it has been done
                 check_files(record["files"], source)
             tensors = _read_tensors(source, session)

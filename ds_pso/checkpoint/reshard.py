@@ -248,7 +248,7 @@ class _SavedLikeShards:
         return tensors
 
     def movement(self, old_rank: int) -> list[Tensor]:
-        """See ``Pending.movement``: what has been applied, or was not on its way, does not move.
+        """See ``PendingSync.movement``: what has been applied, or was not on its way, does not move.
 
         Args:
             old_rank: the one whose buffers this rank continues.

@@ -20,7 +20,7 @@ _OF_ALLREDUCE = {"sync_mode", "timeout_s", "peer_backend"}
 
 
 @dataclass(frozen=True)
-class Traffic:
+class SyncTraffic:
     """Bytes that a sync point brings."""
 
     per_particle: float
@@ -36,7 +36,7 @@ class ModelCost:
     particles: int
     ranks: int
     memory: Memory | None = None
-    sync_point: Traffic | None = None
+    sync_point: SyncTraffic | None = None
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _cost(swarm: SwarmConfig, arguments: argparse.Namespace) -> ModelCost:
         return ModelCost(name, parameters, particles, arguments.ranks)
     cluster = Cluster(parameters, particles, arguments.ranks, step_s=1.0, bandwidth=1.0)
     received = 1e6 * sync_cost(cluster, swarm).megabytes
-    traffic = Traffic(received, received / arguments.ranks)
+    traffic = SyncTraffic(received, received / arguments.ranks)
     return ModelCost(name, parameters, particles, arguments.ranks, memory(cluster, swarm), traffic)
 
 
@@ -195,7 +195,7 @@ def _text(found: Findings) -> str:
 
 
 def _cost_lines(model: ModelCost, settings: Mapping[str, object]) -> Iterator[str]:
-    from ds_pso.config.cost_model import as_bytes
+    from ds_pso.utils.units import as_bytes
 
     name = f"{model.name}: " if model.name else ""
     yield f"{name}{model.parameters / 1e6:g} M parameters, {model.particles} particles of {model.ranks}"

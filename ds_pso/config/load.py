@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from ds_pso.config.checks import check_consistent
-from ds_pso.config.presets import ALLREDUCE, apply_preset
+from ds_pso.config.presets import ALLREDUCE, PRESETS, apply_preset, rule_of
 from ds_pso.config.schema import SwarmConfig
 from ds_pso.errors import ConfigError
 from ds_pso.rules import RULES, find_rule
@@ -82,15 +82,20 @@ def load_config(source: ConfigSource) -> tuple[DeepSpeedConfig, SwarmConfig]:
         )
     if not isinstance(section, dict):
         raise ConfigError(f'{where}: swarm = {section!r}: must be an object such as {{"particles": 2}}')
+    mode = str(section.get("sync_mode"))
     apply_preset(section)
-    modes = [*RULES, str(section.get("sync_mode"))] if ":" in str(section.get("sync_mode")) else [*RULES]
-    options = {name: section.pop(name) for name in modes if name in section}
-    swarm = _validate(SwarmConfig, section, f"{where}: swarm", known=[*SwarmConfig.model_fields, *RULES])
+    modes = [*RULES, *PRESETS, *([mode] if ":" in mode else [])]
+    given = {name: section.pop(name) for name in modes if name in section}
+    swarm = _validate(SwarmConfig, section, f"{where}: swarm", known=[*SwarmConfig.model_fields, *RULES, *PRESETS])
     if swarm.sync_mode != ALLREDUCE:
-        options.setdefault(swarm.sync_mode, {})
-    swarm._rule_options = {
-        name: _validate(find_rule(name).Config, value, f"{where}: swarm.{name}") for name, value in options.items()
+        given.setdefault(swarm.sync_mode, {})
+    options = {
+        name: _validate(find_rule(rule_of(name)).Config, value, f"{where}: swarm.{name}")
+        for name, value in given.items()
     }
+    if mode in PRESETS and mode in options:  # its own subsection goes before that of its rule
+        options[swarm.sync_mode] = options[mode]
+    swarm._rule_options = {name: value for name, value in options.items() if name not in PRESETS}
     check_consistent(config, swarm, where)
     return config, swarm
 

@@ -40,15 +40,16 @@ PRESETS: dict[str, Preset] = {
 
 
 def apply_preset(section: Section) -> None:
-    """Replace a preset in ``sync_mode`` by its rule and its defaults; options under its name are those of the rule."""
-    name = str(section.get("sync_mode"))
-    preset = PRESETS.get(name)
-    if preset is None:
-        return
-    section["sync_mode"] = preset.rule
-    if name in section and preset.rule not in section:
-        section[preset.rule] = section.pop(name)
-    preset.fill_in(section)
+    """Replace a preset in ``sync_mode`` by its rule and its defaults."""
+    preset = PRESETS.get(str(section.get("sync_mode")))
+    if preset is not None:
+        section["sync_mode"] = preset.rule
+        preset.fill_in(section)
+
+
+def rule_of(mode: str) -> str:
+    """Return the name of the rule that a ``sync_mode``, or a subsection of that name, is about."""
+    return PRESETS[mode].rule if mode in PRESETS else mode
 
 
 def sync_modes() -> list[str]:

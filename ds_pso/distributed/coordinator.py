@@ -212,12 +212,12 @@ class StoreCoordinator:
         else:
             self.barrier(name, ranks)
         if turn > 1:  # the last one may have been of others
-            for mark in ("at", "met"):
+            for mark in ("at", "passed"):
                 store.delete_key(f"{mark}/{label} {turn - 2}/{self.layout.rank}")
 
     def _barrier_with_local_ranks(self, label: str, ranks: Sequence[int], store: dist.Store) -> None:
         local_ranks = self.layout.local_ranks
-        expected, mark = sorted({*ranks, *local_ranks}), f"met/{label}"
+        expected, mark = sorted({*ranks, *local_ranks}), f"passed/{label}"
         if self.background.task is not None:
             self.background.settle()
         store.set(f"at/{label}/{self.layout.rank}", "1")

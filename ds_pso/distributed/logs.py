@@ -34,7 +34,7 @@ def set_place(particle: int, rank: int, *, of_thread: bool = False) -> None:
 
 
 def configure(verbosity: int = 0) -> None:
-    """Print what ds_pso logs, unless the program has set up logging of its own, which then gets the records.
+    """Print what ds_pso logs. A program that has set up logging of its own before gets the records instead.
 
     Args:
         verbosity: 1: INFO, 2: DEBUG; 0: what DS_PSO_LOG says, else warnings and errors.
@@ -42,12 +42,12 @@ def configure(verbosity: int = 0) -> None:
     Raises:
         ConfigError: DS_PSO_LOG is no level.
     """
-    name = os.environ.get(VARIABLE, "WARNING").upper()
+    name = (os.environ.get(VARIABLE) or "WARNING").upper()
     if name not in _LEVELS:
         raise ConfigError(f"{VARIABLE} = {os.environ[VARIABLE]!r}: must be one of {', '.join(_LEVELS)}")
     level = min(getattr(logging, name), {0: logging.ERROR, 1: logging.INFO}.get(verbosity, logging.DEBUG))
     logger = logging.getLogger("ds_pso")
-    if verbosity or VARIABLE in os.environ:
+    if verbosity or os.environ.get(VARIABLE):
         logger.setLevel(level)
     if logging.getLogger().handlers or logger.handlers:
         return

@@ -151,7 +151,7 @@ class StaticMembership:
 
     def start_quorum(self, index: int, *, in_background: bool = False) -> Quorum:
         begin, everybody = time.perf_counter(), range(self._layout.num_particles)
-        if self._fresh:  # ``introduce`` has met them
+        if self._fresh:  # ``introduce`` has been their barrier
             self._fresh = False
             return Quorum(everybody, everybody[1:], sources=[0] * len(everybody), is_start=True)
         # Local ranks, too: a frozen one would be waited for without a word inside the particle.

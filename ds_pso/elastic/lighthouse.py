@@ -12,6 +12,7 @@ import math
 import threading
 import time
 import uuid
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -171,7 +172,7 @@ class QuorumClient:
             step=mine.index,
             world_size=1,
             shrink_only=False,
-            data=mine.as_json(),
+            data=asdict(mine),
         )
         everybody = []
         for participant in answer.participants:

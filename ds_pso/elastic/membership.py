@@ -69,14 +69,14 @@ class ElasticMembership:
         self._quorum: ElasticQuorum | None = None  # the present one; None where none was tried since the last
         self._fresh = True
         self._joined = False  # see ``QuorumMember``
-        self._last, self._met = "", 0  # the quorum that this particle has been through, and how many were in it
+        self._last, self._size = "", 0  # the quorum that this particle has been through, and its size
 
     def introduce(self, fingerprint: str, section: Mapping[str, JSONValue]) -> None:
         layout = self._launch.layout
         text = json.dumps([fingerprint, layout.particle_size, layout.num_particles, dict(section)])
         self._model = hashlib.sha256(text.encode()).hexdigest()[:16]
         self._fresh, self._joined, self.has_newer_state = True, False, False
-        self._last, self._met = "", 0
+        self._last, self._size = "", 0
 
     def start_quorum(self, index: int, *, in_background: bool = False) -> Quorum:
         begin = time.perf_counter()
@@ -115,7 +115,7 @@ class ElasticMembership:
             self._client.born,
             index=index,
             last=self._last,
-            met=self._met,
+            size=self._size,
             fresh=self._fresh,
             in_background=in_background,
             joined=self._joined,
@@ -154,7 +154,7 @@ class ElasticMembership:
             return False
         quorum, me = self._quorum, self._launch.layout.particle
         assert quorum is not None
-        self._last, self._met = quorum.number, len(quorum.members)
+        self._last, self._size = quorum.number, len(quorum.members)
         # Whoever was there at the start alone knows no more than it may have on its disk.
         self._joined = self._joined or not quorum.is_start
         if me in quorum.recovering and not quorum.is_start and self._fresh:
@@ -202,11 +202,11 @@ class ElasticMembership:
         self._joined = False
 
     def state_dict(self) -> dict[str, JSONValue]:
-        return {"last_quorum": [self._last, self._met]}
+        return {"last_quorum": [self._last, self._size]}
 
     def load_state_dict(self, state: Mapping[str, JSONValue]) -> None:
         # A checkpoint of a static swarm has none, on all particles alike.
-        self._last, self._met = state.get("last_quorum", ["", 0])  # type: ignore[misc, assignment]
+        self._last, self._size = state.get("last_quorum", ["", 0])  # type: ignore[misc, assignment]
 
     def close(self) -> None:
         if self._client is not None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -18,10 +17,10 @@ class QuorumMember:
         born: when that began, in ns.
         index: sync points that it has been through.
         last: the number of the last quorum that it has been through; where it is another's, so is the state.
-        met: how many were in that.
+        size: of that quorum, in particles.
         fresh: it has just been started, and knows nothing.
         in_background: it goes on training meanwhile.
-        joined: this life of it has met others; what it knows is not from its own disk alone.
+        joined: this life of it has synced with others; what it knows is not from its own disk alone.
         start: how many a new swarm waits for, and whether it still ``waits``.
         connected: the number of the quorum for which its present connections were made; empty: it has none.
         store: ``host:port`` of the store that its first rank hosts.
@@ -33,7 +32,7 @@ class QuorumMember:
     born: int
     index: int
     last: str
-    met: int
+    size: int
     fresh: bool
     in_background: bool
     joined: bool
@@ -42,9 +41,6 @@ class QuorumMember:
     connected: str
     store: str
     model: str
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -145,4 +141,4 @@ class ElasticQuorum:
 
 def _standing(member: QuorumMember) -> tuple[bool, int, int, int]:
     """Sort key of those whose state counts: who has been through most syncs, and of these those that were more."""
-    return (not member.fresh, member.index, member.met, -member.particle)
+    return (not member.fresh, member.index, member.size, -member.particle)

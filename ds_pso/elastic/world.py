@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from typing import Literal, cast
 
+import torch.distributed as dist
+
 from ds_pso.distributed import tcp_store
 from ds_pso.distributed.coordinator import StoreCoordinator
 from ds_pso.distributed.mailbox import Mailbox
@@ -45,7 +47,7 @@ def join(particles: int | Literal["node"], options: ElasticConfig, timeout_s: fl
             f"swarm.elastic.min_particles = {options.min_particles}: there are "
             f"{layout.num_particles} places; use at most as many"
         )
-    environment, background = ParticleEnvironment(), Background()
+    environment, background, owns_torch = ParticleEnvironment(), Background(), not dist.is_initialized()
     if "MASTER_ADDR" not in os.environ:
         environment.describe_lone_rank(layout)
     try:
@@ -58,7 +60,7 @@ def join(particles: int | Literal["node"], options: ElasticConfig, timeout_s: fl
     except BaseException:
         environment.restore()
         raise
-    return World(layout, coordinator, local, membership, _no_mailbox, peers, background, environment)
+    return World(layout, coordinator, local, membership, _no_mailbox, peers, background, environment, owns_torch)
 
 
 def _no_mailbox() -> Mailbox:

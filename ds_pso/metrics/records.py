@@ -56,7 +56,7 @@ class SyncRecord:
         present: particles that took part, in an elastic swarm.
         recovered: of these, those that took over the state of another.
         fragment: whose turn it was, when streaming.
-        abandoned: whether it has to wait for a sync of the whole model, when streaming.
+        abandoned: whether it came to nothing, and the whole model is synced next.
         fragments_staleness: of each fragment.
         fragments_s: seconds after the beginning at which each fragment had come.
         note: what the rule noted, such as ``weights`` or ``best``.
@@ -87,10 +87,10 @@ class SyncRecord:
     note: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, object]:
-        """Return it flat, without what has no meaning here; NaN stays NaN."""
+        """Return it flat, without what has no meaning here; NaN stays NaN. What was measured goes before a note."""
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "note"}
         unset = {name for name in _OPTIONAL if not values[name]} | {name for name in _UNSET if values[name] is None}
-        return {name: value for name, value in values.items() if name not in unset} | dict(self.note)
+        return dict(self.note) | {name: value for name, value in values.items() if name not in unset}
 
     @classmethod
     def from_json(cls, values: Mapping[str, object]) -> SyncRecord:

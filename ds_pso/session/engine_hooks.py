@@ -47,6 +47,5 @@ class EngineHooks:
         self._backwards = 0
         session.window.steps += 1
         if session.synchronizer is not None:
-            for record in session.synchronizer.after_step(session.window, engine.global_steps):
-                session.sync_has_ended(record)
+            session.synchronizer.after_step(session.window, engine.global_steps, session.sync_has_ended)
         return result

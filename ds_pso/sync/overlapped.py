@@ -185,8 +185,8 @@ class Overlap:
         """Let nothing come of it. The whole model is synced next."""
         parts = self._parts
         alive = [particle in parts.exchange.present for particle in range(parts.exchange.num_particles)]
-        record = SyncRecord(parts.assessor.index, parts.assessor.losses, alive, waited_s=parts.membership.waited_s)
-        pending.record = replace(record, **parts.traffic_since(before))
+        record = SyncRecord(parts.assessor.index, parts.assessor.losses, alive, abandoned=True)
+        pending.record = replace(record, waited_s=parts.membership.waited_s, **parts.traffic_since(before))
         # Some ranks may have seen more of it than others: the schedule learns nothing from it.
         pending.broken_off, pending.distances, pending.pace, pending.lr_factors = True, (0.0, 0.0), UNKNOWN_PACE, ()
 

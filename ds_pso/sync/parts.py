@@ -81,6 +81,7 @@ class SyncParts:
     def __init__(
         self, world: World, exchange: Exchange, rule: Rule, shards: Shards, schedule: Schedule, options: SyncOptions
     ) -> None:
+        shards.zero_padding()  # state of rule and wire is made of the shards
         self.world = world
         self.membership = world.membership
         self.exchange = exchange

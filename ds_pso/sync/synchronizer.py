@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -39,9 +39,13 @@ class _Attempt:
         point: None at the start of a swarm.
         resets: whether the optimizer's moments begin anew.
         distances: see ``Assessor.distances``.
+        begin: when it began; after a recovery, which is no part of it.
+        before: what had moved by then.
     """
 
     step: int
+    begin: float
+    before: Traffic
     quorum: Quorum | None = None
     point: SyncPoint | None = None
     note: Mapping[str, Any] = field(default_factory=dict)
@@ -84,8 +88,11 @@ class Synchronizer:
         if parts.rule.max_staleness is not None:
             self.gossip = Gossip(parts, parts.world.open_mailbox(), parts.rule.max_staleness)
 
-    def after_step(self, window: FitnessWindow, step: int) -> list[SyncRecord]:
-        """Do what is due after an optimizer step; returns the records of the syncs that have ended.
+    def after_step(self, window: FitnessWindow, step: int, has_ended: Callable[[SyncRecord], None]) -> None:
+        """Do what is due after an optimizer step.
+
+        Args:
+            has_ended: called with the record of each sync as soon as it has ended: the next may fail.
 
         Raises:
             As ``sync`` does.
@@ -93,19 +100,20 @@ class Synchronizer:
         parts, overlap, begin = self.parts, self.overlap, time.perf_counter()
         parts.assessor.timer.tick(begin, self._spent_s)
         parts.membership.heartbeat()
-        records = []
-        if overlap.pending is not None:
-            records.append(overlap.advance(window, step))
+        self._deliver(overlap.advance(window, step), has_ended)
         if overlap.needs_whole or parts.schedule.is_due(step):
-            if overlap.pending is not None:
-                # After resuming with a shorter interval it may begin before the last one is due.
-                records.append(overlap.advance(window, step, to_the_end=True))
+            # After resuming with a shorter interval it may begin before the last one is due.
+            self._deliver(overlap.advance(window, step, to_the_end=True), has_ended)
             if self._waits(step):
-                records.append(self.sync(window, step))
+                self._deliver(self.sync(window, step), has_ended)
             else:
                 overlap.begin(window, step)
-        self._spent_s = time.perf_counter() - begin
-        return [record for record in records if record is not None]
+        self._spent_s = time.perf_counter() - begin  # callbacks included: they are no part of an optimizer step
+
+    @staticmethod
+    def _deliver(record: SyncRecord | None, has_ended: Callable[[SyncRecord], None]) -> None:
+        if record is not None:
+            has_ended(record)
 
     def _waits(self, step: int) -> bool:
         parts = self.parts
@@ -132,14 +140,13 @@ class Synchronizer:
         parts, membership = self.parts, self.parts.membership
         for _ in range(_ATTEMPTS):
             snapshot = Snapshot(self._all_tensors(), window, self.state_dict()) if membership.can_fail else None
-            begin, before = time.perf_counter(), replace(parts.exchange.traffic)
-            attempt, error = _Attempt(step), None
+            attempt, error = _Attempt(step, time.perf_counter(), replace(parts.exchange.traffic)), None
             try:
                 self._try(attempt, window)
             except PeerError as failure:
                 error = failure
             if membership.should_commit(error):
-                return self._commit(attempt, window, begin, before)
+                return self._commit(attempt, window)
             assert snapshot is not None
             self._roll_back(snapshot, error)
         raise PeerError(
@@ -161,6 +168,8 @@ class Synchronizer:
             attempt.quorum = quorum
             if quorum.recovering or quorum.overdue:
                 attempt.step = self.recovery.recover(quorum, window, attempt.step)
+                attempt.begin = time.perf_counter() - parts.membership.waited_s
+                attempt.before = replace(parts.exchange.traffic)
                 recovers = parts.exchange.particle in quorum.recovering
             if quorum.is_start:
                 return
@@ -234,12 +243,8 @@ class Synchronizer:
         parts.shards.publish_moments()
         return True
 
-    def _commit(self, attempt: _Attempt, window: FitnessWindow, begin: float, before: Traffic) -> SyncRecord | None:
-        """Let the result count, for the particle's own ranks and for training.
-
-        Args:
-            begin: the time at which the attempt began, and what had moved ``before``.
-        """
+    def _commit(self, attempt: _Attempt, window: FitnessWindow) -> SyncRecord | None:
+        """Let the result count, for the particle's own ranks and for training."""
         parts, point = self.parts, attempt.point
         recovers = self.recovery.received is not None and self.recovery.commit()
         if recovers or attempt.resets:
@@ -254,9 +259,9 @@ class Synchronizer:
         if attempt.quorum is not None and parts.membership.can_fail:
             present, recovered = attempt.quorum.present, attempt.quorum.recovering
         record = replace(
-            parts.record_of(point, before),
+            parts.record_of(point, attempt.before),
             drift=drift,
-            seconds=time.perf_counter() - begin,
+            seconds=time.perf_counter() - attempt.begin,
             waited_s=0.0 if attempt.quorum is None else parts.membership.waited_s,
             lr_factors=attempt.lr_factors,
             present=present,
@@ -284,7 +289,7 @@ class Synchronizer:
 
     def finish_pending(self, window: FitnessWindow, step: int) -> SyncRecord | None:
         """Apply now what a sync in the background still has to bring, if one is pending; returns its record."""
-        return None if self.overlap.pending is None else self.overlap.advance(window, step, to_the_end=True)
+        return self.overlap.advance(window, step, to_the_end=True)
 
     def begin_anew(self, step: int) -> None:
         """Forget all syncs: the particles are equal, and what is remembered follows from the weights as they are."""

@@ -23,7 +23,7 @@ from ds_pso.report import write_loss_picture, write_report
 from ds_pso.swarm import Swarm
 from ds_pso.training.arguments import fill_auto, parse_arguments, read_deepspeed_config
 from ds_pso.training.closing import generate_sample, summary
-from ds_pso.training.model import Engine, HeldOut, build_model, causal_loss, load_tokenizer
+from ds_pso.training.model import HeldOut, TrainingEngine, build_model, causal_loss, load_tokenizer
 from ds_pso.training.progress_bar import ProgressBar
 from ds_pso.training.start import move_aside, run, write_record
 from ds_pso.training.text import Corpus, load_corpus
@@ -109,7 +109,7 @@ def _was_started_before(run_dir: Path) -> bool:
 
 def _loop(
     swarm: Swarm,
-    engine: Engine,
+    engine: TrainingEngine,
     loader: DataLoader[Tensor],
     held_out: HeldOut,
     arguments: argparse.Namespace,
@@ -152,7 +152,7 @@ def _loop(
 
 def _finish(
     swarm: Swarm,
-    engine: Engine,
+    engine: TrainingEngine,
     corpus: Corpus,
     held_out: HeldOut,
     arguments: argparse.Namespace,

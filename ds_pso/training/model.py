@@ -35,7 +35,7 @@ class CausalModel(Protocol):
     def eval(self) -> object: ...
 
 
-class Engine(CausalModel, Protocol):
+class TrainingEngine(CausalModel, Protocol):
     """A DeepSpeed engine, as far as a training loop uses it."""
 
     module: torch.nn.Module

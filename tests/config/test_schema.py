@@ -460,9 +460,14 @@ def test_delayed_is_local_sgd_with_other_defaults():
     }
     assert swarm.resolved() == load(written_out).resolved() == load(swarm.resolved()).resolved()
     assert load({"sync_mode": "delayed", "delayed": {}}).resolved() == load({"sync_mode": "delayed"}).resolved()
-    assert "swarm.local_sgd.part: unknown key" in message_of(
-        {"swarm": {"sync_mode": "delayed", "delayed": {"part": 1}}}
-    )
+    assert "swarm.delayed.part: unknown key" in message_of({"swarm": {"sync_mode": "delayed", "delayed": {"part": 1}}})
+
+
+@pytest.mark.parametrize("mode", ["pso", "local_sgd", "allreduce", "delayed"])
+def test_the_subsection_of_a_preset_stays_where_the_mode_is_another(mode):
+    section = {"sync_mode": mode, "delayed": {}, "local_sgd": {}}
+    assert load(section).resolved() == load({"sync_mode": mode, "local_sgd": {}}).resolved()
+    assert "swarm.delayed.part: unknown key" in message_of({"swarm": section | {"delayed": {"part": 1}}})
 
 
 def test_a_preset_is_added_by_one_line(monkeypatch):

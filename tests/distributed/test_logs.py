@@ -40,6 +40,7 @@ DETAILS = "DEBUG [particle 1 rank 0] ds_pso.somewhere: details"
     ("verbosity", "environment", "expected"),
     [
         (0, {}, [SLOW]),
+        (0, {"DS_PSO_LOG": ""}, [SLOW]),
         (0, {"DS_PSO_LOG": "INFO"}, [BEFORE, CONNECTED, SLOW]),
         (0, {"DS_PSO_LOG": "debug"}, [BEFORE, DETAILS, CONNECTED, SLOW]),
         (0, {"DS_PSO_LOG": "ERROR"}, []),

@@ -22,7 +22,7 @@ def member(particle: int, index: int = 5, **more: object) -> QuorumMember:
         "start": 3,
         "waits": True,
         "connected": "",
-        "met": 3,
+        "size": 3,
     } | more
     values = {"last": f"quorum {index}"} | values
     return QuorumMember(particle=particle, index=index, store="here:1", model="m", **values)  # type: ignore[arg-type]
@@ -36,7 +36,7 @@ members = st.lists(
         born=st.integers(0, 3),
         index=st.integers(0, 3),
         last=st.sampled_from("abc"),
-        met=st.integers(1, 3),
+        size=st.integers(1, 3),
         fresh=st.booleans(),
         in_background=st.booleans(),
         joined=st.booleans(),
@@ -67,7 +67,7 @@ def test_all_decide_alike_and_somebody_donates(everybody: list[QuorumMember]) ->
         assert gives == particle if particle not in quorum.recovering else gives not in quorum.recovering
     known = [m for m in quorum.members if not m.fresh]
     if known:
-        first = max(known, key=lambda m: (m.index, m.met, -m.particle))
+        first = max(known, key=lambda m: (m.index, m.size, -m.particle))
         assert set(quorum.recovering) == {m.particle for m in quorum.members if m.fresh or m.last != first.last}
 
 
@@ -118,7 +118,7 @@ def test_donors_take_turns() -> None:
 
 def test_who_synced_alone_gives_way_to_those_who_synced_together() -> None:
     """Both have counted a sync point; their states are not the same."""
-    quorum = ElasticQuorum.of("1", [member(0, last="alone", met=1), member(1, met=2), member(2, met=2)])
+    quorum = ElasticQuorum.of("1", [member(0, last="alone", size=1), member(1, size=2), member(2, size=2)])
     assert quorum.recovering == (0,)
     assert set(quorum.sources(3)[:1]) <= {1, 2}
 

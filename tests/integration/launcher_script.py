@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--until_told", action="store_true", help="slowly, and save and stop at SIGTERM")
+    parser.add_argument("--until_asked", action="store_true", help="slowly, and save and stop at SIGTERM")
     parser.add_argument("--local_rank", type=int, help="passed by the deepspeed launcher")
     arguments = parser.parse_args()
     config = {

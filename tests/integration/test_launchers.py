@@ -103,7 +103,7 @@ def test_sigterm_saves_and_the_next_run_goes_on(launcher: str, to: str, code: in
     folder, truth = tmp_path / "told", tmp_path / "undisturbed"
     folder.mkdir()
     truth.mkdir()
-    arguments = ["--folder", str(folder), "--until_told", "--steps", "100000"]
+    arguments = ["--folder", str(folder), "--until_asked", "--steps", "100000"]
     with (tmp_path / "log").open("w") as log:
         started = subprocess.Popen(
             [*command(launcher), str(SCRIPT), *arguments],

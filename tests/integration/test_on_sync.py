@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -61,3 +62,42 @@ def raise_in_a_callback(case: Case) -> str:
 
 def test_what_a_callback_raises_the_step_raises(pool: Pool):
     assert pool.run(raise_in_a_callback, Case(interval=2, steps=4)) == ["in sync 0 after step 2"] * 4
+
+
+def fail_after_a_sync_has_ended(case: Case) -> tuple[str, list[int]]:
+    """An overlapped sync ends, and the sync of the whole model that is due in the same step fails."""
+    with swarm_of(case) as (swarm, engine):
+        records: list[SyncRecord] = []
+        swarm.on_sync(records.append)
+        train(case, engine, range(2))
+        synchronizer = swarm.session.synchronizer
+        assert synchronizer.overlap.pending is not None
+
+        def fail(*arguments: Any) -> None:
+            raise ZeroDivisionError("the next sync")
+
+        synchronizer.overlap.needs_whole, synchronizer.sync = True, fail
+        try:
+            train(case, engine, range(2, 3))
+        except ZeroDivisionError as error:
+            return str(error), [record.sync for record in records]
+        return "nothing was raised", []
+
+
+def test_a_record_is_not_lost_if_the_next_sync_fails(pool: Pool):
+    found = pool.run(fail_after_a_sync_has_ended, Case(interval=2, steps=4, swarm={"delay": 1}))
+    assert found == [("the next sync", [0])] * 4
+
+
+def train_slowly_after_each_sync(case: Case) -> list[float]:
+    """What the records say of an optimizer step, if a callback takes a second."""
+    with swarm_of(case) as (swarm, engine):
+        records: list[SyncRecord] = []
+        swarm.on_sync(lambda record: (records.append(record), time.sleep(1.0))[0])
+        train(case, engine)
+        return [record.step_s for record in records]
+
+
+def test_the_time_of_a_callback_is_not_that_of_a_step(pool: Pool):
+    for found in pool.run(train_slowly_after_each_sync, Case(interval=1, steps=4)):
+        assert max(found[1:]) < 0.9

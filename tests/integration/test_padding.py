@@ -11,7 +11,9 @@ import torch
 from pool import Pool
 from torch import Tensor
 
+from ds_pso.shards import find_shards
 from ds_pso.swarm import Swarm
+from ds_pso.sync.synchronizer import Synchronizer
 
 from .jobs import Case, assemble, assert_equal, master_pieces, swarm_of, train, working_weights
 
@@ -66,3 +68,26 @@ def test_corrupted_padding_changes_nothing(pool: Pool, case: Case, sync_mode: st
     for mine, expected in zip(pool.run(job, case, True), clean, strict=True):
         assert_equal(mine[1], expected[1])
         assert mine[3] == expected[3]
+
+
+def state_made_of_poisoned_shards(case: Case) -> tuple[int, list[bool]]:
+    """How many gaps were poisoned before the swarm was attached; and of what is remembered then, if it is finite."""
+    with swarm_of(case, attach=False) as (swarm, engine):
+        shards = find_shards(engine)
+        for shard, start, stop in shards.padding:
+            shards.tensors[shard][start:stop].fill_(float("nan"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Synchronizer, "start", lambda *arguments: None)  # it would take the state of particle 0
+            swarm.attach(engine)
+        updater = swarm.session.synchronizer.parts.updater
+        remembered = [value for state in updater.state for value in state.values()]
+        finite = [bool(torch.isfinite(tensor).all()) for tensor in [*remembered, *updater.differences.common]]
+        return len(shards.padding), finite
+
+
+def test_state_is_made_after_padding_was_cleared(pool: Pool) -> None:
+    """A particle of an elastic swarm that starts alone keeps what it made, and gives it to those who join."""
+    case = Case(stage=2, sync_mode="diloco", swarm={"wire": "int4"})
+    ranks = pool.run(state_made_of_poisoned_shards, case)
+    assert any(holes for holes, _ in ranks)
+    assert all(finite and all(finite) for _, finite in ranks)

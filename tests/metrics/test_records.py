@@ -72,6 +72,11 @@ def test_older_versions_had_another_word_for_recovered():
     assert (record.recovered, record.note) == ([1], {})
 
 
+def test_what_was_measured_goes_before_a_note():
+    record = SyncRecord(0, [1.0, 2.0], [True, True], seconds=3.0, note={"seconds": 0.0, "own": 1})
+    assert (record.to_json()["seconds"], record.to_json()["own"]) == (3.0, 1)
+
+
 def test_null_is_not_finite():
     record = read(LEAST | dict.fromkeys(("drift", "seconds", "bandwidth_mbit_s", "step_s")))
     assert all(map(math.isnan, (record.drift, record.seconds, record.bandwidth_mbit_s, record.step_s)))
