@@ -10,9 +10,23 @@ from integration.jobs import Case, Weights, assert_equal, swarm_of, train, worki
 from pool import Pool
 from safetensors.torch import load_file
 
+from ds_pso.errors import ConfigError
 from elastic.swarms import elastic, lighthouse, places
 
 CASES = [Case(seed=3, stage=3), pytest.param(Case(seed=3), marks=pytest.mark.slow)]
+
+
+def ask_for_other_numbers(case: Case, folder: Path) -> str:
+    with swarm_of(case) as (swarm, _), pytest.raises(ConfigError) as error:
+        swarm.load(folder, reshape=True)
+    return str(error.value)
+
+
+def test_numbers_of_particles_and_ranks_stay(pool: Pool, tmp_path: Path) -> None:
+    """Each particle reads a checkpoint that holds its own ranks alone: nothing can be made of it for others."""
+    with lighthouse() as url:
+        found = pool.run(ask_for_other_numbers, elastic(Case(seed=3)), tmp_path, env=places(url, 2, 2))
+    assert all(message.startswith("reshape = true: in an elastic swarm") for message in found)
 
 
 def export(case: Case, folder: Path) -> tuple[Path, Weights]:
