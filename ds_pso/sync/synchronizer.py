@@ -100,10 +100,12 @@ class Synchronizer:
         parts, overlap, begin = self.parts, self.overlap, time.perf_counter()
         parts.assessor.timer.tick(begin, self._spent_s)
         parts.membership.heartbeat()
-        self._deliver(overlap.advance(window, step), has_ended)
+        if overlap.pending is not None:
+            self._deliver(overlap.advance(window, step), has_ended)
         if overlap.needs_whole or parts.schedule.is_due(step):
-            # After resuming with a shorter interval it may begin before the last one is due.
-            self._deliver(overlap.advance(window, step, to_the_end=True), has_ended)
+            if overlap.pending is not None:
+                # After resuming with a shorter interval it may begin before the last one is due.
+                self._deliver(overlap.advance(window, step, to_the_end=True), has_ended)
             if self._waits(step):
                 self._deliver(self.sync(window, step), has_ended)
             else:
