@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 from benchmarks.convergence.cells import (
     LR_FACTORS,
-    MEETING,
     SEEDS,
     SITUATIONS,
+    SYNCING,
     TABLES,
     TUNING_SEED,
     Cell,
@@ -55,7 +55,7 @@ def test_every_rule_of_a_table_is_run_with_every_seed_and_tuned_on_another(table
     for cell in cells:
         assert {replace(cell, seed=seed) for seed in SEEDS} <= set(cells)
     if table not in ("optimizer_state", "slow_network"):
-        assert {cell.rule for cell in cells} >= set(MEETING)
+        assert {cell.rule for cell in cells} >= set(SYNCING)
     tuned = {cell.rate_key for cell in tuning_of(cells)}
     assert tuned == {cell.rate_key for cell in cells}
     assert len(tuning_of(cells)) == sum(len(LR_FACTORS) * TASKS[task].tuning_seeds for task, *_ in tuned)

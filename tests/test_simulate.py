@@ -42,7 +42,7 @@ def simulate(case: Case, life: Callable[[Swarm], Any], **options: Any) -> list[A
 
 
 def attached(case: Case, swarm: Swarm) -> Any:
-    """An engine that meets the swarm; every particle has a random state of its own from now on."""
+    """An engine that syncs with the swarm; every particle has a random state of its own from now on."""
     engine = build_engine(case, swarm.ds_config)
     torch.manual_seed(100 + swarm.particle)
     return swarm.attach(engine)
@@ -168,7 +168,7 @@ def test_one_works_at_a_time(pool: Pool):
     assert len(events) == 3 * 3 * 2
     assert events[::2] == events[1::2]
     for sync_point in range(3):
-        assert sorted(events[6 * sync_point : 6 * sync_point + 6 : 2]) == [0, 1, 2], "nobody is a meeting ahead"
+        assert sorted(events[6 * sync_point : 6 * sync_point + 6 : 2]) == [0, 1, 2], "nobody is a sync ahead"
 
 
 # -- errors -----------------------------------------------------------------------------------
@@ -293,7 +293,9 @@ def test_who_waits_for_a_particle_that_has_ended_gets_its_name(pool: Pool, gone:
 def leave_after_the_last_sync_point() -> Any:
     def life(swarm: Swarm) -> int:
         engine = attached(CASE, swarm)
-        train(CASE, engine, range(4 + (swarm.particle == 1)), where=(swarm.particle, 0, 1))  # the fifth meets nobody
+        train(
+            CASE, engine, range(4 + (swarm.particle == 1)), where=(swarm.particle, 0, 1)
+        )  # the fifth syncs alone
         return swarm.particle
 
     return simulate(CASE, life), names_of_threads()

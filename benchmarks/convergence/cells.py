@@ -10,9 +10,9 @@ from typing import Literal
 
 from benchmarks.convergence.tasks import TASKS
 
-MEETING = ("local_sgd", "diloco", "easgd", "nosync", "pso", "swarm", "line_search")
+SYNCING = ("local_sgd", "diloco", "easgd", "nosync", "pso", "swarm", "line_search")
 APART = ("allreduce", "single", "none")  # every step; one worker, all samples; never
-RULES = ("allreduce", *MEETING, "none", "single")
+RULES = ("allreduce", *SYNCING, "none", "single")
 
 SITUATIONS = {
     "clean": "all particles are well",
@@ -62,7 +62,7 @@ class Cell:
     fragments: int = 1
     streaming: bool = False
     drift: float = 0.0  # of an adaptive schedule; 0: a fixed one
-    warmup: int = 0  # steps at each of which all meet
+    warmup: int = 0  # steps at each of which all sync
 
     @property
     def num_worlds(self) -> int:
@@ -192,7 +192,7 @@ def _transformers(scale: float) -> Iterator[Cell]:
 
 def _unequal(scale: float) -> Iterator[Cell]:
     for task, share, seeds in (("mnist", 1 / 4, (*SEEDS, 4, 5)), ("gpt_small", 1.0, SEEDS)):
-        for cell in _grid((task,), (4,), (32,), scale, ("allreduce", *MEETING), share, seeds):
+        for cell in _grid((task,), (4,), (32,), scale, ("allreduce", *SYNCING), share, seeds):
             for situation in SITUATIONS:
                 if cell.rule != "allreduce" or situation not in NOT_FOR_ALLREDUCE:
                     yield replace(cell, situation=situation)

@@ -22,7 +22,7 @@ _TUNED = (
 )
 _MEASURED = (
     "The model that is measured is the consensus, what `swarm.export` would write; for `none`, whose particles never "
-    "meet, the mean of the particles' own numbers. `single` is one worker that sees all the samples in steps of one "
+    "sync, the mean of the particles' own numbers. `single` is one worker that sees all the samples in steps of one "
     "particle's batch; `allreduce` takes the samples of all particles in each step."
 )
 _PROBE = "`line_search` and, when losses are unequal, `swarm` score weights on a probe batch; that work is not counted."
@@ -36,7 +36,7 @@ _NOTES = {
     ],
     "transformers": [_MEASURED, _TUNED, _PROBE],
     "unequal": [
-        "All rules meet every 32 steps, but `allreduce` at every step. The particle in trouble is the same throughout.",
+        "All rules sync every 32 steps, but `allreduce` at every step. The particle in trouble is the same throughout.",
         "\n".join(f"- `{name}`: {meaning}" for name, meaning in SITUATIONS.items()),
         "Learning rates were chosen with all particles well, among five, a factor of two apart, for each task and rule "
         "by the validation data and with seeds that are not among the table's (MNIST: three, the Llama: one).",
@@ -45,7 +45,7 @@ _NOTES = {
     "slow_network": [
         "`local_sgd` with P = 4: differences in few digits (`wire`), and sync points that are applied d steps later "
         "(`delay`), whole or in fragments (`in 4`: of which the first comes after d / 4 steps), or one fragment at a "
-        "time (`streaming 4`: one of them meets every n / 4 steps); intervals that begin with n and follow the drift "
+        "time (`streaming 4`: one of them syncs every n / 4 steps); intervals that begin with n and follow the drift "
         "between the particles (`drift`); and 32 steps with a sync point after each to begin with (`warm-up`). All "
         "rows have the learning rate of fp32 at n = 32. With n = 16, 8 and 4, bf16, int8 and int4 move about the bytes "
         "of fp32 at n = 32.",

@@ -170,7 +170,7 @@ def _make_unequal(swarm: Swarm, cell: Cell) -> None:
     if cell.situation == "half_speed" and particle == 0:
         schedule["total_num_steps"] //= 2
         schedule["warmup_num_steps"] = max(1, schedule["warmup_num_steps"] // 2)
-        # Half as many steps between two meetings, so that these stay common.
+        # Half as many steps between two syncs, so that these stay common.
         swarm.config = swarm.config.model_copy(update={"sync_interval": cell.interval // 2})
 
 

@@ -67,7 +67,7 @@ class Measured:
 
     steady: int  # between two sync points
     peak: int  # of steps and sync points
-    meeting: int  # of a sync point beyond what was there before it; 0 if not known
+    sync: int  # of a sync point beyond what was there before it; 0 if not known
     machine: str
     versions: str
 
@@ -124,7 +124,7 @@ def measure(stack: str, keys: dict[str, Any]) -> Measured:
     found = [json.loads(line.split(MARK)[1]) for text in texts for line in text.splitlines() if MARK in line]
     if len(found) < 2:
         raise RuntimeError("no result:\n" + "\n".join(text[-2000:] for text in texts))
-    most = {name: max(rank[name] for rank in found) for name in ("steady", "peak", "meeting")}
+    most = {name: max(rank[name] for rank in found) for name in ("steady", "peak", "sync")}
     return Measured(**most, machine=machine(), versions=versions())
 
 
@@ -148,11 +148,11 @@ def write_report(table: Table[Key, Measured]) -> Path:
         f"A Llama of {parameters / 1e6:.1f} million parameters ({4 * parameters / 1e6:.0f} MB in fp32), AdamW, P = 2, "
         "S = 1, ZeRO 2, so few tokens that activations do not count, and a bucket as large as the shard unless the row "
         "says otherwise. MB (10^6 bytes), resident on a CPU and allocated on a GPU. *kept*: between sync points, "
-        "beyond the same stack alone. *meeting*: the most during a sync point beyond what was there before it "
+        "beyond the same stack alone. *sync*: the most during a sync point beyond what was there before it "
         "(on a GPU without the buckets, which gloo needs on the host). "
         "*formula*: `ds_pso.config.cost_model.memory`. *peak*: of the whole process.",
         "",
-        "| | kept | formula | meeting | formula | peak | beyond the stack alone |",
+        "| | kept | formula | sync | formula | peak | beyond the stack alone |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for case in CASES:
@@ -165,8 +165,8 @@ def write_report(table: Table[Key, Measured]) -> Path:
         formula = expected(case, parameters)
         cells = [case, _mb(kept) if case != _alone(case) else "", "", "", "", _mb(peak)]
         if formula is not None:
-            meeting = median(row.meeting for row in rows)
-            cells[2:5] = _mb(formula.kept), _mb(meeting), _mb(formula.pending + formula.exchange)
+            sync = median(row.sync for row in rows)
+            cells[2:5] = _mb(formula.kept), _mb(sync), _mb(formula.pending + formula.exchange)
         cells.append("" if case == _alone(case) else _mb(peak - median(row.peak for row in alone)))
         lines.append(f"| {' | '.join(cells)} |")
     if CLAIMS.exists():

@@ -51,8 +51,8 @@ def _status(name: str) -> int:
 
 
 @contextlib.contextmanager
-def trained(stack: str, section: dict[str, Any], meetings: list[int]) -> Iterator[Callable[[], None]]:
-    """What makes one step. ``meetings`` gets what each of ds_pso's sync points took beyond what was there before."""
+def trained(stack: str, section: dict[str, Any], syncs: list[int]) -> Iterator[Callable[[], None]]:
+    """What makes one step. ``syncs`` gets what each of ds_pso's sync points took beyond what was there before."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ids = torch.randint(VOCABULARY, (1, TOKENS), device=device)
     config = deepspeed_config(2) | {"train_micro_batch_size_per_gpu": 1}
@@ -73,7 +73,7 @@ def trained(stack: str, section: dict[str, Any], meetings: list[int]) -> Iterato
         engine = initialize(config, build_model(WIDTH))
         if swarm is not None:
             swarm.attach(engine)
-            _watch(swarm, meetings)
+            _watch(swarm, syncs)
 
         def step_engine() -> None:
             engine.backward(engine(input_ids=ids, labels=ids).loss)
@@ -82,7 +82,7 @@ def trained(stack: str, section: dict[str, Any], meetings: list[int]) -> Iterato
         yield step_engine
 
 
-def _watch(swarm: Any, meetings: list[int]) -> None:
+def _watch(swarm: Any, syncs: list[int]) -> None:
     """Measure sync points apart from training: one in the background is waited for before training goes on."""
     synchronizer, world = swarm.session.synchronizer, swarm.world
 
@@ -92,7 +92,7 @@ def _watch(swarm: Any, meetings: list[int]) -> None:
             forget_peak()
             result = real(*args, **options)
             world.background.settle()
-            meetings.append(peak() - before)
+            syncs.append(peak() - before)
             return result
 
         return call
@@ -103,14 +103,14 @@ def _watch(swarm: Any, meetings: list[int]) -> None:
 def main() -> None:
     stack, section = json.loads(sys.argv[1])
     torch.set_num_threads(1)
-    meetings: list[int] = []
+    syncs: list[int] = []
     peaks = []
-    with trained(stack, section, meetings) as step:
+    with trained(stack, section, syncs) as step:
         for _ in range(2 * INTERVAL + INTERVAL - 1):  # ends with nothing pending
             forget_peak()
             step()
             peaks.append(peak())
-        found = {"steady": now(), "peak": max(peaks), "meeting": max(meetings[1:], default=0)}
+        found = {"steady": now(), "peak": max(peaks), "sync": max(syncs[1:], default=0)}
         print(MARK + json.dumps(found), flush=True)
     os._exit(0)
 

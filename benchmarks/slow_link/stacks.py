@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.slow_link.runs import MICRO_BATCH, SEQ_LENGTH, Run
 
-Meetings = Callable[[], int]
+Syncs = Callable[[], int]
 
 LR = 1e-3
 VOCABULARY = 8192
@@ -44,7 +44,7 @@ def batches(rank: int) -> Iterator[Tensor]:
 
 
 @contextlib.contextmanager
-def stack_of(run: Run) -> Iterator[tuple[Callable[[Tensor], None], Meetings]]:
+def stack_of(run: Run) -> Iterator[tuple[Callable[[Tensor], None], Syncs]]:
     """What makes one optimizer step on a batch, and what counts sync points, in ds_pso only."""
     with contextlib.ExitStack() as opened:
         if run.stack == "ds_pso":

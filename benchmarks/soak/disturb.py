@@ -16,7 +16,7 @@ from benchmarks.soak.run import INTERVAL, Run, ends, records
 from benchmarks.soak.worker import AT_ITSELF
 
 _BACK_WITHIN_S = 240.0
-_LAST = 0.95  # of the steps: what happens later cannot be mended any more, as nobody meets then
+_LAST = 0.95  # of the steps: what happens later cannot be mended any more, as nobody syncs then
 
 
 @dataclass(frozen=True)

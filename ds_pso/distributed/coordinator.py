@@ -86,7 +86,7 @@ class Coordinator(Protocol):
         """
 
     def beside(self, job: Callable[[Coordinator], None]) -> Task | None:
-        """Start a job in a thread, which meets the other ranks on a connection of its own. Called alike on all.
+        """Start a job in a thread, which waits for the other ranks on a connection of its own. Called alike on all.
 
         Returns:
             The thread's task; None: the job is done already.

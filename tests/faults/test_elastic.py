@@ -224,7 +224,7 @@ def test_a_particle_comes_late(pool: Pool, url: str, tmp_path: Path, case: Case)
     for rank, (at, records, weights, count, data) in enumerate(ranks):
         assert count == 5
         assert (data["epoch"], data["batch"]) == (0, case.steps)
-        # With a delay it breaks off what the others have begun in the background, and meets them a step later.
+        # With a delay it breaks off what the others have begun in the background, and syncs with them a step later.
         assert at == (6 + case.swarm.get("delay", 0) if rank // size == late else 0)
         recovered = [list(record.get("recovered", [])) for record in records]
         assert [late] in recovered or rank // size == late

@@ -79,8 +79,8 @@ def test_nobody_waits_for_a_late_particle_until_it_is_due(pool: Pool, delay: int
     ranks = pool.run(moments_of_steps, case, 1, world_size=4)
     arrives = min(ranks[rank][2][0] for rank in (2, 3))  # of the late one at the sync point
     for rank in (0, 1):
-        meets, applies = (ranks[rank][step][1] for step in (2, 4))
-        assert (meets < arrives) == (delay > 0)
+        syncs, applies = (ranks[rank][step][1] for step in (2, 4))
+        assert (syncs < arrives) == (delay > 0)
         assert applies > arrives
 
 

@@ -114,7 +114,7 @@ class Rank:
 def report(case: Case, swarm: Any) -> Rank:
     step = swarm.engine.global_steps
     now = pieces(swarm), numbers(swarm), working_weights(swarm.engine)
-    # Fragments are cut from the shards of a rank, so that what meets later depends on their number.
+    # Fragments are cut from the shards of a rank, so that what syncs later depends on their number.
     more = 0 if "streaming" in case.swarm else 1 if "fragments" in case.swarm else 3
     train(case, swarm.engine, range(step, step + more))
     swarm.finish_pending()

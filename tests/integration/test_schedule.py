@@ -272,7 +272,7 @@ def test_the_next_interval_counts_from_the_beginning(pool: Pool) -> None:
     ]
     for fixed, shrinking, growing in pool.run(lives, cases, world_size=4):
         for life, steps, intervals in ((fixed, [8], [4]), (shrinking, [8, 12], [4, 4]), (growing, [8, 16], [8, 16])):
-            assert life.steps == steps, "what is due is applied before anybody asks when to meet next"
+            assert life.steps == steps, "what is due is applied before anybody asks when to sync next"
             assert [record["next_interval"] for record in life.records] == intervals
 
 

@@ -1,4 +1,4 @@
-"""Streaming: each fragment meets by itself, in its turn, and is a swarm of its own."""
+"""Streaming: each fragment syncs by itself, in its turn, and is a swarm of its own."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Simulation:
         self.plans: list[Plan] = []  # of the last sync point
 
     def sync(self, fitness: Sequence[float], alive: Sequence[bool] | None = None, steps: Sequence[int] = ()) -> Plan:
-        """Meet; returns the last plan."""
+        """Sync; returns the last plan."""
         point = SyncPoint(self.index, tuple(fitness), tuple(alive or [True] * len(self.x)), self.total, tuple(steps))
         plan = self._agreed(lambda: self.rule.plan(point, self.memory))
         self.plans = [plan]
