@@ -293,9 +293,7 @@ def test_who_waits_for_a_particle_that_has_ended_gets_its_name(pool: Pool, gone:
 def leave_after_the_last_sync_point() -> Any:
     def life(swarm: Swarm) -> int:
         engine = attached(CASE, swarm)
-        train(
-            CASE, engine, range(4 + (swarm.particle == 1)), where=(swarm.particle, 0, 1)
-        )  # the fifth syncs alone
+        train(CASE, engine, range(4 + (swarm.particle == 1)), where=(swarm.particle, 0, 1))  # the fifth syncs alone
         return swarm.particle
 
     return simulate(CASE, life), names_of_threads()

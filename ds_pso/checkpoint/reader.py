@@ -131,6 +131,27 @@ class SavedParticle:
         blocks = [(saved["frozen_param_fragments"] or {})[name] for saved in self.model_states]
         return torch.cat(blocks)[: self.shape(name).numel()]
 
+    def frozen_and_tied(self, buffers: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return parameters that are not trained, in their working dtype; and names that share another tensor.
+
+        Args:
+            buffers: names of the module's state that are no parameters.
+        """
+        known = {*self.pieces, *buffers}
+        others = [name for name, value in self.module.items() if name not in known and isinstance(value, Tensor)]
+        if self.stage == 3:
+            shared = self.model_states[0]["shared_params"]
+            names = self.model_states[0]["frozen_param_shapes"] or {}
+            frozen = {name: self.frozen(name).view(self.shape(name)) for name in names}
+        else:
+            first: dict[int, str] = {}
+            for name, tensor in self.module.items():
+                if isinstance(tensor, Tensor) and tensor.numel():
+                    first.setdefault(tensor.data_ptr(), name)
+            shared = {name: first.get(self.module[name].data_ptr(), name) for name in others}
+            frozen = {name: self.module[name].clone() for name in others if shared[name] == name}
+        return frozen, {name: shared[name] for name in others if shared.get(name, name) != name}
+
     def gather(
         self, segments: Sequence[Segment], sizes: Sequence[int], dtype: torch.dtype, read: Callable[[int, int], Flat]
     ) -> list[Tensor]:

@@ -1,4 +1,4 @@
 """One Hugging Face model out of a swarm: from live shards, or from a checkpoint on disk.
 
-Knows sessions, checkpoints and transformers; must not know rules or peers.
+Knows sessions, checkpoints and transformers; must not know ZeRO stages or backends.
 """

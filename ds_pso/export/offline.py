@@ -147,7 +147,7 @@ def _combine(chosen: Sequence[tuple[float, _Particle]], of_rule: bool) -> tuple[
     Integers, and parameters that are not trained, come from the first particle.
     """
     leader = chosen[0][1]
-    frozen, tied = leader.frozen_and_tied()
+    frozen, tied = leader.saved.frozen_and_tied(leader.buffers)
     state_dict = dict(frozen)
     for name in leader.saved.pieces:
         like = leader.saved.module[name]
@@ -235,21 +235,3 @@ class _Particle:
         buffers = [self.buffer(name, rank) for name in self.buffers for rank in range(self.saved.size)]
         squares = [square_of_norm(b.reshape(-1)) for b in buffers if b.is_floating_point() and b.numel()]
         return math.sqrt(sum(squares) + sum(square_of_norm(self.parameter(name)) for name in self.saved.pieces))
-
-    def frozen_and_tied(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return parameters that are not trained, in their working dtype; and names that share another tensor."""
-        saved = self.saved
-        known = {*saved.pieces, *self.buffers}
-        others = [n for n, t in saved.module.items() if n not in known and isinstance(t, Tensor)]
-        if saved.stage == 3:
-            shared = saved.model_states[0]["shared_params"]
-            names = saved.model_states[0]["frozen_param_shapes"] or {}
-            frozen = {name: saved.frozen(name).view(saved.shape(name)) for name in names}
-        else:
-            first: dict[int, str] = {}
-            for name, tensor in saved.module.items():
-                if isinstance(tensor, Tensor) and tensor.numel():
-                    first.setdefault(tensor.data_ptr(), name)
-            shared = {n: first.get(saved.module[n].data_ptr(), n) for n in others}
-            frozen = {n: saved.module[n].clone() for n in others if shared[n] == n}
-        return frozen, {n: shared[n] for n in others if shared.get(n, n) != n}

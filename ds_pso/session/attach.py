@@ -10,12 +10,12 @@ from ds_pso.config.schema import total_num_steps
 from ds_pso.errors import ConfigError
 from ds_pso.metrics import deepspeed_monitor
 from ds_pso.rules import Rule
+from ds_pso.session.progress import TrainingProgress
 from ds_pso.session.session import Session
 from ds_pso.shards import Shards, find_shards
 from ds_pso.sync.assessment import Probe
 from ds_pso.sync.health import Limits
 from ds_pso.sync.parts import SyncOptions, SyncParts
-from ds_pso.sync.progress import TrainingProgress
 from ds_pso.sync.schedule import Schedule
 from ds_pso.sync.synchronizer import Synchronizer
 from ds_pso.utils.offload import Offload

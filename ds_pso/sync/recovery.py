@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 from ds_pso.comm.exchange import fill
 from ds_pso.distributed.membership import Quorum
+from ds_pso.sampler import SwarmSampler
 from ds_pso.sync.fitness import FitnessWindow
 from ds_pso.sync.parts import SyncParts
-from ds_pso.sync.progress import TrainingProgress
 from ds_pso.sync.rollback import residuals, shared_state
 
 
@@ -26,6 +26,23 @@ class Numbers(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
+class Progress(Protocol):
+    """How far the training of one rank has come."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far."""
+
+    def read(self) -> dict[str, Any]:
+        """Return it as JSON values; ``step`` is among them."""
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Go on from there."""
+
+    def place(self, sampler: SwarmSampler) -> None:
+        """Let a new sampler go on where that of the donor is, if this particle has recovered."""
+
+
 class Recovery:
     """Takes over state before a sync; what concerns training itself counts when the sync has been committed.
 
@@ -36,7 +53,7 @@ class Recovery:
         received: the donor's progress in training; None: this particle has not recovered.
     """
 
-    def __init__(self, parts: SyncParts, progress: TrainingProgress, numbers: Numbers) -> None:
+    def __init__(self, parts: SyncParts, progress: Progress, numbers: Numbers) -> None:
         self._parts = parts
         self.progress = progress
         self._numbers = numbers
@@ -72,7 +89,7 @@ class Recovery:
             for residual in residuals(parts.updater):
                 residual.zero_()
             window.clear()
-            return int(found["progress"]["engine"]["global_steps"])
+            return int(found["progress"]["step"])
         return step
 
     def _share(self, quorum: Quorum, me: int) -> None:
@@ -89,7 +106,7 @@ class Recovery:
     def _catch_up(self, quorum: Quorum) -> None:
         """Take over the donor's numbers; as many steps since the last sync are counted from the own step."""
         found = self._receive(quorum.donors[0])
-        theirs, mine = found["progress"]["engine"]["global_steps"], self.progress.engine.global_steps
+        theirs, mine = found["progress"]["step"], self.progress.step
         schedule = at_another_step(found["sync"]["schedule"], theirs, mine)
         self._take_numbers({**found["sync"], "schedule": schedule}, lr_factor=self._parts.shards.lr_factor)
 

@@ -22,8 +22,7 @@ from ds_pso.sync.fitness import FitnessWindow, ParticleReport
 from ds_pso.sync.gossip import Gossip
 from ds_pso.sync.overlapped import Overlap
 from ds_pso.sync.parts import SyncParts, SyncTotals
-from ds_pso.sync.progress import TrainingProgress
-from ds_pso.sync.recovery import Recovery
+from ds_pso.sync.recovery import Progress, Recovery
 from ds_pso.sync.rollback import Snapshot, residuals, shared_state
 
 _ATTEMPTS = 20  # each without somebody who was lost in the one before
@@ -65,7 +64,7 @@ class Synchronizer:
         consensus: the model that the particles are together.
     """
 
-    def __init__(self, parts: SyncParts, progress: TrainingProgress) -> None:
+    def __init__(self, parts: SyncParts, progress: Progress) -> None:
         self.parts = parts
         self.overlap = Overlap(parts)
         self.recovery = Recovery(parts, progress, self)

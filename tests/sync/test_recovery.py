@@ -13,8 +13,8 @@ from deepspeed.runtime.lr_schedules import WarmupDecayLR
 from torch.optim import lr_scheduler as of_torch
 
 from ds_pso.sampler import SwarmSampler
+from ds_pso.session.progress import TrainingProgress
 from ds_pso.sync.consensus import Consensus
-from ds_pso.sync.progress import TrainingProgress
 from ds_pso.sync.recovery import at_another_step
 from ds_pso.sync.schedule import Observed, ScheduleConfig, make_schedule
 
@@ -69,7 +69,7 @@ def test_its_rates_are_those_of_the_donor_from_the_first_step(schedule: str, beh
     assert [step(recovered) for _ in range(10)] == [step(donor) for _ in range(10)]
 
 
-def test_samplers_that_are_made_overduer_begin_at_the_donors_place() -> None:
+def test_samplers_that_are_made_later_begin_at_the_donors_place() -> None:
     data = [SwarmSampler(range(100), rank=rank, world_size=2, batch_size=5) for rank in range(2)]
     for _ in range(13):
         data[0].advance()

@@ -19,10 +19,16 @@ class TrainingProgress:
     samplers: list[SwarmSampler]
     _waiting: list[dict[str, int]] = field(default_factory=list)  # state of samplers that are not made yet
 
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far."""
+        return int(self.engine.global_steps)
+
     def read(self) -> dict[str, Any]:
-        """Return JSON values."""
+        """Return it as JSON values."""
         scheduler = self.engine.lr_scheduler
         return {
+            "step": self.step,
             "engine": {name: getattr(self.engine, name) for name in _COUNTERS},
             "lr_scheduler": None if scheduler is None else _plain(scheduler.state_dict()),
             # A schedule may go on from the rate itself, and sets the next one only at its next step.
