@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sized
 
 import numpy as np
@@ -41,6 +42,7 @@ class SwarmSampler(Sampler[int]):
         self.on_resume: Callable[[], None] | None = None
         self._batch = 0  # batches trained on in this epoch
         self._moves = 0  # how often the place was moved elsewhere
+        self._yielded = self._rows = self._backwards = 0  # samples and batches since an iteration began
 
     def __len__(self) -> int:
         """Return the number of samples of this rank in a whole epoch."""
@@ -56,17 +58,39 @@ class SwarmSampler(Sampler[int]):
             generator = torch.Generator().manual_seed(seed)
             order = torch.randperm(self._dataset_size, generator=generator).tolist()
         mine = order[self._rank :: self._world_size][: len(self)]
-        moves = self._moves
+        self.check_batches()
+        moves, self._yielded, self._rows, self._backwards = self._moves, 0, 0, 0
         for start in range(self._batch * self._batch_size, len(mine), self._batch_size):
             if self._moves != moves:
                 return
+            self._yielded += self._batch_size
             yield from mine[start : start + self._batch_size]
 
     def advance(self) -> None:
         """Count one more batch as trained on."""
+        self._backwards += 1
         self._batch += 1
         if self._batch == self._num_batches:
             self.epoch, self._batch = self.epoch + 1, 0
+
+    def saw(self, rows: int) -> None:
+        """Take note that the model was given so many samples to train on."""
+        self._rows += rows
+
+    def check_batches(self) -> None:
+        """Warn if the loader's batches are not those that are counted: epochs would get shorter, or be cut off.
+
+        The model has seen every sample that was dealt out, and in another number of batches.
+        """
+        expected = self._backwards * self._batch_size
+        if self._rank == 0 and self._rows == self._yielded != expected and self._backwards:
+            warnings.warn(
+                f"swarm.sampler counts batches of {self._batch_size}, and {self._yielded} samples came in "
+                f"{self._backwards} batches of about {round(self._yielded / self._backwards)}: so it loses its place "
+                "in the data; give swarm.sampler the batch_size of the DataLoader",
+                stacklevel=3,
+            )
+        self._yielded = self._rows = self._backwards = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Start ``epoch``; does nothing in the middle of that very epoch."""

@@ -6,11 +6,13 @@ import contextlib
 import math
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
 from typing import Any, Literal
 
 from ds_pso import checkpoint
+from ds_pso.checkpoint.engine_calls import EngineCheckpoints
 from ds_pso.config.load import ConfigSource, find_config, load_config
 from ds_pso.config.schema import ALLREDUCE, SwarmConfig
 from ds_pso.distributed import logs
@@ -25,8 +27,10 @@ from ds_pso.metrics import deepspeed_monitor
 from ds_pso.metrics.records import SyncRecord
 from ds_pso.sampler import SwarmSampler
 from ds_pso.session import lr_schedule
-from ds_pso.session.attach import build_synchronizer, take_filled_in
+from ds_pso.session.attach import build_synchronizer, check_engine, take_filled_in
 from ds_pso.session.callbacks import own_callbacks
+from ds_pso.session.data_watch import share_out
+from ds_pso.session.ending import warn_at_end
 from ds_pso.session.engine_hooks import EngineHooks
 from ds_pso.session.session import Session
 from ds_pso.sync.assessment import Probe
@@ -103,6 +107,7 @@ class Swarm:
         self.session = Session.of(ds_config, config, world, run_dir)
         self._hooks: EngineHooks | None = None
         self._preemption: Preemption | None = None  # None: ``should_stop`` was never called
+        self._last_words = weakref.finalize(self, warn_at_end, self.session)  # also if nobody closes it
 
     # -- what can be read -------------------------------------------------------------------
 
@@ -198,18 +203,22 @@ class Swarm:
         Raises:
             UnsupportedError: the engine uses a feature that the swarm cannot follow.
             ConfigError: the config asks for a probe and none is given, or for the length of the training.
-            SwarmError: the particles hold different models, or attach was called before.
+            SwarmError: the particles hold different models, attach was called before, or this is no engine.
         """
         session = self.session
         if self._hooks is not None:
             raise SwarmError("swarm.attach was called twice; one swarm trains one engine", agreed=True)
+        check_engine(engine)
         take_filled_in(session, engine.config)
         synchronizer = build_synchronizer(session, engine, probe)
         if synchronizer is not None:
             synchronizer.start(session.window, engine.global_steps)
         session.synchronizer, session.attached_engine = synchronizer, engine
+        share_out(session, engine, self.sampler)
         session.callbacks[:0] = own_callbacks(session)
         self._hooks = EngineHooks(session, engine)
+        if session.num_particles > 1:
+            EngineCheckpoints(session, engine)
         if self.world.membership.has_newer_state:
             session.metrics.rewind(engine.global_steps)
         session.log("start", **session.start_record())
@@ -322,6 +331,7 @@ class Swarm:
             self.world.background.settle()
             synchronizer.overlap.pending = None
             synchronizer.consensus.adopt(which)
+            self.session.is_merged = True
 
     def gather(self, value: float) -> list[float]:
         """Return a number of each particle, on every rank; call it on all ranks. In an elastic swarm others' are NaN.
@@ -452,13 +462,7 @@ class Swarm:
 
     def close(self) -> None:
         """Leave the swarm; waits for the other ranks, and gives the launcher's environment back."""
-        synchronizer = self.session.synchronizer
-        if self.is_leader and synchronizer is not None and synchronizer.overlap.pending is not None:
-            warnings.warn(
-                "the swarm is closed while a delayed sync point is pending, which is lost; end training with "
-                "swarm.sync(), or give its length in swarm.total_steps",
-                stacklevel=2,
-            )
+        self._last_words()
         try:
             self.session.writer.wait()
         except SwarmError as error:
@@ -467,8 +471,9 @@ class Swarm:
         self._leave(wait=True)
 
     def _leave(self, *, wait: bool) -> None:
+        self._last_words.detach()
         try:
-            self.world.close() if wait else self.world.abandon()
+            self.world.close(self.session.step) if wait else self.world.abandon()
         finally:  # last: until then the others may want to know at which step to stop
             if self._preemption is not None:
                 self._preemption.close()

@@ -106,13 +106,24 @@ def load_part(session: Session, folder: Path, *, strict: bool = True) -> int:
     Raises:
         CheckpointError: it does not fit, or cannot be loaded.
     """
-    with session.world.coordinator.agree("checking the checkpoint"):
-        record = _read_record(folder, session)
-        _check_fits(record, session, folder)
-        tensors = _read_tensors(folder, session)
+    record, tensors = _read_part(session, folder)
     _load_engine(session, folder, None, strict)
     restore(session, record, tensors)
     return record["step"]
+
+
+def restore_part(session: Session, folder: Path) -> None:
+    """Restore what ``check_part`` has checked, when the engine's own checkpoint is loaded already."""
+    record, tensors = _read_part(session, folder)
+    restore(session, record, tensors)
+    session.metrics.rewind(record["step"])
+
+
+def _read_part(session: Session, folder: Path) -> tuple[RankRecord, dict[str, Tensor]]:
+    with session.world.coordinator.agree("checking the checkpoint"):
+        record = _read_record(folder, session)
+        _check_fits(record, session, folder)
+        return record, _read_tensors(folder, session)
 
 
 def _load_engine(session: Session, folder: Path, tag: str | None, strict: bool = True) -> None:

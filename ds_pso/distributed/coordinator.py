@@ -24,6 +24,7 @@ from ds_pso.distributed.layout import Layout
 from ds_pso.errors import PeerError, SwarmError
 from ds_pso.utils.background_task import Background, Task
 
+_LOOK_S = 1.0  # after which a rank that waits looks whether the others have closed
 LINGER_S = 5.0  # how much later than the timeout another rank may still give up
 
 Answer = TypeVar("Answer")
@@ -100,6 +101,13 @@ class Coordinator(Protocol):
 
         Raises:
             PeerError: not all of them are here within ``patience_s``.
+        """
+
+    def say_closed(self, steps: int) -> None:
+        """Tell those who wait for this rank, now or later, that it will not come.
+
+        Args:
+            steps: optimizer steps that it has taken.
         """
 
     def leave(self, patience: timedelta) -> None:
@@ -247,12 +255,62 @@ class StoreCoordinator:
         store, limit_s = self.store, self.timeout_s if timeout_s is None else timeout_s
         assert store is not None
         try:
-            self._ask(lambda: store.wait(list(keys), timedelta(seconds=limit_s)), limit_s)
+            self._await(keys, keys, ranks, label, limit_s)
+        except PeerError:
+            raise
         except (dist.DistError, RuntimeError, TimeoutError) as error:
             text = f"{self._who_is_missing(keys, ranks, label, limit_s)} ({type(error).__name__})"
             if self.is_leader:
                 time.sleep(min(LINGER_S, limit_s))  # those who give up a little later ask this rank's store
             raise PeerError(text) from error
+
+    def _await(
+        self, keys: Sequence[str], signs: Sequence[str], ranks: Sequence[int], label: str, limit_s: float
+    ) -> None:
+        """Wait for keys of the store.
+
+        Args:
+            signs: that each of ``ranks`` is there.
+
+        Raises:
+            PeerError: one of ``ranks`` is not there, and has closed.
+            DistError, RuntimeError, TimeoutError: as the store does, after ``limit_s``.
+        """
+        store, end = self.store, time.monotonic() + limit_s
+        assert store is not None
+        while True:
+            left_s = end - time.monotonic()
+            slice_s = max(0.001, min(_LOOK_S, left_s))
+            try:
+                self._ask(lambda s=slice_s: store.wait(list(keys), timedelta(seconds=s)), slice_s)  # type: ignore[misc]
+            except (dist.DistError, RuntimeError, TimeoutError):
+                if self._frozen or left_s <= _LOOK_S:
+                    raise
+                self._raise_if_closed(keys, signs, ranks, label)
+            else:
+                return
+
+    def _raise_if_closed(self, keys: Sequence[str], signs: Sequence[str], ranks: Sequence[int], label: str) -> None:
+        store = self.store
+        assert store is not None
+
+        def closed() -> dict[int, str]:
+            missing = [rank for sign, rank in zip(signs, ranks, strict=True) if not store.check([sign])]
+            found = {r: store.get(f"closed/{r}").decode() for r in missing if store.check([f"closed/{r}"])}
+            # Who has come, gone and closed since then has left what is waited for.
+            return {} if store.check(list(keys)) else found
+
+        found = self._ask(closed, self.timeout_s)
+        if found:
+            who = "; ".join(f"{self.describe(rank)} after {steps} optimizer steps" for rank, steps in found.items())
+            if self.is_leader:
+                time.sleep(min(2 * _LOOK_S, self.timeout_s))  # the others look a little later, in this rank's store
+            raise PeerError(
+                f"{self.describe(self.layout.rank)}: waits for {label}, and these have closed their swarm: {who}. All "
+                "particles must take equally many steps: swarm.sampler gives each as many batches; of data of your "
+                "own, end all particles at the same step",
+                agreed=True,
+            )
 
     def _ask(self, question: Callable[[], Answer], limit_s: float) -> Answer:
         """Return the store's answer. TCPStore's own timeouts wait for its host to confirm them, frozen or not.
@@ -315,15 +373,20 @@ class StoreCoordinator:
             for item in [*keys, f"gather/{label}/{turn - 1}/all"]:  # who is here has read the last turn's
                 self.store.delete_key(item)
             return everything
-        store = self.store
         try:
-            self._ask(lambda: store.wait([f"{key}/all"], timedelta(seconds=self.timeout_s)), self.timeout_s)
+            self._await([f"{key}/all"], keys, ranks, label, self.timeout_s)
+        except PeerError:
+            raise
         except (dist.DistError, RuntimeError, TimeoutError) as error:
             raise PeerError(self._who_is_missing(keys, ranks, label, self.timeout_s)) from error
         return list(json.loads(self.store.get(f"{key}/all")))
 
     def agree(self, label: str) -> contextlib.AbstractContextManager[None]:
         return agreement(self, label)
+
+    def say_closed(self, steps: int) -> None:
+        if self.store is not None:
+            self.store.set(f"closed/{self.layout.rank}", str(steps))
 
     def leave(self, patience: timedelta) -> None:
         layout, store = self.layout, self.store

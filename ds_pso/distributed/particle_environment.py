@@ -45,6 +45,11 @@ class ParticleEnvironment:
         os.environ.setdefault("LOCAL_RANK", "0")
         self.describe(layout, 1, "127.0.0.1", self.host_store("127.0.0.1"))
 
+    def take_store(self) -> dist.TCPStore | None:
+        """Hand over the store that this process hosts, if it does."""
+        store, self._store = self._store, None
+        return store
+
     def restore(self) -> None:
         """Put back what the launcher has set."""
         for name, value in self._saved.items():

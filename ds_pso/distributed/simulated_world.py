@@ -108,6 +108,9 @@ class ThreadCoordinator:
     def confine(self, store: dist.Store, patience_s: float) -> None:
         """Nobody is lost: an error ends the simulation."""
 
+    def say_closed(self, steps: int) -> None:
+        """Nothing to do: the others find a thread that has ended."""
+
     def leave(self, patience: timedelta) -> None:
         """Nothing to do."""
 

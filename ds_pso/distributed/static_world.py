@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch.distributed as dist
 
-from ds_pso.distributed import tcp_store
+from ds_pso.distributed import tcp_store, torch_world
 from ds_pso.distributed.coordinator import StoreCoordinator
 from ds_pso.distributed.layout import Layout, read_int, read_layout
 from ds_pso.distributed.local_group import TorchLocalGroup
@@ -48,7 +48,7 @@ def carve(particles: int | Literal["node"], *, peer_backend: str = "auto", timeo
         PeerError: some ranks did not arrive within ``timeout_s``; it names them.
     """
     layout = read_layout(particles, os.environ)
-    torch_was_up = dist.is_initialized()
+    torch_was_up = torch_world.is_in_use()
     if layout.num_particles > 1 and torch_was_up:
         raise ConfigError(
             "torch.distributed is already initialised; call ds_pso.init before "

@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from ds_pso.distributed import tcp_store
+from ds_pso.distributed import tcp_store, torch_world
 from ds_pso.distributed.coordinator import LINGER_S, Coordinator
 from ds_pso.distributed.layout import Layout, read_int
 from ds_pso.distributed.local_group import LocalGroup
@@ -37,7 +37,7 @@ class World:
         background: the one job beside training.
         connect_mailbox: opens connections for messages that nobody waits for.
         environment: what describes the particle to DeepSpeed, until the world is left.
-        owns_torch: whether torch's default world is of this particle alone, and ends with this one.
+        owns_torch: whether torch's default world is of this particle alone.
     """
 
     layout: Layout
@@ -83,10 +83,16 @@ class World:
             raise PeerError(f"{who}: the first rank of its particle was lost") from error
         coordinator.confine(dist.PrefixStore("ds_pso/confined", store), patience_s)
 
-    def close(self) -> None:
-        """Leave in good order: nobody's store goes away while another still needs it."""
+    def close(self, steps: int = 0) -> None:
+        """Leave in good order: nobody's store goes away while another still needs it.
+
+        Args:
+            steps: optimizer steps that this rank has taken, for those who wait for it in vain.
+        """
         if self.closed:
             return
+        with contextlib.suppress(dist.DistError, RuntimeError):
+            self.coordinator.say_closed(steps)
         self.membership.close()
         try:
             self.background.settle()
@@ -94,7 +100,7 @@ class World:
             self.abandon()
             raise
         if self.owns_torch and dist.is_initialized():
-            dist.destroy_process_group()
+            torch_world.keep(self.environment.take_store())
         self._close_mailbox()
         self.peers.shut()
         with contextlib.suppress(dist.DistError, RuntimeError):

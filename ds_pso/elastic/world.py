@@ -9,9 +9,7 @@ from __future__ import annotations
 import os
 from typing import Literal, cast
 
-import torch.distributed as dist
-
-from ds_pso.distributed import tcp_store
+from ds_pso.distributed import tcp_store, torch_world
 from ds_pso.distributed.coordinator import StoreCoordinator
 from ds_pso.distributed.mailbox import Mailbox
 from ds_pso.distributed.particle_environment import ParticleEnvironment
@@ -47,7 +45,7 @@ def join(particles: int | Literal["node"], options: ElasticConfig, timeout_s: fl
             f"swarm.elastic.min_particles = {options.min_particles}: there are "
             f"{layout.num_particles} places; use at most as many"
         )
-    environment, background, owns_torch = ParticleEnvironment(), Background(), not dist.is_initialized()
+    environment, background, owns_torch = ParticleEnvironment(), Background(), not torch_world.is_in_use()
     if "MASTER_ADDR" not in os.environ:
         environment.describe_lone_rank(layout)
     try:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import BeforeValidator, Field, GetPydanticSchema, TypeAdapter, ValidationError
 
-_OPTIONAL = ("left_out", "repeated", "lr_factors", "fragments_staleness", "fragments_s")
+_OPTIONAL = ("left_out", "repeated", "lr_factors", "fragments_staleness", "fragments_s", "same_samples")
 _UNSET = ("present", "recovered", "fragment", "abandoned")
 # A report is made of these: they must be what they are said to be. A rule's note may have the name of another field.
 _IN_REPORTS = {
@@ -29,6 +29,7 @@ Integers = Annotated[Sequence[int], _read_as(list[int])]
 Flags = Annotated[Sequence[bool], _read_as(list[bool])]
 Texts = Annotated[Mapping[str, str], _read_as(dict[str, str])]
 Section = Annotated[Mapping[str, object], _read_as(dict[str, object])]
+Groups = Annotated[Sequence[Sequence[int]], _read_as(list[list[int]])]
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -59,6 +60,7 @@ class SyncRecord:
         abandoned: whether it came to nothing, and the whole model is synced next.
         fragments_staleness: of each fragment.
         fragments_s: seconds after the beginning at which each fragment had come.
+        same_samples: groups of particles that have begun to train on the same samples.
         note: what the rule noted, such as ``weights`` or ``best``.
     """
 
@@ -84,6 +86,7 @@ class SyncRecord:
     abandoned: bool | None = None
     fragments_staleness: Integers = ()
     fragments_s: Numbers = ()
+    same_samples: Groups = ()
     note: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, object]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ds_pso.config.schema import total_num_steps
-from ds_pso.errors import ConfigError
+from ds_pso.errors import ConfigError, SwarmError
 from ds_pso.metrics import deepspeed_monitor
 from ds_pso.rules import Rule
 from ds_pso.session.progress import TrainingProgress
@@ -19,6 +19,24 @@ from ds_pso.sync.parts import SyncOptions, SyncParts
 from ds_pso.sync.schedule import Schedule
 from ds_pso.sync.synchronizer import Synchronizer
 from ds_pso.utils.offload import Offload
+
+_OF_AN_ENGINE = ("backward", "step", "global_steps", "optimizer", "module", "config", "save_checkpoint")
+
+
+def check_engine(given: object) -> None:
+    """Raise SwarmError unless this is an engine of DeepSpeed."""
+    missing = [name for name in _OF_AN_ENGINE if not hasattr(given, name)]
+    if not missing:
+        return
+    remedy = "give it the engine that deepspeed.initialize returned"
+    if isinstance(given, tuple | list):
+        remedy = "deepspeed.initialize returns four things, of which the first is the engine: give it that one"
+    elif hasattr(given, "forward"):
+        remedy += ", or that accelerator.prepare returned while Accelerate uses DeepSpeed (accelerate config, or "
+        remedy += "Accelerator(deepspeed_plugin=...)); other wrappers and plain modules cannot sync"
+    raise SwarmError(
+        f"swarm.attach was given a {type(given).__name__}, which is no DeepSpeed engine; {remedy}", agreed=True
+    )
 
 
 def take_filled_in(session: Session, config: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable
 
@@ -18,7 +19,7 @@ def own_callbacks(session: Session) -> list[Callable[[SyncRecord], None]]:
     """Return the callbacks of a swarm with an engine; those that print and write are the leader's."""
     own: list[Callable[[SyncRecord], None]] = [_write_log] if log.isEnabledFor(logging.DEBUG) else []
     if session.world.is_leader:
-        own += [_warn_of_new(), _write_metrics(session)]
+        own += [_warn_of_new(), _warn_at_first(session), _write_metrics(session)]
         if session.engine.monitor.enabled:
             own.append(_write_monitor(session))
     return own
@@ -42,6 +43,43 @@ def _warn_of_new() -> Callable[[SyncRecord], None]:
             warnings.warn(text, stacklevel=2)
 
     return warn
+
+
+def _warn_at_first(session: Session) -> Callable[[SyncRecord], None]:
+    """Warn of what makes training pointless, and what only the first sync can tell; once."""
+    is_first = True
+
+    def warn(record: SyncRecord) -> None:
+        nonlocal is_first
+        text, is_first = _pointless(record, session) if is_first else None, False
+        if text:
+            warnings.warn(f"{text}; see docs/troubleshooting.md", stacklevel=2)
+
+    return warn
+
+
+def _pointless(record: SyncRecord, session: Session) -> str | None:
+    """Return what is wrong with the training before this sync; None: nothing that can be seen."""
+    asynchronous = session.synchronizer is not None and session.synchronizer.gossip is not None
+    present = range(session.num_particles) if record.present is None else record.present
+    mine = [session.particle] if asynchronous else [i for i in present if i not in (record.recovered or ())]
+    alive = [i for i in mine if record.alive[i]]
+    losses = [record.losses[i] for i in alive]
+    stood_still = record.drift == 0.0 and len(losses) > 1 and losses == losses[:1] * len(losses)
+    if record.same_samples or stood_still:
+        groups = record.same_samples or [alive]
+        who = " and of ".join(", ".join(map(str, group)) for group in groups)
+        return (
+            f"the batches of particles {who} were the same so far: they train on the same samples, and so learn the "
+            "same. Give the DataLoader sampler=swarm.sampler(dataset), or split the data by swarm.world.layout.rank "
+            "and .world_size: torch's DistributedSampler and RANK know one particle only"
+        )
+    if losses and all(map(math.isnan, losses)) and session.step > 0:
+        return (
+            "no loss was seen before the first sync: fitness is unknown, and a particle whose loss explodes is not "
+            "noticed. Call engine.backward(loss), not loss.backward()"
+        )
+    return None
 
 
 def _write_metrics(session: Session) -> Callable[[SyncRecord], None]:

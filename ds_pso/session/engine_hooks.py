@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ds_pso.errors import SwarmError
+from ds_pso.session.data_watch import DataWatch
 from ds_pso.session.session import Session
 
 
@@ -17,16 +18,21 @@ class EngineHooks:
         self._session = session
         self._engine = engine
         self._backwards = 0  # since the last optimizer step
+        self._divided: list[Tensor] = []  # losses since then, each divided by the number of all of them
+        DataWatch(session, engine)
         self._backward, self._step = engine.backward, engine.step
         engine.backward, engine.step = self.backward, self.step
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Do what the engine's ``backward`` does, and record the loss."""
-        engine, session = self._engine, self._session
+        session = self._session
         result = self._backward(loss, *args, **kwargs)
-        # The HF Trainer divides by the accumulation steps itself, and says so.
-        divided = kwargs.get("scale_wrt_gas") is False
-        session.window.add(loss * engine.gradient_accumulation_steps() if divided else loss)
+        # The HF Trainer divides by the micro-batches of this step itself, and says so. How many they are is known
+        # when it ends: at the end of an epoch there may be fewer.
+        if kwargs.get("scale_wrt_gas") is False:
+            self._divided.append(loss.detach())
+        else:
+            session.window.add(loss)
         self._backwards += 1
         for sampler in session.samplers:
             sampler.advance()
@@ -44,6 +50,9 @@ class EngineHooks:
                 "swarm.sampler counts what was trained on, and saw nothing; "
                 "call engine.backward(loss), not loss.backward()"
             )
+        for loss in self._divided:
+            session.window.add(loss * self._backwards)
+        self._divided.clear()
         self._backwards = 0
         session.window.steps += 1
         if session.synchronizer is not None:

@@ -32,6 +32,7 @@ class Session:
         last_sync: its record; None: there was none.
         writer: the checkpoint that is being written in the background.
         synchronizer: None: not attached, or only one particle.
+        is_merged: whether ``Swarm.merge`` has made the particles one.
     """
 
     ds_config: dict[str, Any]
@@ -47,6 +48,7 @@ class Session:
     writer: Writer = field(default_factory=Writer)
     synchronizer: Synchronizer | None = None
     attached_engine: Any = None
+    is_merged: bool = False
 
     @classmethod
     def of(cls, ds_config: dict[str, Any], config: SwarmConfig, world: World, run_dir: Path | None) -> Session:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from statistics import median
 
@@ -50,6 +50,7 @@ class Assessor:
         pace: that the last sync has found.
         timer: of this rank's optimizer steps.
         held_up_s: how long the last sync held training up on this rank.
+        same_samples: groups of particles that have begun with the same ones, as the last sync has found.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Assessor:
         self.pace = UNKNOWN_PACE
         self.timer = StepTimer()
         self.held_up_s = 0.0
+        self.same_samples: Sequence[Sequence[int]] = ()
 
     def report(self, window: FitnessWindow) -> ParticleReport:
         """Report on this particle, with the same bits on all its ranks.
@@ -125,6 +127,7 @@ class Assessor:
         reports = [table[particle] for particle in present]
         step_s = max(report.step_s for report in reports) or self.pace.step_s
         self.pace = Pace(step_s, min(report.held_up_s for report in reports))
+        self.same_samples = _groups({particle: table[particle].samples for particle in present})
         left_out = self._judge(table, present)
         return SyncPoint(
             self.index,
@@ -199,3 +202,12 @@ class Assessor:
             )
         with torch.no_grad():
             return float(self.probe(self.index))
+
+
+def _groups(samples: Mapping[int, float]) -> list[list[int]]:
+    """Return the particles that share a hash, where two or more do; 0 stands for none."""
+    groups: dict[float, list[int]] = {}
+    for particle, value in samples.items():
+        if value:
+            groups.setdefault(value, []).append(particle)
+    return [group for group in groups.values() if len(group) > 1]

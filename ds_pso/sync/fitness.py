@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +20,7 @@ class FitnessWindow:
         self._first: Tensor | float = math.nan
         self.count = 0  # of losses
         self.steps = 0  # of the optimizer
+        self.samples = 0.0  # a hash of the first ones, which the particles compare; 0: not known
 
     def add(self, loss: Tensor) -> None:
         """``loss``: scalar of one micro-batch, before any loss scaling."""
@@ -38,7 +41,8 @@ class FitnessWindow:
 
     def report(self, square_norm: float, step_s: float, held_up_s: float) -> RankReport:
         """Return this rank's part of the particle's report; see there."""
-        return RankReport(float(self._sum), self.count, square_norm, float(self._first), step_s, held_up_s)
+        first, samples = float(self._first), self.samples
+        return RankReport(float(self._sum), self.count, square_norm, first, step_s, held_up_s, samples)
 
     def state(self) -> list[float]:
         return [self.total, self.count, self.steps]
@@ -55,6 +59,7 @@ class FitnessWindow:
 
     def clear(self) -> None:
         self.restore(0.0, 0, 0)
+        self.samples = 0.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class RankReport:
         first_loss: the first one of all; NaN if there was none.
         step_s: seconds of an optimizer step; 0 if not known.
         held_up_s: how long the last sync held training up.
+        samples: a hash of the first samples, a whole number; 0: not known, or compared already.
     """
 
     loss_sum: float
@@ -76,11 +82,12 @@ class RankReport:
     first_loss: float
     step_s: float = 0.0
     held_up_s: float = 0.0
+    samples: float = 0.0
 
 
 @dataclass(frozen=True)
 class ParticleReport:
-    """A particle's fitness, health and pace, as it says them at a sync; travels as a row of seven float64.
+    """A particle's fitness, health and pace, as it says them at a sync; travels as a row of eight float64.
 
     Attributes:
         loss: mean since the last sync; NaN if there is none.
@@ -92,6 +99,7 @@ class ParticleReport:
         held_up_s: how long the last sync held training up.
         loss_is_finite: false if a loss was heard, and it is no number.
         recovers: it has just taken over the state of another, and its numbers must not count.
+        samples: a hash of the first samples of its ranks; 0: not known, or compared already.
     """
 
     loss: float
@@ -103,6 +111,7 @@ class ParticleReport:
     held_up_s: float = 0.0
     loss_is_finite: bool = True
     recovers: bool = False
+    samples: float = 0.0
 
     @classmethod
     def of_recovering(cls) -> ParticleReport:
@@ -133,12 +142,14 @@ class ParticleReport:
             max(rank.step_s for rank in ranks),
             max(rank.held_up_s for rank in ranks),
             loss_is_finite=not count or math.isfinite(loss),
+            samples=_hash_of([rank.samples for rank in ranks]),
         )
 
     def to_row(self) -> list[float]:
         """Write it as float64."""
         heard = -2.0 if self.recovers else float(self.num_losses) if self.loss_is_finite else -1.0
-        return [self.loss, heard, self.norm, self.highest_loss, float(self.steps), self.step_s, self.held_up_s]
+        numbers = [self.loss, heard, self.norm, self.highest_loss, float(self.steps), self.step_s, self.held_up_s]
+        return [*numbers, self.samples]
 
     @classmethod
     def from_rows(cls, rows: Sequence[Sequence[float]]) -> list[ParticleReport]:
@@ -148,8 +159,16 @@ class ParticleReport:
     @classmethod
     def from_row(cls, row: Sequence[float]) -> ParticleReport:
         """Read what ``to_row`` has written; NaN stand for a particle that is absent."""
-        loss, heard, norm, highest, steps, step_s, held_up_s = row
+        loss, heard, norm, highest, steps, step_s, held_up_s, samples = row
         if math.isnan(heard):
             return cls.unknown()
-        count = max(0, int(heard))
-        return cls(loss, count, norm, highest, int(steps), step_s, held_up_s, heard >= 0 or heard == -2, heard == -2)
+        count, is_finite, recovers = max(0, int(heard)), heard >= 0 or heard == -2, heard == -2
+        return cls(loss, count, norm, highest, int(steps), step_s, held_up_s, is_finite, recovers, samples)
+
+
+def _hash_of(numbers: Sequence[float]) -> float:
+    """Hash the numbers to 48 bits, which a float64 holds exactly; 0 if one of them is 0."""
+    if not all(numbers):
+        return 0.0
+    digest = hashlib.blake2b(struct.pack(f"<{len(numbers)}d", *numbers), digest_size=6).digest()
+    return float(int.from_bytes(digest, "little") or 1)

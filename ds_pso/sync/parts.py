@@ -134,7 +134,8 @@ class SyncParts:
         """Begin the record of a sync: what was agreed on at its beginning, and what has moved since ``before``."""
         # Names of a JSON object are strings; so the record is the same before and after a checkpoint.
         left_out = {str(i): reason for i, reason in point.left_out.items()}
-        return SyncRecord(point.index, point.fitness, point.alive, left_out, **self.traffic_since(before))
+        record = SyncRecord(point.index, point.fitness, point.alive, left_out, **self.traffic_since(before))
+        return replace(record, same_samples=self.assessor.same_samples)
 
     def conclude(self, record: SyncRecord, begun: int, pace: Pace, *, counts: bool = True) -> SyncRecord:
         """Count a sync, let the schedule know what it was like, and complete its record.

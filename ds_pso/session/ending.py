@@ -1,0 +1,37 @@
+"""The last words of a swarm: what went wrong without an error."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+from ds_pso.session.session import Session
+
+
+def warn_at_end(session: Session) -> None:
+    """Warn of a training that was no training of a swarm, on one rank; for the end of the swarm or of the process."""
+    for sampler in session.samplers:
+        sampler.check_batches()
+    if session.num_particles == 1 or not session.is_leader or getattr(sys, "last_value", None) is not None:
+        return
+    synchronizer, text = session.synchronizer, None
+    if session.attached_engine is None:
+        text = (
+            "no engine was attached: if this was a training, each particle has trained a model of its own, and they "
+            "never synced. Call swarm.attach(engine), or give the Trainer SwarmCallback(swarm, trainer)"
+        )
+    elif synchronizer is None:
+        return
+    elif synchronizer.overlap.pending is not None:
+        text = (
+            "the swarm is closed while a delayed sync point is pending, which is lost; end training with swarm.sync(), "
+            "or give its length in swarm.total_steps"
+        )
+    elif session.step > 0 and synchronizer.parts.totals.count == 0 and not session.is_merged:
+        text = (
+            f"the particles never synced: training had {session.step} steps, and swarm.sync_interval = "
+            f"{session.config.sync_interval}. Each particle has learned from its own data alone; lower it, or end "
+            "training with swarm.sync()"
+        )
+    if text is not None:
+        warnings.warn(text, stacklevel=4)
