@@ -864,6 +864,50 @@ def fail_alone() -> None:
     )
 
 
+# -- careless scripts ---------------------------------------------------------------------------
+
+
+@sabotage("integration/test_careless.py")
+def look_at_no_batch() -> None:
+    """The particles have nothing to compare at their first sync."""
+    from ds_pso.session.data_watch import DataWatch
+
+    DataWatch._saw = lambda self, module, args, kwargs: None
+
+
+@sabotage("integration/test_careless.py")
+def leave_the_data_to_one_particle() -> None:
+    """DeepSpeed's own loader is split over the ranks of a particle."""
+    from ds_pso import swarm
+
+    swarm.share_out = do_nothing
+
+
+@sabotage("integration/test_careless.py")
+def wait_for_the_closed() -> None:
+    """A particle that has closed is waited for as one that is slow."""
+    from ds_pso.distributed.coordinator import StoreCoordinator
+
+    StoreCoordinator._raise_if_closed = do_nothing
+
+
+@sabotage("integration/test_careless.py")
+def end_torchs_world_with_the_swarm() -> None:
+    from ds_pso.distributed import torch_world
+
+    torch_world.keep = lambda store: torch_world.dist.destroy_process_group()
+
+
+@sabotage("integration/test_careless.py")
+def forget_the_swarms_part() -> None:
+    """The engine's own checkpoints hold nothing of the rule."""
+    from ds_pso.checkpoint import engine_calls
+
+    engine_calls.save_part = do_nothing
+    engine_calls.check_part = do_nothing
+    engine_calls.restore_part = do_nothing
+
+
 # -- running them -------------------------------------------------------------------------------
 
 

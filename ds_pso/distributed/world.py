@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -21,6 +22,7 @@ from ds_pso.distributed.peer_group import PeerGroup
 from ds_pso.errors import PeerError
 from ds_pso.utils.background_task import Background
 
+Value = TypeVar("Value")
 _GOODBYE_S = 30.0  # how long the host of a store waits for its clients to leave
 
 
@@ -56,6 +58,10 @@ class World:
     def is_leader(self) -> bool:
         """True on one rank of this launch: the one that prints and logs."""
         return self.coordinator.is_leader
+
+    def gather(self, label: str, value: Value) -> list[Value]:
+        """Return one small JSON value of every rank of this launch, in their order; call it on all of them."""
+        return self.coordinator.gather(label, value)
 
     def open_mailbox(self) -> Mailbox:
         """Connect to the peers for messages; an earlier swarm's mailbox on this world is closed."""

@@ -89,6 +89,14 @@ class SyncRecord:
     same_samples: Groups = ()
     note: Mapping[str, Any] = field(default_factory=dict)
 
+    def __getitem__(self, name: str) -> object:
+        """Return a value by its name in ``metrics.jsonl``, those of the rule's note included."""
+        return self.to_json()[name]
+
+    def get(self, name: str, default: object = None) -> object:
+        """Return a value by its name, or ``default`` where it has no meaning."""
+        return self.to_json().get(name, default)
+
     def to_json(self) -> dict[str, object]:
         """Return it flat, without what has no meaning here; NaN stays NaN. What was measured goes before a note."""
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "note"}

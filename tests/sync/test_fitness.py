@@ -118,5 +118,5 @@ def test_what_a_row_cannot_hold_as_a_number():
     assert recovering.recovers
     assert recovering.loss_is_finite
     assert (recovering.num_losses, recovering.steps, recovering.held_up_s) == (0, 0, INF)
-    absent = ParticleReport.from_row([NAN] * 7)
+    absent = ParticleReport.from_row([NAN] * 8)
     assert (absent.num_losses, absent.steps, absent.recovers) == (0, 0, False)
