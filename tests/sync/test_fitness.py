@@ -101,12 +101,13 @@ reports = st.builds(
     steps=st.integers(0, 1000),
     step_s=st.floats(0, 100),
     held_up_s=st.floats(0, 100),
+    samples=st.integers(0, 2**48 - 1).map(float),
 )
 
 
 @given(reports)
 def test_a_report_travels_as_a_row(report):
-    assert len(report.to_row()) == 7
+    assert len(report.to_row()) == 8
     assert ParticleReport.from_row(report.to_row()) == report
 
 
