@@ -286,9 +286,9 @@ class StoreCoordinator:
             except (dist.DistError, RuntimeError, TimeoutError):
                 if self._frozen or left_s <= _LOOK_S:
                     raise
-                self._raise_if_closed(keys, signs, ranks, label)
             else:
                 return
+            self._raise_if_closed(keys, signs, ranks, label)
 
     def _raise_if_closed(self, keys: Sequence[str], signs: Sequence[str], ranks: Sequence[int], label: str) -> None:
         store = self.store

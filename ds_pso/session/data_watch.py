@@ -32,23 +32,26 @@ class DataWatch:
         engine.register_forward_pre_hook(self._saw, with_kwargs=True)
 
     def _saw(self, module: object, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
-        if not (torch.is_grad_enabled() and self._engine.training):
+        if not (torch.is_grad_enabled() and self._engine.module.training):
             return
         session = self._session
         hashes = session.num_particles > 1 and self._batches < _BATCHES
         if not hashes and not session.samplers:
             return
-        tensors = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor) and _is_plain(leaf)]
         if hashes and tensors:
             self._batches += 1
             for tensor in tensors:
                 self._hash.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
                 self._hash.update(_bytes_of(tensor))
-            # 0: nothing was seen
-            session.window.samples = float(int.from_bytes(self._hash.digest(), "little") or 1)
+            session.window.samples = float(int.from_bytes(self._hash.digest(), "little") or 1)  # 0: nothing was seen
         rows = next((tensor.shape[0] for tensor in tensors if tensor.dim() > 0), 0)
         for sampler in session.samplers:
             sampler.saw(rows)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_meta
 
 
 def _bytes_of(tensor: Tensor) -> bytes:

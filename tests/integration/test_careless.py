@@ -158,7 +158,7 @@ def forget(case: Case, what: str) -> list[str]:
     [
         ("attach", 2, "no engine was attached"),
         ("that training is short", 100, "the particles never synced: training had 4 steps"),
-        ("engine.backward", 2, "no loss was seen before the first sync"),
+        ("engine.backward", 2, "the swarm has seen no loss before its first sync"),
         ("nothing", 100, None),
         ("nothing", 2, None),
     ],

@@ -21,6 +21,10 @@ class Engine(nn.Module):
         self.global_steps = 0
         self.boundary = True
 
+    @property
+    def module(self) -> nn.Module:  # type: ignore[override]
+        return self
+
     def backward(self, loss: torch.Tensor, **_: Any) -> None:
         pass
 
