@@ -200,6 +200,26 @@ def carry_nan_into_fragments() -> None:
     Overlap._apply = apply_some
 
 
+@sabotage("integration/test_fragments.py")
+def cut_the_shard() -> None:
+    """A fragment is an equal part of what the rank owns, and no part of the model."""
+    from ds_pso.shards.base import equal_parts
+    from ds_pso.shards.fragments import Range
+    from ds_pso.sync import parts
+
+    def cut(shards: Any, count: int) -> Any:
+        numels = [s.numel for s in shards.segments]
+        return [
+            [
+                Range(s.shard, s.shard_start + start, s.shard_start + stop)
+                for s, start, stop in ((shards.segments[i], start, stop) for i, start, stop in part)
+            ]
+            for part in equal_parts(numels, count)
+        ]
+
+    vars(parts)["cut"] = cut
+
+
 @sabotage("integration/test_streaming.py")
 def recover_only_the_fragment_in_turn() -> None:
     """A particle that is not alive waits for the other fragments until their turn comes."""

@@ -32,7 +32,7 @@ import torch
 from ds_pso.errors import CheckpointError, SwarmError
 from ds_pso.utils.atomic_io import hash_file
 
-FORMAT = 6
+FORMAT = 7
 LATEST = "latest"
 DEEPSPEED_TAG = "deepspeed"
 MODEL = "model"  # a folder beside DeepSpeed's in that of a particle

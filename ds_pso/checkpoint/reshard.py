@@ -30,7 +30,7 @@ from ds_pso.checkpoint.reader import Flat, SavedParticle
 from ds_pso.errors import CheckpointError
 from ds_pso.session.session import Session
 from ds_pso.shards import Segment, Shards, find_shards
-from ds_pso.shards.fragments import cut_segments
+from ds_pso.shards.fragments import ModelFragment, cut_model, part_of, trained_numels
 
 T = TypeVar("T")
 
@@ -154,20 +154,16 @@ class Reshaped:
         return state
 
     def _pending(self, mine: Mapping[str, Any], of_all: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """One fragment, applied when the last one was due: fragments are cut from the shards of a rank."""
+        """Continue a pending sync: its fragments are of the model, so they are the same on any number of ranks."""
         record = {key: value for key, value in mine["record"].items() if not isinstance(value, list | dict)}
         record |= {key: self._per_particle(mine["record"][key]) for key in ("losses", "alive")}
         columns = zip(*(pending["distances"] for pending in of_all), strict=True)
         return {
             **mine,
-            "cut_into": 1,
-            "numbers": [0],
-            "applied": 0,
             "record": record,
             "lr_factors": self._per_particle(mine["lr_factors"]) if mine["lr_factors"] else [],
             "window": self._window([pending["window"] for pending in of_all]),
             "distances": [self._shared_out(column) for column in columns],
-            "arrived_s": mine["arrived_s"][-1:],
         }
 
     # -- tensors ------------------------------------------------------------------------------
@@ -248,38 +244,42 @@ class _SavedLikeShards:
         return tensors
 
     def movement(self, old_rank: int) -> list[Tensor]:
-        """See ``PendingSync.movement``: what has been applied, or was not on its way, does not move.
+        """See ``PendingSync.movement``.
 
         Args:
             old_rank: the one whose buffers this rank continues.
         """
         num_buffers, whole, means = len(self.shards.buffers()), [], []
+        pending = (self.records[old_rank]["synchronizer"] or {})["pending"]
+        fragments: list[ModelFragment] = []  # none: the shards as they are
+        if pending["cut_into"] > 1:
+            cut = cut_model(trained_numels(self.shards), pending["cut_into"])
+            fragments = [cut[number] for number in pending["numbers"]]
         for own, record in zip(self.saved.own, self.records, strict=True):
             count = sum(key.startswith("pending.") for key in own.keys())  # noqa: SIM118
             movement = [own.get_tensor(f"pending.{i}") for i in range(count)]
-            whole.append(self._whole_movement(movement[: count - num_buffers], record))
-            means.append(movement[count - num_buffers :])
-        return [*self._gather(torch.float32, lambda rank, shard: whole[rank][shard]), *means[old_rank]]
+            moved, mean = movement[: count - num_buffers], movement[count - num_buffers :]
+            whole.append(_spread(moved, _segments_of(record), fragments) if fragments else moved)
+            means.append(mean)
+        gathered = self._gather(torch.float32, lambda rank, shard: whole[rank][shard])
+        if fragments:
+            parts = [part_of(self.shards.segments, fragment) for fragment in fragments]
+            gathered = [r.of(gathered).clone() for part in parts for r in part]
+        return [*gathered, *means[old_rank]]
 
-    def _whole_movement(self, movement: Sequence[Tensor], record: RankRecord) -> list[Tensor]:
-        """Return the movement of an old rank's fragments, each where it belongs in that rank's shards."""
-        pending = (record["synchronizer"] or {})["pending"]
-        if pending["cut_into"] == 1:
-            return list(movement) if pending["applied"] == 0 else [torch.zeros_like(values) for values in movement]
-        segments = _segments_of(record)
-        sizes = [0] * (1 + max((s.shard for s in segments), default=-1))
-        for s in segments:
-            sizes[s.shard] = max(sizes[s.shard], s.shard_start + s.numel)
-        whole = [torch.zeros(size) for size in sizes]
-        names = [name for name, _ in self.shards.module.named_parameters()]
-        fragments = cut_segments(segments, names, pending["cut_into"])
-        parts = iter(movement)
-        for place, number in enumerate(pending["numbers"]):
-            for r in fragments[number]:
-                values = next(parts)
-                if place >= pending["applied"]:
-                    r.of(whole).copy_(values)
-        return whole
+
+def _spread(
+    movement: Sequence[Tensor], segments: Sequence[Segment], fragments: Sequence[ModelFragment]
+) -> list[Tensor]:
+    """Return the movement of an old rank's fragments, each where it belongs in that rank's shards; zeros elsewhere."""
+    sizes = [0] * (1 + max((s.shard for s in segments), default=-1))
+    for s in segments:
+        sizes[s.shard] = max(sizes[s.shard], s.shard_start + s.numel)
+    whole = [torch.zeros(size) for size in sizes]
+    ranges = [r for fragment in fragments for r in part_of(segments, fragment)]
+    for r, values in zip(ranges, movement, strict=True):
+        r.of(whole).copy_(values)
+    return whole
 
 
 def _segments_of(record: RankRecord) -> list[Segment]:

@@ -124,7 +124,7 @@ def sync_cost(cluster: Cluster, swarm: SwarmConfig, wire: str | None = None) -> 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each rank, beside what DeepSpeed takes."""
+    """Bytes on the rank that needs most, beside what DeepSpeed takes."""
 
     kept: float  # state, from one sync point to the next
     pending: float  # besides, while a delayed sync point is on its way
@@ -132,7 +132,11 @@ class Memory:
 
 
 def memory(cluster: Cluster, swarm: SwarmConfig) -> Memory:
-    """Compute the memory that a rank needs for this config, by the table in docs/slow-networks.md."""
+    """Compute the memory that a rank needs for this config, by the table in docs/slow-networks.md.
+
+    Where fragments sync one at a time, as much of one may lie on a rank as fits into its shard: ZeRO 0 to 2 give a rank
+    a run of the model, and fragments are cut by the model.
+    """
     rule, P = swarm.build_rule(), cluster.particles
     assert rule is not None, "allreduce has no sync points"
     shard = cluster.parameters / cluster.ranks  # elements
@@ -142,7 +146,7 @@ def memory(cluster: Cluster, swarm: SwarmConfig) -> Memory:
         state += 4 + rough
     if rule.max_staleness is not None:
         return Memory((state + 4 * (2 * (P - 1) + 1)) * shard, 0.0, 0.0)
-    part = 4 * shard / swarm.turns
+    part = 4 * min(shard, cluster.parameters / swarm.turns)
     bucket, wire = min(part, swarm.bucket_mb * 2**20), bytes_per_element(swarm.wire) / 4
     exchange = 0.0
     for kind, sources in _exchanges(rule, P, swarm.sync_interval):

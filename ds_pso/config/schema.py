@@ -47,8 +47,8 @@ class SwarmConfig(StrictModel):
     fragments: int = Field(
         default=1,
         ge=1,
-        description="Cut a delayed sync point into so many fragments, which are exchanged and applied one after the "
-        "other within `delay`, those first that the forward pass needs first.",
+        description="Cut a delayed sync point into so many fragments of equal size, which are exchanged and applied "
+        "one after the other within `delay`: the layers in turn, from the first on.",
     )
     streaming: bool = Field(
         default=False,

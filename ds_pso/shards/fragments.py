@@ -1,14 +1,16 @@
-"""Cuts a rank's shards into fragments that may be exchanged and applied one after the other."""
+"""Cuts the model into fragments that may be exchanged and applied one after the other; finds a rank's part of each."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from ds_pso.shards import Segment, Shards
+
+ModelFragment = Mapping[str, range]  # by name of the parameter: elements of it, flattened
 
 
 @dataclass(frozen=True)
@@ -24,50 +26,125 @@ class Range:
         return shards[self.shard][self.start : self.stop]
 
 
-Fragment = Sequence[Range]
+Fragment = Sequence[Range]  # a rank's part of a fragment of the model; may be empty
+
+
+# -- the model, whatever its sharding ----------------------------------------------------------------
+
+
+def cut_model(numels: Mapping[str, int], count: int) -> Sequence[ModelFragment]:
+    """Cut parameters into ``count`` fragments, strided over the layers.
+
+    Fragment k has the layers k, k + count, k + 2 count, ..., counted in the order of the module; what is in no layer
+    (embeddings, head) fills the fragments up, one after the other in the order of the module. With M elements in all,
+    each fragment has floor(M / count) or one more: what its layers have above that fills up the others, too. So every
+    element is in exactly one fragment, and of each parameter a fragment has one run. A model without layers is cut into
+    runs of its parameters.
+
+    The result depends on names and sizes alone, so it is the same for any ZeRO stage and any number of ranks.
+
+    Source: the strided pattern of A. Douillard et al., "Streaming DiLoCo with Overlapping Communication",
+    arXiv 2501.18512, section 2; fragments of exactly equal size are ours.
+
+    Args:
+        numels: elements of each trained parameter, by name, in the order of the module.
+        count: of fragments; may be more than there are elements, and then some are empty.
+    """
+    layers = find_layers(numels)
+    numbers = {layer: number for number, layer in enumerate(dict.fromkeys(layers.values()))}
+    total = sum(numels.values())
+    room = [total * (k + 1) // count - total * k // count for k in range(count)]
+    fragments: list[dict[str, range]] = [{} for _ in range(count)]
+
+    def take(k: int, name: str, left: range) -> range:
+        """Give fragment k as much of it as it has room for; return the rest."""
+        taken, left = left[: room[k]], left[room[k] :]
+        if taken:
+            fragments[k][name] = taken
+            room[k] -= len(taken)
+        return left
+
+    rest = {name: range(numel) for name, numel in numels.items()}
+    for name, layer in layers.items():
+        rest[name] = take(numbers[layer] % count, name, rest[name])
+    for name, left in rest.items():
+        for k in range(count):
+            left = take(k, name, left)
+    return fragments
+
+
+def find_layers(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Return the layer of each parameter that is in one: the name of a stack, and the layer's number there.
+
+    A stack is what stands before a number in the names of parameters, if some name occurs also with another number in
+    its place: ``model.layers``, where there are both ``model.layers.0.mlp.weight`` and ``model.layers.1.mlp.weight``.
+    Of stacks in one another, such as experts in a layer, the outermost counts.
+    """
+    names = list(names)
+    numbers: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for name in names:
+        for stack, number, below in _numbered(name):
+            numbers[stack, below].add(number)
+    stacks = {stack for (stack, _), found in numbers.items() if len(found) > 1}
+    layers: dict[str, tuple[str, str]] = {}
+    for name in names:
+        for stack, number, _ in _numbered(name):
+            if stack in stacks:
+                layers.setdefault(name, (stack, number))
+    return layers
+
+
+def _numbered(name: str) -> Iterator[tuple[str, str, str]]:
+    """Yield each number in a dotted name, between what stands before and behind it."""
+    parts = name.split(".")
+    for place, part in enumerate(parts):
+        if part.isdecimal():
+            yield ".".join(parts[:place]), part, ".".join(parts[place + 1 :])
+
+
+# -- the part of a rank ------------------------------------------------------------------------------
+
+
+def trained_numels(shards: Shards) -> dict[str, int]:
+    """Return the elements of each trained parameter of the whole model, by name, in the order of the module."""
+    trained = shards.trained_names()
+    parameters = shards.module.named_parameters()
+    return {name: int(getattr(p, "ds_numel", p.numel())) for name, p in parameters if name in trained}
 
 
 def cut(shards: Shards, count: int) -> list[Fragment]:
-    """Return ``count`` fragments of equal size, those first whose parameters the forward pass needs first.
+    """Return this rank's part of each of ``count`` fragments of the model, which may be empty.
 
-    Every element that belongs to a parameter is in exactly one of them. As the forward pass goes, so it is assumed, the
-    parameters were registered in the module. One fragment is the shards as they are, with their padding.
+    Peers hold the same slices of the model, so they have the same part. One fragment is the shards as they are, with
+    their padding.
     """
     if count == 1:
         return [[Range(i, 0, t.numel()) for i, t in enumerate(shards.tensors)]]
-    return cut_segments(shards.segments, [name for name, _ in shards.module.named_parameters()], count)
+    return [part_of(shards.segments, fragment) for fragment in cut_model(trained_numels(shards), count)]
 
 
-def cut_segments(segments: Sequence[Segment], names: Sequence[str], count: int) -> list[Fragment]:
-    """Return more than one fragment of a rank that holds these segments.
+def part_of(segments: Sequence[Segment], fragment: ModelFragment) -> Fragment:
+    """Return the part of a fragment that lies in a rank's segments.
 
     Args:
-        names: of the parameters, in their order.
+        segments: in ascending order of (shard, shard_start).
+        fragment: of the model.
+
+    Returns:
+        Ranges in the same order; neighbours in a shard are one range.
     """
-    order = {name: place for place, name in enumerate(names)}
-    segments = sorted(segments, key=lambda s: (order[s.name], s.param_start))
-    total = sum(s.numel for s in segments)
-    bounds = [total * k // count for k in range(count + 1)]
-    return [list(_between(segments, start, stop)) for start, stop in itertools.pairwise(bounds)]
-
-
-def _between(segments: Sequence[Segment], start: int, stop: int) -> Iterator[Range]:
-    """Yield the elements [start, stop) of all segments, one behind the other; neighbours in a shard are one range."""
-    begin, last = 0, None
+    found: list[Range] = []
     for s in segments:
-        low, high = max(start, begin) - begin, min(stop, begin + s.numel) - begin
-        begin += s.numel
-        if low >= high:
+        wanted = fragment.get(s.name, range(0))
+        start, stop = max(wanted.start, s.param_start), min(wanted.stop, s.param_start + s.numel)
+        if start >= stop:
             continue
-        here = Range(s.shard, s.shard_start + low, s.shard_start + high)
-        if last and (last.shard, last.stop) == (here.shard, here.start):
-            last = Range(last.shard, last.start, here.stop)
-        else:
-            if last:
-                yield last
-            last = here
-    if last:
-        yield last
+        moved = s.shard_start - s.param_start
+        begin = start + moved
+        if found and (found[-1].shard, found[-1].stop) == (s.shard, begin):
+            begin = found.pop().start
+        found.append(Range(s.shard, begin, stop + moved))
+    return found
 
 
 def segments_in(fragment: Fragment, segments: Sequence[Segment]) -> list[Segment]:

@@ -34,11 +34,12 @@ class PendingSync:
     Attributes:
         begun: optimizer step.
         delay: steps until the last fragment is due.
-        cut_into: fragments that the shards consist of.
+        cut_into: fragments that the model consists of.
         numbers: of those that are on their way.
-        movement: copies of the fragments' ranges, one after the other, and of the flat buffers, as they were at the
-            beginning. In the end: how far they shall move, or where they shall be if the particle was not alive; and
-            the mean of the buffers, which are statistics (a variance that was corrected could become negative).
+        movement: copies of this rank's ranges of the fragments, one after the other, and of the flat buffers, as they
+            were at the beginning. In the end: how far they shall move, or where they shall be if the particle was not
+            alive; and the mean of the buffers, which are statistics (a variance that was corrected could become
+            negative).
         applied: fragments.
         record: what is known of the sync so far.
         broken_off: a particle was lost, or needs the whole model: nothing comes of it.

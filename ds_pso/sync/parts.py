@@ -114,7 +114,7 @@ class SyncParts:
         self._cuts: dict[int, list[Fragment]] = {}
 
     def fragments(self, count: int) -> list[Fragment]:
-        """Return the shards cut into so many fragments."""
+        """Return this rank's part of each of so many fragments of the model."""
         if count not in self._cuts:
             self._cuts[count] = cut(self.shards, count)
         return self._cuts[count]

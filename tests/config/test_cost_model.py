@@ -205,6 +205,10 @@ def test_what_sync_point_takes_is_bounded_by_the_bucket() -> None:
     share = 7.5e6 / 4
     assert (shared.kept, shared.pending) == (8 * share, 4 * share)
     assert shared.exchange == pytest.approx(share * (4 + (1 / 2 + 1 / 64) * (2 - 1 / 2)))
+    turns = {"streaming": True, "fragments": 8, "delay": 1, "sync_interval": 8}
+    for ranks, most in ((1, 7.5e6 / 8), (4, 7.5e6 / 8), (16, share / 4)):
+        in_turns = memory(replace(CLUSTER, ranks=ranks), section(bucket_mb=4096, **turns))
+        assert (in_turns.pending, in_turns.exchange) == (4 * most, 4 * most), "a whole fragment, or the whole shard"
     messages = memory(CLUSTER, section(sync_mode="nosync", nosync={"asynchronous": True}))
     assert messages == Memory(kept=7.5e6 * 4 * 3, pending=0, exchange=0)
 

@@ -45,6 +45,7 @@ class Case:
     batch_norm: bool = False
     dropout: float = 0.0
     groups: int = 1  # parameter groups
+    layers: int = 0  # alike, in the middle of the model
     fused: bool = False  # stage 0 in half precision: DeepSpeed's wrapper for fused optimizers
     seed: int | None = None  # of the initial weights; None: each rank its own
     probe: bool = False  # give attach a probe
@@ -60,24 +61,28 @@ class Case:
 
 
 class Net(nn.Module):
-    """69 parameters in tensors of odd sizes, one of them smaller than a particle of two ranks."""
+    """69 parameters in tensors of odd sizes, one of them smaller than a particle of two ranks; 30 more a layer."""
 
-    def __init__(self, batch_norm: bool = False, dropout: float = 0.0) -> None:
+    def __init__(self, batch_norm: bool = False, dropout: float = 0.0, layers: int = 0) -> None:
         super().__init__()
         self.first = nn.Linear(7, 5)
+        self.layers = nn.ModuleList(nn.Linear(5, 5) for _ in range(layers))
         self.norm = nn.BatchNorm1d(5) if batch_norm else nn.LayerNorm(5)
         self.dropout = nn.Dropout(dropout)
         self.last = nn.Linear(5, 3)
         self.scale = nn.Parameter(torch.ones(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.dropout(torch.tanh(self.norm(self.first(x))))) * self.scale
+        x = self.first(x)
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return self.last(self.dropout(torch.tanh(self.norm(x)))) * self.scale
 
 
 def build_model(case: Case) -> Net:
     # LOCAL_RANK is the launcher's even inside a particle.
     torch.manual_seed(int(os.environ["LOCAL_RANK"]) + 100 if case.seed is None else case.seed)
-    return Net(case.batch_norm, case.dropout)
+    return Net(case.batch_norm, case.dropout, case.layers)
 
 
 def parameter_groups(case: Case, model: nn.Module) -> list[dict[str, Any]]:

@@ -288,7 +288,7 @@ def make_oracle(case: Case, start: np.ndarray) -> Oracle:
     problem = Problem(
         start=start,
         num_particles=int(case.particles),
-        sizes={name: p.numel() for name, p in Net().named_parameters()},
+        sizes={name: p.numel() for name, p in Net(layers=case.layers).named_parameters()},
         total=None if total is None else total // (case.interval // _turns(case)),
         interval=case.interval,
         score=partial(probe_loss, dtype=case.dtype),
@@ -318,8 +318,8 @@ def follow(
     spacing = case.interval // turns
     lies = lies or (0.0,) * int(case.particles)
     torch.manual_seed(100 if case.seed is None else case.seed)
-    start = Net()
-    models = [Net() for _ in range(int(case.particles))]
+    start = Net(layers=case.layers)
+    models = [Net(layers=case.layers) for _ in range(int(case.particles))]
     for model in models:
         model.load_state_dict(start.state_dict())
     optimizers = [_optimizer(case, model) for model in models]

@@ -11,34 +11,25 @@ import numpy as np
 import pytest
 from pool import Pool
 
-from .jobs import Case, Net, Weights, assert_equal, master_pieces, one_after_the_other, swarm_of, train, working_weights
+from .jobs import Case, Net, Weights, assert_equal, one_after_the_other, swarm_of, train, working_weights
 from .test_delay import RULES
 from .test_truth import assert_true, weights_of_each
 
-Pieces = list[tuple[str, int, int]]  # of the masters: parameter, offset in it, number of elements
 
-
-def weights_and_pieces(cases: list[Case]) -> tuple[list[Weights], list[Pieces]]:
-    weights, pieces = [], []
-    for case, swarm, engine in one_after_the_other(cases):
-        train(case, engine)
-        weights.append(working_weights(engine))
-        pieces.append([(name, start, values.size) for name, start, values in master_pieces(swarm)])
-    return weights, pieces
-
-
-def numbers_of(particle: list[Pieces], count: int) -> np.ndarray:
-    """The fragment of each flat weight: what a rank owns, in the order of the parameters, in equal parts."""
-    begins, total = {}, 0
-    for name, parameter in Net().named_parameters():
-        begins[name], total = total, total + parameter.numel()
-    number = np.full(total, -1)
-    for rank in particle:
-        mine = np.sort(np.concatenate([np.arange(n) + begins[name] + start for name, start, n in rank]))
-        bounds = [len(mine) * k // count for k in range(count + 1)]
-        for k in range(count):
-            number[mine[bounds[k] : bounds[k + 1]]] = k
-    assert (number >= 0).all()
+def numbers_of(layers: int, count: int) -> np.ndarray:
+    """The fragment of each flat weight: layers in turn, and what lies outside of them fills up equal sizes in order."""
+    assert layers % count == 0, "then all of them are whole"
+    number = np.concatenate(
+        [
+            np.full(p.numel(), int(name.split(".")[1]) % count if "layers" in name else -1)
+            for name, p in Net(layers=layers).named_parameters()
+        ]
+    )
+    sizes = np.diff([len(number) * k // count for k in range(count + 1)])
+    left = sizes - 30 * layers // count
+    assert (left > 0).all()
+    number[number < 0] = np.repeat(np.arange(count), left)
+    assert (np.bincount(number) == sizes).all()
     return number
 
 
@@ -55,18 +46,53 @@ def numbers_of(particle: list[Pieces], count: int) -> np.ndarray:
 def test_every_rule_in_fragments(pool: Pool, stage: int, particles: int, delay: int, fragments: int) -> None:
     """Each element moves by the result, and keeps the steps since it was taken, when its fragment is due."""
     more = {"delay": delay, "fragments": fragments}
-    cases = [replace(case, stage=stage, particles=particles, swarm=case.swarm | more) for case in RULES.values()]
-    assert_each_true(pool, cases, particles, fragments)
+    shape = {"stage": stage, "particles": particles, "layers": 2 * fragments}
+    cases = [replace(case, **shape, swarm=case.swarm | more) for case in RULES.values()]
+    assert_each_true(pool, cases)
 
 
-def assert_each_true(pool: Pool, cases: list[Case], particles: int, fragments: int) -> None:
-    ranks = pool.run(weights_and_pieces, cases, world_size=4, timeout=120)
+def assert_each_true(pool: Pool, cases: list[Case], world_size: int = 4) -> None:
+    ranks = pool.run(weights_of_each, cases, world_size=world_size, timeout=120)
     for index, case in enumerate(cases):
-        numbers = numbers_of([pieces[index] for _, pieces in ranks[: 4 // particles]], fragments)
+        numbers = numbers_of(case.layers, case.swarm["fragments"])
         try:
-            assert_true([weights[index] for weights, _ in ranks], case, numbers)
+            assert_true([weights[index] for weights in ranks], case, numbers)
         except AssertionError as error:
-            raise AssertionError(f"{case}: {error}") from error
+            raise AssertionError(f"{case}, {case.layers} layers: {error}") from error
+
+
+def owned(case: Case) -> list[list[int]]:
+    """Elements that this rank owns of each fragment of the model, at ZeRO 2 and 3."""
+    found = []
+    for _, swarm, _ in one_after_the_other(replace(case, stage=stage) for stage in (2, 3)):
+        fragments = swarm.session.synchronizer.parts.fragments(case.swarm["fragments"])
+        found.append([sum(r.stop - r.start for r in fragment) for fragment in fragments])
+    return found
+
+
+def test_each_rank_has_its_part_of_the_model_s_fragments(pool: Pool) -> None:
+    """At ZeRO 2, where it owns a run of the model, it may have nothing of a fragment."""
+    case = Case(interval=3, swarm={"delay": 3, "fragments": 3})
+    ranks = pool.run(owned, case, world_size=4)
+    assert ranks[:2] == ranks[2:], "peers own the same"
+    for first, second in zip(*ranks[:2], strict=True):
+        assert [sum(pair) for pair in zip(first, second, strict=True)] == [23, 23, 23]
+    assert [0 in of_a_stage for of_a_stage in ranks[1]] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("stages", "size"), [((0, 1, 2, 3), 2), ((2,), 1), pytest.param((0, 1, 3), 1, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize(
+    "more", [{"delay": 3, "fragments": 3}, {"delay": 1, "fragments": 3, "streaming": True}], ids=str
+)
+def test_the_result_does_not_depend_on_sharding(
+    pool: Pool, stages: tuple[int, ...], size: int, more: dict[str, Any]
+) -> None:
+    """At any stage and number of ranks it is that of NumPy; without layers a rank has nothing of some fragments."""
+    base = Case(sync_mode="diloco", steps=10, interval=3, seed=1, swarm=more)
+    cases = [replace(base, stage=stage, layers=layers) for stage in stages for layers in (0, 6)]
+    assert_each_true(pool, cases, world_size=2 * size)
 
 
 def test_fragments_matter_and_one_is_the_whole(pool: Pool) -> None:

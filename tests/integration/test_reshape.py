@@ -114,8 +114,7 @@ class Rank:
 def report(case: Case, swarm: Any) -> Rank:
     step = swarm.engine.global_steps
     now = pieces(swarm), numbers(swarm), working_weights(swarm.engine)
-    # Fragments are cut from the shards of a rank, so that what syncs later depends on their number.
-    more = 0 if "streaming" in case.swarm else 1 if "fragments" in case.swarm else 3
+    more = 6 if "streaming" in case.swarm else 3  # each fragment has its turn
     train(case, swarm.engine, range(step, step + more))
     swarm.finish_pending()
     counts = {float(state["step"]) for state in swarm.engine.basic_optimizer.state.values() if "step" in state}
@@ -245,6 +244,14 @@ def more(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, li
 @pytest.mark.parametrize("new", [(4, 1), (2, 1), (2, 3), (1, 2), (1, 1)], ids=str)
 def test_whatever_is_kept_goes_where_it_belongs(pool: Pool, more: Any, new: Shape) -> None:
     check(pool, MORE, *more, (2, 2), new)
+
+
+def test_fragments_go_on_with_other_numbers_of_ranks(pool: Pool, tmp_path: Path) -> None:
+    """At step 3 half of a sync has been applied; of streaming fragments the first is on its way."""
+    base = Case(layers=4, sync_mode="easgd", optimizer="SGD", momentum=0.5, swarm={"delay": 2, "fragments": 2})
+    streaming = {"interval": 4, "swarm": base.swarm | {"streaming": True}}
+    cases = [replace(base, stage=stage, **more) for stage in (2, 3) for more in ({}, streaming)]
+    check(pool, cases, tmp_path, saved(pool, cases, (2, 2), tmp_path), (2, 2), (2, 1))
 
 
 @pytest.mark.slow
