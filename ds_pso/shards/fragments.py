@@ -106,7 +106,11 @@ def _numbered(name: str) -> Iterator[tuple[str, str, str]]:
 
 
 def trained_numels(shards: Shards) -> dict[str, int]:
-    """Return the elements of each trained parameter of the whole model, by name, in the order of the module."""
+    """Return the elements of each trained parameter of the whole model, by name, in the order of the module.
+
+    Trained is what the optimizer has: at ZeRO 0 a frozen parameter that it was given is cut, too, or one that thaws
+    later would be synced by nobody.
+    """
     trained = shards.trained_names()
     parameters = shards.module.named_parameters()
     return {name: int(getattr(p, "ds_numel", p.numel())) for name, p in parameters if name in trained}

@@ -247,11 +247,12 @@ def test_whatever_is_kept_goes_where_it_belongs(pool: Pool, more: Any, new: Shap
 
 
 def test_fragments_go_on_with_other_numbers_of_ranks(pool: Pool, tmp_path: Path) -> None:
-    """At step 3 half of a sync has been applied; of streaming fragments the first is on its way."""
-    base = Case(layers=4, sync_mode="easgd", optimizer="SGD", momentum=0.5, swarm={"delay": 2, "fragments": 2})
-    streaming = {"interval": 4, "swarm": base.swarm | {"streaming": True}}
-    cases = [replace(base, stage=stage, **more) for stage in (2, 3) for more in ({}, streaming)]
-    check(pool, cases, tmp_path, saved(pool, cases, (2, 2), tmp_path), (2, 2), (2, 1))
+    """At step 4 one of three has been applied, and the next is due; of streaming ones the second is on its way."""
+    base = Case(layers=4, sync_mode="easgd", optimizer="SGD", momentum=0.5)
+    late = {"interval": 3, "swarm": {"delay": 3, "fragments": 3}}
+    streaming = {"interval": 4, "swarm": {"delay": 2, "fragments": 2, "streaming": True}}
+    cases = [replace(base, stage=stage, **more) for stage in (2, 3) for more in (late, streaming)]
+    check(pool, cases, tmp_path, saved(pool, cases, (2, 2), tmp_path, steps=4), (2, 2), (2, 1))
 
 
 @pytest.mark.slow
