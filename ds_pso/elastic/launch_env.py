@@ -10,8 +10,8 @@ from ds_pso.distributed.layout import Layout, read_int
 from ds_pso.errors import ConfigError
 
 PREFIX = "DS_PSO_"
-LIGHTHOUSE, PARTICLE, PARTICLES, START, ATTEMPT, HOST = (
-    PREFIX + name for name in ("LIGHTHOUSE", "PARTICLE", "PARTICLES", "START", "ATTEMPT", "HOST")
+LIGHTHOUSE, PARTICLE, PARTICLES, START, LAUNCHER, ATTEMPT, HOST = (
+    PREFIX + name for name in ("LIGHTHOUSE", "PARTICLE", "PARTICLES", "START", "LAUNCHER", "ATTEMPT", "HOST")
 )
 
 
@@ -23,13 +23,15 @@ class Launch:
         lighthouse: URL.
         layout: of all P particles, whether they are there or not.
         start: how many particles a new swarm waits for before it begins.
-        attempt: how often this particle was started before.
+        launcher: its name, which no other has; empty: something else has set the variables.
+        attempt: how often it has started this particle before.
         host: address of this machine, on the network that joins the particles.
     """
 
     lighthouse: str
     layout: Layout
     start: int
+    launcher: str
     attempt: int
     host: str
 
@@ -65,6 +67,7 @@ def read_launch(particles: int | Literal["node"], env: Mapping[str, str]) -> Lau
         env[LIGHTHOUSE],
         Layout(particle * size + rank, places * size, places),
         read_int(env, START, places),
+        env.get(LAUNCHER, ""),
         read_int(env, ATTEMPT, 0),
         env.get(HOST, "127.0.0.1"),
     )

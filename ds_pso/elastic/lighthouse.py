@@ -7,6 +7,7 @@ ends the process when asked to, and send checkpoints over one that hands them to
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import threading
@@ -22,6 +23,7 @@ from ds_pso.errors import ConfigError, PeerError
 
 _SLICE_S = 2.0
 _PAUSE_S = 0.3
+_LIVES = itertools.count()  # of all clients of this process
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +57,10 @@ class QuorumClient:
         self._client: Any = None
         self._was_lost = False  # the lighthouse
         self._refusal = ""  # its last one
+        self._unknown = ""  # what is wrong where it serves others than particles
         self._rename()
         self._known: set[int] = {particle}
+        self._refused = False  # the swarm has sent this particle away
         self._alive = self._heard = time.monotonic()  # of this particle; of the lighthouse
         self._first_request_s = math.inf
         self._stop = threading.Event()
@@ -64,6 +68,11 @@ class QuorumClient:
     def heartbeat(self) -> None:
         """Note that the particle gets on with its work."""
         self._alive = time.monotonic()
+
+    @property
+    def is_stalled(self) -> bool:
+        """True if the particle has taken no step for so long that the others shall go on without it."""
+        return time.monotonic() - self._alive > self._timeout_s
 
     def close(self) -> None:
         """Send no more heartbeats."""
@@ -77,9 +86,11 @@ class QuorumClient:
             fresh: whether it has just been started. Then it waits until the others come, however long they train.
 
         Raises:
-            PeerError: too few came within the timeout, or the lighthouse is gone, or another has taken this place.
+            PeerError: too few came within the timeout, or the lighthouse is gone, or the swarm has sent this particle
+                away.
         """
         options, begin = self._options, time.monotonic()
+        self._refused = False
         self._let_others_wait(begin)
         patience = self._timeout_s if options.straggler == "wait" else options.straggler_s
         # The lighthouse waits for stragglers from the oldest request on. A particle that waits for the next sync of the
@@ -110,8 +121,10 @@ class QuorumClient:
                 time.sleep(_PAUSE_S)
                 continue
             self._heard = time.monotonic()
-            if self.name in quorum.rejected:
-                raise PeerError(f"particle {self._particle}: {quorum.rejected[self.name]}", agreed=True)
+            why = quorum.rejected.get(self.name, self._unknown if quorum.is_start else "")
+            if why:
+                self._refused = True  # nobody shall wait for it
+                raise PeerError(f"particle {self._particle}: {why}", agreed=True)
             if len(quorum.members) >= options.min_particles and not quorum.waits_for_more:
                 self._known.update(quorum.present)
                 return quorum
@@ -174,30 +187,42 @@ class QuorumClient:
             shrink_only=False,
             data=asdict(mine),
         )
-        everybody = []
+        everybody, self._unknown = [], ""
         for participant in answer.participants:
-            with contextlib.suppress(TypeError):  # of another ds_pso, or no particle at all
+            try:
                 everybody.append(QuorumMember(**participant.data))
-        return self._quorum(f"{answer.created.seconds}.{answer.created.nanos:09d}", everybody)
+            except TypeError:
+                self._unknown = (
+                    f"the lighthouse at {self._url} also serves another version of ds_pso, or another program "
+                    f"({participant.replica_id[:60]}); install one version everywhere, and give each swarm a "
+                    "lighthouse of its own (ds-pso launch --port)"
+                )
+        seconds, nanos = answer.created.seconds, answer.created.nanos
+        return self._quorum(f"{seconds}.{nanos:09d}", everybody, created=10**9 * seconds + nanos)
 
-    def _quorum(self, number: str, everybody: list[QuorumMember]) -> ElasticQuorum:
-        return ElasticQuorum.of(number, everybody, late_counts=self._options.straggler == "async")
+    def _quorum(self, number: str, everybody: list[QuorumMember], *, created: int = 0) -> ElasticQuorum:
+        late_counts = self._options.straggler == "async"
+        return ElasticQuorum.of(number, everybody, created=created, late_counts=late_counts)
 
     def _beat(self) -> None:
         client: Any = None
         while not self._stop.wait(self._options.heartbeat_s / 4):
-            if time.monotonic() - self._alive > self._timeout_s:
-                continue  # stalled: the others shall go on
-            with contextlib.suppress(TimeoutError, RuntimeError, ConnectionError, OSError):
-                client = client or self._client_type(self._url, timedelta(seconds=5))
-                client.heartbeat(self.name, timedelta(seconds=min(5.0, self._options.heartbeat_s / 2)))
-                self._heard = time.monotonic()
-                continue
-            client = None
+            client = self._beat_once(client)
+
+    def _beat_once(self, client: Any) -> Any:
+        """Send a heartbeat, unless the others shall go on; return the connection, None if there is none."""
+        if self._refused or self.is_stalled:
+            return client
+        with contextlib.suppress(TimeoutError, RuntimeError, ConnectionError, OSError):
+            client = client or self._client_type(self._url, timedelta(seconds=5))
+            client.heartbeat(self.name, timedelta(seconds=min(5.0, self._options.heartbeat_s / 2)))
+            self._heard = time.monotonic()
+            return client
+        return None
 
     def _rename(self) -> None:
         """Become a new process, as far as the others can tell: what is left of a request must not make a quorum."""
-        self.name, self.born = f"particle_{self._particle}:{uuid.uuid4().hex[:12]}", time.time_ns()
+        self.name, self.life = f"particle_{self._particle}:{uuid.uuid4().hex[:12]}", next(_LIVES)
 
 
 def _import_client() -> Any:

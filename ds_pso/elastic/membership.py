@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 class _Answer(TypedDict):
     number: str
+    created: int
     members: list[dict[str, object]]
 
 
@@ -68,14 +69,14 @@ class ElasticMembership:
         self._model = ""
         self._quorum: ElasticQuorum | None = None  # the present one; None where none was tried since the last
         self._fresh = True
-        self._joined = False  # see ``QuorumMember``
+        self._joined, self._run = False, 0  # see ``QuorumMember``
         self._last, self._size = "", 0  # the quorum that this particle has been through, and its size
 
     def introduce(self, fingerprint: str, section: Mapping[str, JSONValue]) -> None:
         layout = self._launch.layout
         text = json.dumps([fingerprint, layout.particle_size, layout.num_particles, dict(section)])
         self._model = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self._fresh, self._joined, self.has_newer_state = True, False, False
+        self._fresh, self._joined, self._run, self.has_newer_state = True, False, 0, False
         self._last, self._size = "", 0
 
     def start_quorum(self, index: int, *, in_background: bool = False) -> Quorum:
@@ -88,11 +89,16 @@ class ElasticMembership:
                 lambda name, *, waits: self._standing(name, index, waits=waits, in_background=in_background),
                 fresh=self._fresh,
             )
-            return {"number": quorum.number, "members": [asdict(member) for member in quorum.members]}
+            return {
+                "number": quorum.number,
+                "created": quorum.created,
+                "members": [asdict(member) for member in quorum.members],
+            }
 
         found = self._local.from_leader("quorum", request)
         members = tuple(QuorumMember(**member) for member in found["members"])  # type: ignore[arg-type]
-        quorum = ElasticQuorum(found["number"], members, {}, late_counts=self._options.straggler == "async")
+        late_counts = self._options.straggler == "async"
+        quorum = ElasticQuorum(found["number"], members, {}, created=found["created"], late_counts=late_counts)
         self._connect(quorum)
         self._quorum = quorum
         self.waited_s = time.perf_counter() - begin
@@ -112,7 +118,10 @@ class ElasticMembership:
         return QuorumMember(
             self._launch.layout.particle,
             name,
-            self._client.born,
+            launcher=self._launch.launcher,
+            attempt=self._launch.attempt,
+            life=self._client.life,
+            run=self._run,
             index=index,
             last=self._last,
             size=self._size,
@@ -154,7 +163,7 @@ class ElasticMembership:
             return False
         quorum, me = self._quorum, self._launch.layout.particle
         assert quorum is not None
-        self._last, self._size = quorum.number, len(quorum.members)
+        self._last, self._size, self._run = quorum.number, len(quorum.members), quorum.run
         # Whoever was there at the start alone knows no more than it may have on its disk.
         self._joined = self._joined or not quorum.is_start
         if me in quorum.recovering and not quorum.is_start and self._fresh:

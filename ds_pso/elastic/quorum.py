@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+_STARTED_AGAIN = "its launcher has started it again, and the newer process has its place in the swarm"
+_IS_TAKEN = (
+    "another launcher's process runs in its place; give each place to one ds-pso launch, or end the other process first"
+)
 
 
 @dataclass(frozen=True)
@@ -14,7 +18,10 @@ class QuorumMember:
     Attributes:
         particle: its place.
         name: of this life of it; a process that takes its place has another.
-        born: when that began, in ns.
+        launcher: a name of the launcher that has started it; starts are counted by each launcher alone.
+        attempt: how often that had started the particle before.
+        life: counts the names that the process has had.
+        run: when its swarm began, in ns by the clock of the lighthouse; 0: it is of none yet.
         index: sync points that it has been through.
         last: the number of the last quorum that it has been through; where it is another's, so is the state.
         size: of that quorum, in particles.
@@ -29,7 +36,10 @@ class QuorumMember:
 
     particle: int
     name: str
-    born: int
+    launcher: str
+    attempt: int
+    life: int
+    run: int
     index: int
     last: str
     size: int
@@ -51,33 +61,39 @@ class ElasticQuorum:
         number: of this quorum; no other has it.
         members: one for each place, in the order of particles.
         rejected: why members were sent away, by their names.
+        created: when, in ns by the clock of the lighthouse; 0: without it.
         late_counts: whether the work of a particle that has missed a sync point counts at the next.
     """
 
     number: str
     members: tuple[QuorumMember, ...]
     rejected: dict[str, str]
+    created: int = 0
     late_counts: bool = False
 
     @classmethod
-    def of(cls, number: str, everybody: Sequence[QuorumMember], *, late_counts: bool = False) -> ElasticQuorum:
-        """Find it. Of two that claim a place the younger stays; of models that of most, then of the most advanced."""
-        rejected: dict[str, str] = {}
-        places: dict[int, QuorumMember] = {}
-        for member in sorted(everybody, key=lambda m: (m.born, m.name)):
-            if member.particle in places:
-                rejected[places[member.particle].name] = "a younger process has taken its place in the swarm"
-            places[member.particle] = member
-        there = [places[particle] for particle in sorted(places)]
-        models = Counter(member.model for member in there)
-        leader = max(there, key=lambda m: (models[m.model], *_standing(m)))
-        for member in there:
-            if member.model != leader.model:
-                rejected[member.name] = (
-                    f"its model or config is not that of particle {leader.particle}; start all particles with one "
-                    "script and one JSON"
-                )
-        return cls(number, tuple(m for m in there if m.name not in rejected), rejected, late_counts)
+    def of(
+        cls, number: str, everybody: Sequence[QuorumMember], *, created: int = 0, late_counts: bool = False
+    ) -> ElasticQuorum:
+        """Find it: first those of another model are sent away, then those whose place another process has.
+
+        No clock of one machine is compared with that of another.
+        """
+        leader = _leader(everybody)
+        alike = [member for member in everybody if member.model == leader.model]
+        rejected = {
+            member.name: f"its model or config is not that of particle {leader.particle}; start all particles with one "
+            "script and one JSON, and each swarm with a lighthouse of its own (ds-pso launch --port)"
+            for member in everybody
+            if member.model != leader.model
+        }
+        started = sorted(alike, key=lambda m: (m.attempt, m.life, *_standing(m), m.name))
+        newest = _keep_last(started, lambda m: (m.particle, m.launcher), rejected, _STARTED_AGAIN)
+        # Starts of two launchers cannot be compared: who runs keeps its place, however old the other is.
+        places = _keep_last(
+            sorted(newest, key=lambda m: (*_standing(m), m.launcher)), lambda m: m.particle, rejected, _IS_TAKEN
+        )
+        return cls(number, tuple(sorted(places, key=lambda m: m.particle)), rejected, created, late_counts)
 
     @property
     def present(self) -> tuple[int, ...]:
@@ -87,6 +103,11 @@ class ElasticQuorum:
     def is_start(self) -> bool:
         """True if nobody knows anything yet."""
         return all(member.fresh for member in self.members)
+
+    @property
+    def run(self) -> int:
+        """When the swarm began; see ``QuorumMember``."""
+        return self.created if self.is_start else max(self.members, key=_standing).run
 
     @property
     def waits_for_more(self) -> bool:
@@ -142,3 +163,32 @@ class ElasticQuorum:
 def _standing(member: QuorumMember) -> tuple[bool, int, int, int]:
     """Sort key of those whose state counts: who has been through most syncs, and of these those that were more."""
     return (not member.fresh, member.index, member.size, -member.particle)
+
+
+def _leader(everybody: Sequence[QuorumMember]) -> QuorumMember:
+    """Return the one whose model counts: of the model that runs on most places.
+
+    Of two that run on equally many, that whose swarm began first; at a start, that of most, then of the lowest number.
+    Whoever has just been started counts only where nobody runs, so no number of newcomers displaces a swarm.
+    """
+
+    def order(best: QuorumMember) -> tuple[int | str, ...]:
+        alike = [member for member in everybody if member.model == best.model]
+        running = {member.particle for member in alike if not member.fresh}
+        places = {member.particle for member in alike}
+        return (-len(running), best.run, -len(places), *(-value for value in _standing(best)), best.model)
+
+    models = sorted({member.model for member in everybody})
+    return min((max((m for m in everybody if m.model == model), key=_standing) for model in models), key=order)
+
+
+def _keep_last(
+    ordered: Sequence[QuorumMember], key: Callable[[QuorumMember], object], rejected: dict[str, str], why: str
+) -> list[QuorumMember]:
+    """Return of those with equal keys the last; reject the others."""
+    kept: dict[object, QuorumMember] = {}
+    for member in ordered:
+        if key(member) in kept:
+            rejected[kept[key(member)].name] = why
+        kept[key(member)] = member
+    return list(kept.values())

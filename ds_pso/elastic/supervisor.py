@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,8 +94,9 @@ class Supervisor:
             _check_free(self.lighthouse)
             keeper = Child("lighthouse", self.lighthouse.command, dict(os.environ), quiet=True, log_dir=self.log_dir)
             keeper.start()
+        own = {**os.environ, **self.env, launch_env.LAUNCHER: uuid.uuid4().hex}
         for number in self.particles:
-            env = {**os.environ, **self.env, launch_env.PARTICLE: str(number)}
+            env = {**own, launch_env.PARTICLE: str(number)}
             self._children[number] = Child(f"particle {number}", self._command_of(number), env, log_dir=self.log_dir)
         before = {sign: signal.signal(sign, self._on_signal) for sign in _ENDING}
         try:

@@ -55,11 +55,18 @@ def test_all_finish(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_who_dies_is_started_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    text = "(here / f'{n}_{attempt}').touch()\nif n == '1' and attempt < 2: os.kill(os.getpid(), 9)\n"
+    text = (
+        "(here / f'{n}_{attempt}').write_text(os.environ['DS_PSO_LAUNCHER'])\n"
+        "if n == '1' and attempt < 2: os.kill(os.getpid(), 9)\n"
+    )
     # The other one must not have finished: then nobody is started again.
     code, _ = supervise(tmp_path, text + "while not (here / '1_2').exists(): time.sleep(0.05)")
     assert code == 0
-    assert sorted(p.name for p in tmp_path.glob("[01]_*")) == ["0_0", "1_0", "1_1", "1_2"]
+    started = sorted(tmp_path.glob("[01]_*"))
+    assert [p.name for p in started] == ["0_0", "1_0", "1_1", "1_2"]
+    # Particles compare attempts only if they have one launcher, whose name no other has.
+    assert len({p.read_text() for p in started}) == 1
+    assert len(started[0].read_text()) == 32
     said = capfd.readouterr().out
     assert "started again in 1 s" in said
     assert "started again in 2 s" in said

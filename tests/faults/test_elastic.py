@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -372,6 +372,57 @@ def test_another_model_is_sent_away(pool: Pool, url: str) -> None:
     assert outcomes[1].kind == "PeerError"
     assert "its model or config is not that of particle 0" in outcomes[1].text
     assert_equal(outcomes[0].get(), outcomes[2].get())
+
+
+def be_intruded(case: Case, intrusions: int, folder: Path) -> Any:
+    """Two particles train, until as many others claim their places, between two syncs, with another model."""
+    intrudes, me = os.environ["DS_PSO_ATTEMPT"] != "0", particle()
+    if intrudes:
+        wait_for(folder / "runs 0", folder / "runs 1")
+        ask = QuorumClient.request_quorum
+
+        def ask_and_tell(*arguments: Any, **options: Any) -> Any:
+            threading.Timer(0.5, (folder / f"asks {me}").touch).start()
+            return ask(*arguments, **options)
+
+        QuorumClient.request_quorum = ask_and_tell  # type: ignore[method-assign]
+        case = replace(case, batch_norm=True)
+    with swarm_of(case) as (swarm, engine):
+        records = listen(swarm)
+        train(case, engine, range(3))
+        (folder / f"runs {me}").touch()
+        wait_for(*(folder / f"asks {place}" for place in range(intrusions)))
+        train(case, engine, range(3, case.steps))
+        return [(r["present"], r["recovered"], r["losses"]) for r in records], working_weights(engine)
+
+
+@pytest.mark.slow
+def test_intruders_of_another_model_take_no_place(pool: Pool, tmp_path: Path) -> None:
+    """As many as those who run, started later and in their places: the swarm goes on as if nobody had come."""
+    case = elastic(replace(CASE, particles=2), heartbeat_s=1.0)
+    found = []
+    for intruders in (0, 2):
+        (folder := tmp_path / str(intruders)).mkdir()
+        with lighthouse(heartbeat_s=1.0) as url:
+            of = places(url, 4, 1, start=2)
+
+            def env(rank: int, of: Callable[[int], Mapping[str, str]] = of) -> dict[str, str]:
+                """Ranks 2 and 3 are told what ranks 0 and 1 are told, but for the attempt."""
+                place = str(rank % 2)
+                mine = {"LOCAL_RANK": place, "LAUNCHED_WORLD_SIZE": "2", "DS_PSO_PARTICLE": place}
+                return {**of(rank), **mine, "DS_PSO_PARTICLES": "2", "DS_PSO_ATTEMPT": str(rank // 2)}
+
+            found.append(
+                pool.outcomes(be_intruded, case, intruders, folder, world_size=2 + intruders, env=env, timeout=LIMIT_S)
+            )
+    alone, intruded = found
+    for here, there in zip(intruded[:2], alone, strict=True):
+        (records, weights), (expected_records, expected) = here.get(), there.get()
+        assert records == expected_records
+        assert_equal(weights, expected)
+    for outcome in intruded[2:]:
+        assert outcome.kind == "PeerError", outcome
+        assert "its model or config is not that of particle" in outcome.text
 
 
 # -- the lighthouse -------------------------------------------------------------------------------
