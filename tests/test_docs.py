@@ -393,6 +393,14 @@ def test_attributes_of_the_swarm_that_are_named_exist(path):
         assert name in attributes | keys or name == "particels", name  # the example of a misspelt key
 
 
+def test_deepspeed_clips_where_the_page_says_so():
+    from deepspeed.runtime.config import get_gradient_clipping
+
+    assert get_gradient_clipping({}) == 1.0
+    assert get_gradient_clipping({"gradient_clipping": 0}) == 0
+    assert "DeepSpeed clips gradients at a norm of 1.0 unless `gradient_clipping`" in page("docs/sync-modes.md")
+
+
 # -- error messages -------------------------------------------------------------------------
 
 GAP = "…"

@@ -6,7 +6,6 @@ import argparse
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ds_pso.cli.arguments import Subcommands, add_subcommand, check_at_least, quantity
@@ -44,7 +43,7 @@ class Findings:
     """The answer of the command, and with ``--json`` its keys.
 
     Attributes:
-        config: path of the JSON.
+        config: path of the JSON; ``config`` where the text itself was given.
         swarm: every setting of the section.
         defaults: settings that the file leaves open, such as ``schedule.type``.
         warnings: sentences.
@@ -88,13 +87,13 @@ def add_to(commands: Subcommands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the settings, warnings and costs."""
-    from ds_pso.config.load import load_config
+    from ds_pso.config.load import load_config, name_of, read_config
 
     ds_config, swarm = load_config(arguments.config)
-    given = json.loads(Path(arguments.config).read_text(encoding="utf-8"))["swarm"]
+    given = read_config(arguments.config)["swarm"]
     settings = swarm.resolved()
     found = Findings(
-        config=arguments.config,
+        config=name_of(arguments.config),
         swarm=settings,
         defaults=[name for name, _ in _flat(settings) if not _stands_in(given, name)],
         warnings=list(warnings(ds_config, swarm, given)),

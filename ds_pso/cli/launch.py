@@ -46,9 +46,7 @@ def add_to(commands: Subcommands) -> None:
     )
     add("--port", type=int, default=_PORT, help=f"of the lighthouse (default: {_PORT})")
     add("--lighthouse", metavar="URL", help="of one that runs elsewhere, such as http://10.0.0.1:29510")
-    add(
-        "--config", type=Path, metavar="JSON", help="the DeepSpeed config, if the script does not get it as an argument"
-    )
+    add("--config", metavar="JSON", help="the DeepSpeed config, if the script does not get it as an argument")
     add("--max-restarts", type=int, default=10, metavar="N", help="of a particle that does not run for ten minutes")
     add("--grace", type=float, default=60.0, metavar="SECONDS", help="for particles to save when this is asked to end")
     add("--log-dir", type=Path, metavar="DIR", help="also write what each particle prints to a file there")
@@ -66,7 +64,7 @@ def supervisor_of(arguments: argparse.Namespace) -> Supervisor:
     """Return the supervisor for these arguments, after every check that is possible before a start."""
     import torch
 
-    from ds_pso.config.load import load_config, named_in
+    from ds_pso.config.load import load_config, name_of, named_in
     from ds_pso.config.schema import SwarmConfig
     from ds_pso.elastic import launch_env
     from ds_pso.elastic.supervisor import Lighthouse, Supervisor
@@ -80,10 +78,10 @@ def supervisor_of(arguments: argparse.Namespace) -> Supervisor:
         raise ConfigError(f"{arguments.script}: no such script")
     path = arguments.config or named_in(arguments.arguments)
     config = load_config(path)[1] if path else SwarmConfig(transport="elastic")
-    if config.transport != "elastic":
+    if path and config.transport != "elastic":
         raise ConfigError(
-            f'{path}: swarm.transport = "{config.transport}": ds-pso launch starts each particle as a job of its own; '
-            'set it to "elastic", or start with deepspeed'
+            f'{name_of(path)}: swarm.transport = "{config.transport}": ds-pso launch starts each particle as a job of '
+            'its own; set it to "elastic", or start with deepspeed'
         )
     _check_host(arguments.host)
     wait_s = config.timeout_s if config.elastic.straggler == "wait" else config.elastic.straggler_s

@@ -47,14 +47,15 @@ def _share(text: str) -> float:
 def run(arguments: argparse.Namespace) -> int:
     """Print the cost of a sync point, and the settings that hide it."""
     from ds_pso.config.cost_model import Cluster, describe
-    from ds_pso.config.load import load_config
+    from ds_pso.config.load import load_config, name_of
 
     ds_config, swarm = load_config(arguments.config)
+    where = name_of(arguments.config)
     if swarm.build_rule() is None:
-        raise ConfigError(f'{arguments.config}: swarm.sync_mode = "allreduce": there are no sync points to plan')
+        raise ConfigError(f'{where}: swarm.sync_mode = "allreduce": there are no sync points to plan')
     if swarm.optimizer_state == "average":
         raise ConfigError(
-            f'{arguments.config}: swarm.optimizer_state = "average": how many moments travel depends on the optimizer; '
+            f'{where}: swarm.optimizer_state = "average": how many moments travel depends on the optimizer; '
             'plan with "keep"'
         )
     particles = arguments.particles or (0 if swarm.particles == "node" else swarm.particles)

@@ -50,7 +50,21 @@ class Combination:
         """The key that sets ``shortest_interval``."""
         return "schedule.min_interval" if varies(self) else "sync_interval"
 
+    @property
+    def narrow_masters(self) -> str | None:
+        """The key by which DeepSpeed keeps masters, too, in half precision; None: it keeps them in fp32."""
+        for name, key in _NARROW_MASTERS:
+            section = self.ds_config.get(name)
+            if isinstance(section, Mapping) and section.get(key):
+                return f"{name}.{key}"
+        return None
 
+
+_NARROW_MASTERS = [
+    ("fp16", "fp16_master_weights_and_grads"),
+    ("bf16", "bf16_master_weights_and_grads"),
+    ("bfloat16", "bf16_master_weights_and_grads"),  # the older name of the section
+]
 Predicate = Callable[[Combination], bool]
 
 
@@ -125,6 +139,10 @@ def is_asynchronous(c: Combination) -> bool:
 
 def averages_moments(c: Combination) -> bool:
     return c.swarm.optimizer_state == "average"
+
+
+def has_peers(c: Combination) -> bool:
+    return c.swarm.particles not in (1, "node")  # how many "node" is, is seen at attach
 
 
 # -- the table, in the order in which rows are tried ------------------------------------------
@@ -295,6 +313,12 @@ EXCLUSIONS: list[Exclusion] = [
         lambda c: c.swarm.fitness == "probe",
         'swarm.fitness = "probe": particles that wait for nobody are not ranked',
         'use "train", or set swarm.{swarm.sync_mode}.asynchronous to false',
+    ),
+    Exclusion(
+        has_peers,
+        lambda c: c.narrow_masters is not None,
+        "{config.narrow_masters} = true: the master weights are not fp32, and averages between particles need that",
+        "remove it",
     ),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import difflib
 import json
@@ -23,6 +24,8 @@ from ds_pso.rules import RULES, find_rule
 DeepSpeedConfig = dict[str, Any]  # JSON whose keys are DeepSpeed's affair
 ConfigSource = str | Path | Mapping[str, Any]
 Model = TypeVar("Model", bound=BaseModel)
+_BYTE_ORDER_MARK = "\ufeff"  # Windows editors begin a file with it
+_BLANK = _BYTE_ORDER_MARK + " \t\r\n"
 
 
 def find_config() -> str:
@@ -63,7 +66,7 @@ def load_config(source: ConfigSource) -> tuple[DeepSpeedConfig, SwarmConfig]:
     """Read a DeepSpeed config and split off its swarm section.
 
     Args:
-        source: path of a JSON file, or the config as a mapping (left unchanged).
+        source: the config as DeepSpeed or Accelerate take it: see ``read_config``.
 
     Returns:
         DeepSpeed's part of the config, and the validated swarm section.
@@ -71,10 +74,7 @@ def load_config(source: ConfigSource) -> tuple[DeepSpeedConfig, SwarmConfig]:
     Raises:
         ConfigError: names the file, the key, the value and what is allowed.
     """
-    if isinstance(source, Mapping):
-        where, config = "config", copy.deepcopy(dict(source))
-    else:
-        where, config = str(source), _read_json(Path(source))
+    where, config = name_of(source), read_config(source)
     section = config.pop("swarm", None)
     if section is None:
         raise ConfigError(
@@ -109,25 +109,95 @@ def is_allowed(ds_config: Mapping[str, object], swarm: SwarmConfig, **changes: o
     return True
 
 
-def _read_json(path: Path) -> DeepSpeedConfig:
+def name_of(source: ConfigSource) -> str:
+    """Return how messages call a config: by its path, or ``config`` where it has none."""
+    return "config" if isinstance(source, Mapping) or _text_in(source) is not None else str(source)
+
+
+def read_config(source: ConfigSource) -> DeepSpeedConfig:
+    """Read a config whole, its ``swarm`` section included.
+
+    Args:
+        source: path of a file. Or the config itself: a mapping (left unchanged), JSON text as Accelerate takes it, or
+            that in URL-safe base64. Like DeepSpeed's, the JSON may be Hjson: comments, a comma after the last item.
+
+    Raises:
+        ConfigError: names the file, and what is wrong with it.
+    """
+    if isinstance(source, Mapping):
+        return copy.deepcopy(dict(source))
+    where, text = name_of(source), _text_in(source)
+    config = _parse(_read_text(source, where) if text is None else text, where)
+    if not isinstance(config, dict):
+        raise ConfigError(f"{where}: the DeepSpeed config must be a JSON object")
+    return config
+
+
+def _read_text(path: str | Path, where: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{where}: cannot read the DeepSpeed config ({error.strerror}); check the path") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where}: not a UTF-8 text file; the DeepSpeed config must be JSON") from error
+    except ValueError as error:  # of a name that no file can have
+        raise ConfigError(f"{where}: cannot read the DeepSpeed config ({error}); check the path") from error
+
+
+def _text_in(source: str | Path) -> str | None:
+    """Return the text of a config that stands in place of a path; None: it is a path."""
+    if isinstance(source, Path) or os.path.exists(source):  # noqa: PTH110 (a Path refuses long names)
+        return None
+    if source.lstrip(_BLANK).startswith("{"):
+        return source
+    try:
+        text = base64.urlsafe_b64decode(source).decode("utf-8")
+    except ValueError:  # not base64, or not of text
+        return None
+    # A path may be base64 by accident, but then what it says is no config.
+    return text if text.lstrip(_BLANK).startswith(("{", "#", "/")) or "swarm" in text else None
+
+
+def _parse(text: str, where: str) -> object:
+    try:
+        return _parse_lenient(text.removeprefix(_BYTE_ORDER_MARK), where)
+    except ConfigError:
+        raise
+    except RecursionError as error:
+        raise ConfigError(
+            f"{where}: too many brackets inside one another; the DeepSpeed config must be JSON"
+        ) from error
+    except ValueError as error:  # a number of thousands of digits
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _parse_lenient(text: str, where: str) -> object:
+    """Parse JSON, and what is none as Hjson, as DeepSpeed does."""
+
     def no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
         keys = [key for key, _ in pairs]
         for key in keys:
             if keys.count(key) > 1:
-                raise ConfigError(f'{path}: the key "{key}" stands twice; remove one')
+                raise ConfigError(f'{where}: the key "{key}" stands twice; remove one')
         return dict(pairs)
 
     try:
-        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the DeepSpeed config ({error.strerror}); check the path") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a UTF-8 text file; the DeepSpeed config must be JSON") from error
+        return json.loads(text, object_pairs_hook=no_duplicates)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path}: the DeepSpeed config must be a JSON object")
-    return config
+        strict = error
+    import hjson  # comes with DeepSpeed; most configs do not need it
+
+    line, column, message = strict.lineno, strict.colno, strict.msg
+    try:
+        config = hjson.loads(text, object_pairs_hook=no_duplicates)
+        if isinstance(config, dict) and text.strip():
+            return config
+    except IndexError:  # a comment that does not end
+        pass
+    except hjson.HjsonDecodeError as error:
+        if text[strict.pos : strict.pos + 1] in ("#", "/"):  # else JSON says it better
+            line, column, message = error.lineno, error.colno, error.msg
+    raise ConfigError(f"{where}: line {line}, column {column}: {message}") from strict
 
 
 def _validate(model: type[Model], value: object, where: str, known: list[str] | None = None) -> Model:

@@ -64,11 +64,12 @@ def read_layout(particles: int | Literal["node"], env: Mapping[str, str]) -> Lay
         ConfigError: P does not divide W, or the environment is incomplete.
     """
     if "RANK" not in env and "WORLD_SIZE" not in env:
-        for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
+        for name in _names_of_task_counts(env):
             if read_int(env, name, 1) > 1:
                 raise ConfigError(
                     f"{name} = {env[name]}, but RANK and WORLD_SIZE are not set; start with deepspeed, torchrun or "
-                    "accelerate launch, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in each task"
+                    "accelerate launch, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in each task; "
+                    f"if this is the only process, unset {name}"
                 )
         rank, world_size = 0, 1  # started as plain `python script.py`
     else:
@@ -95,6 +96,13 @@ def read_layout(particles: int | Literal["node"], env: Mapping[str, str]) -> Lay
             f"use one of {', '.join(divisors)}, or start another number of ranks"
         )
     return Layout(rank, world_size, particles)
+
+
+def _names_of_task_counts(env: Mapping[str, str]) -> list[str]:
+    """Names under which MPI and Slurm tell a task how many there are."""
+    names = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"]
+    # Of the job, and in a batch script, too; srun's own number of tasks in this step goes before it.
+    return names if "SLURM_STEP_NUM_TASKS" in env else [*names, "SLURM_NTASKS", "SLURM_NPROCS"]
 
 
 def read_int(env: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -12,7 +12,7 @@ from ds_pso.metrics import deepspeed_monitor
 from ds_pso.rules import Rule
 from ds_pso.session.progress import TrainingProgress
 from ds_pso.session.session import Session
-from ds_pso.shards import Shards, find_shards
+from ds_pso.shards import Shards, check_precision, find_shards
 from ds_pso.sync.assessment import Probe
 from ds_pso.sync.health import Limits
 from ds_pso.sync.parts import SyncOptions, SyncParts
@@ -72,6 +72,7 @@ def build_synchronizer(session: Session, engine: Any, probe: Probe | None) -> Sy
     _check(session, rule, schedule, probe)
     with session.world.coordinator.agree("attaching the engine"):
         shards: Shards = find_shards(engine)
+        check_precision(shards)
     options = SyncOptions(
         probe,
         config.fitness == "probe",

@@ -5,7 +5,7 @@ Knows DeepSpeed's optimizer classes, live and saved; must not know peers or rule
 
 from ds_pso.shards.base import Segment, Shards, replace
 from ds_pso.shards.engine import Engine
-from ds_pso.shards.registry import find_shards, saved_optimizer
+from ds_pso.shards.registry import check_precision, find_shards, saved_optimizer
 from ds_pso.shards.saved import SavedOptimizer, SavedPartition
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "SavedPartition",
     "Segment",
     "Shards",
+    "check_precision",
     "find_shards",
     "replace",
     "saved_optimizer",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from ds_pso.errors import CheckpointError, UnsupportedError
 from ds_pso.shards import bf16_optimizer, fp16_flat, fp16_split, fp32, zero3, zero12
 from ds_pso.shards.base import Shards
@@ -36,6 +38,23 @@ def find_shards(engine: Engine) -> Shards:
         f"ds_pso does not know the optimizer class {type(engine.optimizer).__name__}; "
         "use ZeRO stage 0 to 3 with a torch or DeepSpeed optimizer"
     )
+
+
+def check_precision(shards: Shards) -> None:
+    """Refuse to average masters that are not fp32.
+
+    At ZeRO 0 the parameters themselves are masters, unless the config says ``bf16`` or ``fp16``: so a model that was
+    built in half precision has none in fp32.
+
+    Raises:
+        UnsupportedError: names their type.
+    """
+    for tensor in shards.tensors:
+        if tensor.dtype != torch.float32:
+            raise UnsupportedError(
+                f"ds_pso cannot swarm this engine: its master weights are {tensor.dtype}, and averages need fp32; give "
+                "deepspeed.initialize a model in fp32, and set bf16.enabled or fp16.enabled in the config instead"
+            )
 
 
 def saved_optimizer(values: dict[str, object]) -> SavedOptimizer:

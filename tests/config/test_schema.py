@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import copy
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ds_pso.config.load import find_config, load_config
+from ds_pso.config.load import find_config, load_config, name_of, read_config
 from ds_pso.config.presets import PRESETS, Preset, sync_modes
 from ds_pso.config.schema import ALLREDUCE, SwarmConfig
 from ds_pso.errors import ConfigError
@@ -730,6 +734,114 @@ def test_a_bad_file_is_named_with_the_place(tmp_path, content, said):
 )
 def test_a_path_that_is_no_file(tmp_path, name, said):
     assert said in message_of(tmp_path / name)
+
+
+# -- what DeepSpeed and Accelerate read -----------------------------------------------------
+
+READ = {"train_batch_size": 2, "swarm": {"particles": 1, "sync_mode": "diloco"}}
+PLAIN = json.dumps(READ)
+TEXTS = {
+    "plain": PLAIN,
+    "comments": '{\n  // per GPU\n  "train_batch_size": 2, # two\n  /* here */ "swarm": '
+    '{"particles": 1, "sync_mode": "diloco"}\n}',
+    "trailing commas": '{"train_batch_size": 2, "swarm": {"particles": 1, "sync_mode": "diloco",},}',
+    "no quotes": "{train_batch_size: 2\nswarm: {particles: 1\nsync_mode: diloco\n}}",
+    "byte-order mark": "\ufeff" + PLAIN,
+    "both": "\ufeff# mine\n" + PLAIN,
+}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_files_are_read_as_deepspeed_reads_them(tmp_path, text):
+    from deepspeed.runtime.config import hjson
+
+    path = tmp_path / "config.json"
+    path.write_text(text, encoding="utf-8")
+    assert read_config(path) == read_config(str(path)) == READ == hjson.loads(text)
+    assert load_config(path)[1].sync_mode == "diloco"
+
+
+def base64_of(text):
+    return base64.urlsafe_b64encode(text.encode()).decode()
+
+
+@pytest.mark.parametrize("source", [PLAIN, "\n " + PLAIN, *(base64_of(text) for text in TEXTS.values())])
+def test_the_text_itself_is_read_as_well(source):
+    assert read_config(source) == READ
+    assert load_config(source)[0] == {"train_batch_size": 2}
+    assert name_of(source) == "config"
+
+
+@pytest.mark.parametrize("config", [{"a": 1}, {"swarm": {"particels": 2}}, {"swarm": {"particles": 2, "wire": "?"}}])
+def test_what_is_wrong_with_a_text_does_not_repeat_it(config):
+    for source in (json.dumps(config), base64_of(json.dumps(config))):
+        message = message_of(source)
+        assert message.startswith("config: ")
+        assert source not in message
+
+
+@pytest.mark.parametrize("source", ["nowhere.json", "configs/zero2", "abcd", "e30", "a/b", "x" * 5000, "/nowhere/{}"])
+def test_what_is_neither_is_a_path_that_is_not_there(source):
+    assert message_of(source).startswith(f"{source}: cannot read the DeepSpeed config (")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{# one\n"swarm": {"particles": 2, "particles": 4}}', 'the key "particles" stands twice; remove one'),
+        ('{\n  # two\n  "swarm" 1\n}', "line 3, column 11: Expecting ':' delimiter"),
+        ("{/* three", "line 1, column 2: Expecting property name"),
+        (" \n", "line 2, column 1: Expecting value"),
+        ('{"a": ' + "9" * 5000 + "}", "4300 digits"),
+        ('{# four\n"a": ' + "9" * 5000 + "}", "4300 digits"),
+        ('{"a": ' + "[" * 100_000 + "}", "too many brackets inside one another"),
+        ('{# five\n"a": ' + "[" * 100_000 + "}", "too many brackets inside one another"),
+        ('\0\0{"swarm": {}}', "line 1, column 1: Expecting value"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_what_nobody_reads_is_named_with_the_place(tmp_path, content, said):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    message = message_of(path)
+    assert message.startswith(f"{path}: ")
+    assert said in message
+
+
+@given(st.text(alphabet="{}[],:#/*\"'1a \n\\") | st.text() | st.binary().map(lambda b: b.decode("latin-1")))
+def test_any_text_is_a_config_or_refused_in_one_line(text):
+    for source in ("{" + text, base64_of(text), text):
+        with contextlib.suppress(ConfigError):  # which has no line breaks
+            assert isinstance(read_config(source), dict)
+
+
+def test_json_needs_no_hjson():
+    code = "import sys, ds_pso.config.load as l; l.load_config(sys.argv[1]); print('hjson' in sys.modules)"
+    for text, needed in ((PLAIN, "False"), (TEXTS["comments"], "True")):
+        done = subprocess.run([sys.executable, "-c", code, text], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == needed
+
+
+# -- masters in half precision --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("bf16", "bf16_master_weights_and_grads"),
+        ("bfloat16", "bf16_master_weights_and_grads"),
+        ("fp16", "fp16_master_weights_and_grads"),
+    ],
+)
+def test_masters_in_half_precision_are_refused(stage, name, key):
+    config = {"zero_optimization": {"stage": stage}, name: {"enabled": True, key: True}}
+    said = f"config: {name}.{key} = true: the master weights are not fp32"
+    assert message_of({**config, "swarm": {"particles": 2}}).startswith(said)
+    for section in ({"particles": 1}, {"sync_mode": "allreduce", "particles": 2}):
+        load_config({**config, "swarm": section})
+    config[name][key] = False
+    load_config({**config, "swarm": {"particles": 2}})
 
 
 # -- anything at all ------------------------------------------------------------------------

@@ -85,6 +85,9 @@ def test_local_ranks_share_a_particle_in_the_order_of_shards(layout):
         ("node", environment(5, 8, LOCAL_WORLD_SIZE="2", LOCAL_SIZE="8"), Layout(5, 8, 4)),
         ("node", environment(5, 8, LOCAL_WORLD_SIZE="8"), Layout(5, 8, 1)),
         (2, environment(5, 8, LOCAL_WORLD_SIZE="8"), Layout(5, 8, 2)),  # particles need not be nodes
+        (2, environment(3, 4, SLURM_NTASKS="2", SLURM_PROCID="1"), Layout(3, 4, 2)),  # torchrun under srun
+        (1, {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, Layout(0, 1, 1)),
+        (1, {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, Layout(0, 1, 1)),  # srun -n 1 in a job of 8
     ],
 )
 def test_layout_from_the_environment(particles, env, layout):
@@ -109,6 +112,10 @@ def test_layout_from_the_environment(particles, env, layout):
         ("node", environment(0, 4), "LOCAL_WORLD_SIZE is not set"),  # nothing says where a node ends
         (2, {"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE = 4, but RANK and WORLD_SIZE are not set"),
         (2, {"SLURM_STEP_NUM_TASKS": "4"}, "SLURM_STEP_NUM_TASKS = 4, but RANK and WORLD_SIZE are not set"),
+        (1, {"SLURM_NTASKS": "4"}, "SLURM_NTASKS = 4, but RANK and WORLD_SIZE are not set; start with deepspeed"),
+        (2, {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}, "SLURM_NTASKS = 4, but RANK and WORLD"),
+        ("node", {"SLURM_NPROCS": "2"}, "if this is the only process, unset SLURM_NPROCS"),
+        (1, {"MV2_COMM_WORLD_SIZE": "2"}, "MV2_COMM_WORLD_SIZE = 2, but RANK and WORLD_SIZE are not set"),
         (2, environment(0, 4, RANK=None), "RANK is not set; start with deepspeed, torchrun or accelerate launch"),
         (2, environment(0, 4, WORLD_SIZE=None), "WORLD_SIZE is not set; start with"),
         (2, environment(0, 4, MASTER_ADDR=None), "MASTER_ADDR is not set; start with"),

@@ -18,7 +18,7 @@ from torch import nn
 import ds_pso
 from ds_pso.metrics.log import read_metrics
 
-from .jobs import Case, Net, assert_equal, build_engine, config, place, swarm_of, train, working_weights
+from .jobs import Case, Net, assert_equal, build_engine, build_model, config, place, swarm_of, train, working_weights
 
 SCHEDULE = {"total_num_steps": 6, "warmup_max_lr": 0.01, "warmup_num_steps": 1, "decay_ratio": 0.5}
 
@@ -237,8 +237,21 @@ def attach_channels_last(case: Case) -> None:
         swarm.attach(engine)
 
 
+def attach_narrow(case: Case) -> None:
+    """A model that was built in half precision, one of its layers at least, and a config that says nothing of it."""
+    with ds_pso.init(config(case, place(case)[2])) as swarm:
+        model = build_model(case)
+        model.last.to(torch.bfloat16)
+        swarm.attach(build_engine(case, swarm.ds_config, model))
+
+
 @pytest.mark.parametrize(
-    ("body", "text"), [(attach_pipeline, "pipeline engine"), (attach_channels_last, "not contiguous")]
+    ("body", "text"),
+    [
+        (attach_pipeline, "pipeline engine"),
+        (attach_channels_last, "not contiguous"),
+        (attach_narrow, "its master weights are torch.bfloat16, and averages need fp32"),
+    ],
 )
 def test_real_engines_that_are_refused(pool: Pool, body: Callable[[Case], None], text: str) -> None:
     for outcome in pool.outcomes(body, Case(stage=0)):
