@@ -19,13 +19,13 @@ from typing import Any
 
 import psutil
 
+from ds_pso.distributed.ending_signals import SIGNALS
 from ds_pso.distributed.preemption import EXIT_PREEMPTED
 from ds_pso.elastic import launch_env
 from ds_pso.elastic.process import Child, echo, reason
 from ds_pso.errors import ConfigError
 
 _LOOK_S = 0.2
-_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 _STEADY_S = 600.0  # who has run for so long is started again without delay
 
@@ -85,6 +85,7 @@ class Supervisor:
     log_dir: Path | None = None
     _children: dict[int, Child] = field(default_factory=dict)
     _stop_by: float | None = None  # when those who have not ended are killed
+    _interrupted: bool = False  # by Ctrl-C
     _asked: set[int] = field(default_factory=set)  # pids of ranks that have been asked to end
 
     def run(self) -> int:
@@ -98,7 +99,8 @@ class Supervisor:
         for number in self.particles:
             env = {**own, launch_env.PARTICLE: str(number)}
             self._children[number] = Child(f"particle {number}", self._command_of(number), env, log_dir=self.log_dir)
-        before = {sign: signal.signal(sign, self._on_signal) for sign in _ENDING}
+        heeded = [sign for sign in SIGNALS if signal.getsignal(sign) is not signal.SIG_IGN]  # ignored: nohup
+        before = {sign: signal.signal(sign, self._on_signal) for sign in heeded}
         try:
             while not all(child.is_over for child in self._children.values()):
                 if keeper is not None:
@@ -179,6 +181,10 @@ class Supervisor:
         if self._stop_by is None:
             self._stop_by = time.monotonic() + self.grace_s
             _say(f"{signal.Signals(sign).name}: asking the particles to save and end; {self.grace_s:.0f} s for that")
+        elif sign == signal.SIGINT and self._interrupted:
+            self._stop_by = 0.0
+            _say("Ctrl-C a second time: ending the particles at once")
+        self._interrupted = self._interrupted or sign == signal.SIGINT
 
     def _ask_to_end(self) -> None:
         """Every rank once, also one that has just been started."""

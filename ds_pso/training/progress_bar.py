@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from types import TracebackType
@@ -35,7 +36,8 @@ class ProgressBar:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with _ignoring_lost_terminal():
+                self._bar.close()
 
     @property
     def wants_loss(self) -> bool:
@@ -49,8 +51,10 @@ class ProgressBar:
             loss: of this particle.
         """
         if self._bar is not None:
-            self._bar.update()
-            self._bar.set_postfix_str(self._status(loss), refresh=False)
+            status = self._status(loss)
+            with _ignoring_lost_terminal():
+                self._bar.update()
+                self._bar.set_postfix_str(status, refresh=False)
 
     def evaluated(self, step: int, held_out: list[float], loss: float) -> None:
         """Show an evaluation; call it on all ranks, which count the bytes of the whole swarm."""
@@ -58,7 +62,8 @@ class ProgressBar:
         if self._swarm.is_leader and self._bar is None:
             elapsed = time.time() - self._start
             left = elapsed / max(1, step - self._first_step) * (self._num_steps - step)
-            print(f"step {step:>5}/{self._num_steps} | {self._status(loss)} | {left:.0f} s left", flush=True)
+            with _ignoring_lost_terminal():
+                print(f"step {step:>5}/{self._num_steps} | {self._status(loss)} | {left:.0f} s left", flush=True)
 
     def _status(self, loss: float) -> str:
         swarm, totals = self._swarm, self._swarm.totals
@@ -70,6 +75,11 @@ class ProgressBar:
             parts.append(f"next sync in {swarm.steps_to_sync}")
             parts.append(f"sync {totals.seconds:.1f} s, {human_bytes(self._bytes)} moved")
         return " | ".join(parts)
+
+
+def _ignoring_lost_terminal() -> contextlib.AbstractContextManager[None]:
+    """Training goes on, if only to the checkpoint, when nobody sees how far it is."""
+    return contextlib.suppress(OSError)
 
 
 def _join(losses: tuple[float, ...] | list[float]) -> str:

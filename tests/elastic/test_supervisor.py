@@ -126,6 +126,38 @@ time.sleep(100)
     assert nobody_left(tmp_path)
 
 
+def test_a_second_ctrl_c_ends_all_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Who saves for ever, and whose time to save is not over, is killed."""
+    text = """
+import signal
+signal.signal(signal.SIGTERM, lambda *_: (here / f'asked {n}').touch())
+(here / f'up {n}').touch()
+while True: time.sleep(1)
+"""
+
+    def stop() -> None:
+        for name in ("up", "asked"):
+            while not all((tmp_path / f"{name} {n}").exists() for n in range(2)):
+                time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=stop, daemon=True).start()
+    code, _ = supervise(tmp_path, text, grace_s=1000.0)
+    assert code == 128 + signal.SIGKILL
+    assert "ending the particles at once" in capfd.readouterr().out
+    assert nobody_left(tmp_path)
+
+
+def test_what_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    """Under nohup the terminal may go."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        text = f"os.kill({os.getpid()}, {int(signal.SIGHUP)})\ntime.sleep(1)"
+        assert supervise(tmp_path, text, particles=1)[0] == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_who_is_to_be_started_again_is_not_when_all_are_asked_to_end(tmp_path: Path) -> None:
     def stop() -> None:
         while not (tmp_path / "0_0").exists():
