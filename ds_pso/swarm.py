@@ -35,6 +35,9 @@ from ds_pso.session.engine_hooks import EngineHooks
 from ds_pso.session.session import Session
 from ds_pso.sync.assessment import Probe
 from ds_pso.sync.parts import SyncTotals
+from ds_pso.utils.folder_lock import FolderLock, lock_folder
+
+_PATIENCE_S = 5.0  # with a run that was killed and has not gone yet
 
 
 def init(config: ConfigSource | None = None, *, run_dir: str | Path | None = None, world: World | None = None) -> Swarm:
@@ -44,7 +47,8 @@ def init(config: ConfigSource | None = None, *, run_dir: str | Path | None = Non
         config: DeepSpeed's JSON config with a ``swarm`` section, as a path or a mapping. Without it, the one that the
             command line names (``--deepspeed_config``, or ``--deepspeed`` as the HF Trainer spells it) or
             ``accelerate launch --deepspeed_config_file``.
-        run_dir: folder for ``metrics.jsonl``; without it nothing is logged to disk.
+        run_dir: folder for ``metrics.jsonl``, which is locked until the swarm is closed; without it nothing is logged
+            to disk.
         world: of an earlier swarm of this process that was not closed (``swarm.world``), to run many
             short experiments in one launch; the number of particles must be the same.
 
@@ -53,7 +57,8 @@ def init(config: ConfigSource | None = None, *, run_dir: str | Path | None = Non
         environment describes a world of one particle.
 
     Raises:
-        ConfigError: bad config or environment; raised before any process group is built.
+        ConfigError: bad config or environment; raised before any process group is built. Or another run writes into
+            ``run_dir``.
         PeerError: ranks that did not arrive within ``swarm.timeout_s``.
     """
     logs.configure()
@@ -62,6 +67,7 @@ def init(config: ConfigSource | None = None, *, run_dir: str | Path | None = Non
         del ds_config["train_batch_size"]  # DeepSpeed multiplies it out, over the ranks of the particle
     lr_schedule.register()
     particles = 1 if swarm_config.sync_mode == ALLREDUCE else swarm_config.particles
+    is_new = world is None
     if world is None:
         world = Simulation.world(particles, swarm_config.timeout_s) or _build_world(particles, swarm_config)
     elif world.closed:
@@ -80,7 +86,24 @@ def init(config: ConfigSource | None = None, *, run_dir: str | Path | None = Non
             "give a number of particles to split the node",
             stacklevel=2,
         )
-    return Swarm(ds_config, swarm_config, world, world.membership.folder(Path(run_dir)) if run_dir else None)
+    folder = world.membership.folder(Path(run_dir)) if run_dir else None
+    lock = _lock(world, folder, is_new=is_new)
+    swarm = Swarm(ds_config, swarm_config, world, folder)
+    swarm.session.lock = lock
+    return swarm
+
+
+def _lock(world: World, folder: Path | None, *, is_new: bool) -> FolderLock | None:
+    """Lock the run folder on the rank that writes there; called on all, which may not all have been given one."""
+    try:
+        with world.coordinator.agree("locking the run folder"):
+            if folder is None or not world.is_leader:
+                return None
+            return lock_folder(folder, min(_PATIENCE_S, world.coordinator.timeout_s / 2))
+    except SwarmError as error:
+        if is_new:
+            world.close() if error.agreed else world.abandon()
+        raise
 
 
 def _build_world(particles: int | Literal["node"], config: SwarmConfig) -> World:
@@ -448,10 +471,11 @@ class Swarm:
         return live.export(self.session, self.world.membership.folder(Path(folder)), which, tokenizer)
 
     def should_stop(self) -> bool:
-        """Return whether SIGTERM to any rank asked this job to end; call it on all ranks, after each ``engine.step``.
+        """Return whether a signal to any rank asked this job to end; call it on all ranks, after each ``engine.step``.
 
         All ranks get the same answer at the same step. Then save, leave the loop, close the swarm and exit with
-        ``ds_pso.EXIT_PREEMPTED``. From the first call on SIGTERM does nothing else, until the swarm is closed.
+        ``ds_pso.EXIT_PREEMPTED``. From the first call on SIGTERM, SIGINT (Ctrl-C) and SIGHUP do nothing else, until the
+        swarm is closed; but a second Ctrl-C ends the process at once.
 
         Raises:
             PeerError: the signal came, and a rank did not answer in time.
@@ -477,6 +501,7 @@ class Swarm:
         finally:  # last: until then the others may want to know at which step to stop
             if self._preemption is not None:
                 self._preemption.close()
+            self.session.unlock()
 
     def __enter__(self) -> Swarm:
         return self

@@ -17,6 +17,7 @@ from ds_pso.sampler import SwarmSampler
 from ds_pso.sync.fitness import FitnessWindow
 from ds_pso.sync.synchronizer import Synchronizer
 from ds_pso.utils.background_task import Writer
+from ds_pso.utils.folder_lock import FolderLock
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Session:
         writer: the checkpoint that is being written in the background.
         synchronizer: None: not attached, or only one particle.
         is_merged: whether ``Swarm.merge`` has made the particles one.
+        lock: of ``run_dir``, on the rank that writes there.
     """
 
     ds_config: dict[str, Any]
@@ -49,6 +51,7 @@ class Session:
     synchronizer: Synchronizer | None = None
     attached_engine: Any = None
     is_merged: bool = False
+    lock: FolderLock | None = None
 
     @classmethod
     def of(cls, ds_config: dict[str, Any], config: SwarmConfig, world: World, run_dir: Path | None) -> Session:
@@ -87,6 +90,12 @@ class Session:
     def step(self) -> int:
         """Optimizer steps so far; 0 without an engine."""
         return int(self.attached_engine.global_steps) if self.attached_engine else 0
+
+    def unlock(self) -> None:
+        """Let another run have ``run_dir``."""
+        lock, self.lock = self.lock, None
+        if lock is not None:
+            lock.release()
 
     def log(self, event: str, **values: Any) -> None:
         """Append a record to ``metrics.jsonl`` (the leader's; other ranks' are dropped)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import sys
@@ -25,12 +26,13 @@ from ds_pso.training.arguments import fill_auto, parse_arguments, read_deepspeed
 from ds_pso.training.closing import generate_sample, summary
 from ds_pso.training.model import HeldOut, TrainingEngine, build_model, causal_loss, load_tokenizer
 from ds_pso.training.progress_bar import ProgressBar
+from ds_pso.training.running_mean import RunningMean
 from ds_pso.training.start import move_aside, run, write_record
 from ds_pso.training.text import Corpus, load_corpus
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the job; the exit code is 1 after an error that ds_pso foresaw, EXIT_PREEMPTED after SIGTERM."""
+    """Run the job; the exit code is 1 after an error that ds_pso foresaw, EXIT_PREEMPTED after a signal to end."""
 
     def body() -> int:
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
@@ -44,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(swarm: Swarm, arguments: argparse.Namespace) -> bool:
-    """Run the job in this swarm: data, model, engine, loop, export. Returns false if SIGTERM has ended it."""
+    """Run the job in this swarm: data, model, engine, loop, export. Returns false if a signal has ended it."""
     assert swarm.session.run_dir is not None
     arguments.output_dir = run_dir = swarm.session.run_dir
     arguments.resume = arguments.resume or _was_started_before(run_dir)
@@ -93,7 +95,9 @@ def train(swarm: Swarm, arguments: argparse.Namespace) -> bool:
     if done:
         _finish(swarm, engine, corpus, held_out, arguments, num_parameters)
     else:
-        _say(swarm, f"stopped by SIGTERM after step {engine.global_steps}, which is saved; --resume goes on from there")
+        _say(
+            swarm, f"stopped by a signal after step {engine.global_steps}, which is saved; --resume goes on from there"
+        )
     return done
 
 
@@ -115,25 +119,24 @@ def _loop(
     arguments: argparse.Namespace,
     first_step: int,
 ) -> bool:
-    """Train to the last step, or to where SIGTERM asks to stop; saved either way. Returns true if it is the last."""
-    stop = swarm.should_stop()  # from here on SIGTERM waits for the end of a step
+    """Train to the last step, or to where a signal asks to stop; saved either way. Returns true if it is the last."""
+    stop = swarm.should_stop()  # from here on SIGTERM, Ctrl-C and SIGHUP wait for the end of a step
     with ProgressBar(swarm, first_step, arguments.steps) as progress:
-        step, losses = first_step, []
+        step, losses = first_step, RunningMean()
         while step < arguments.steps and not stop:
             for batch in loader:  # one epoch, or what a checkpoint left of it
                 loss = causal_loss(engine, batch.to(engine.device))
                 engine.backward(loss)
                 engine.step()
-                losses.append(loss.detach())
+                losses.add(loss)
                 if engine.global_steps == step:
                     continue  # gradients are still being accumulated
                 step = engine.global_steps
                 last = step >= arguments.steps
                 if progress.wants_loss:
-                    progress.step(float(losses[-1]))
+                    progress.step(float(loss.detach()))
                 if last or step % arguments.eval_every == 0:
-                    mean = float(torch.stack(losses).mean())
-                    losses.clear()
+                    mean = losses.take()
                     swarm.log("train", losses=swarm.gather(mean))
                     evaluated = held_out.evaluate(engine)
                     swarm.log("held_out", losses=evaluated)
@@ -221,10 +224,13 @@ def _prepare_run_dir(swarm: Swarm, arguments: argparse.Namespace) -> None:
             raise CheckpointError(f"{run_dir}: nothing to resume (no checkpoints folder); leave out --resume")
         started_again = int(os.environ.get(ATTEMPT, "0")) > 0
         if not arguments.resume and not started_again and (run_dir / "metrics.jsonl").exists():
-            move_aside(run_dir)
+            old = move_aside(run_dir)
+            if swarm.session.lock is not None:
+                swarm.session.lock.renamed(old)
         write_record(swarm, arguments)
 
 
 def _say(swarm: Swarm, message: str) -> None:
     if swarm.is_leader:
-        print(message, flush=True)
+        with contextlib.suppress(OSError):  # the terminal may be gone, and training is not to end by that
+            print(message, flush=True)

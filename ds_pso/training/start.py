@@ -52,13 +52,14 @@ def _quieten() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def move_aside(run_dir: Path) -> None:
-    """Rename the folder of an older run, to the next free number. Called on one rank."""
+def move_aside(run_dir: Path) -> Path:
+    """Rename the folder of an older run, to the next free number, and return its new name. Called on one rank."""
     number = 1
     while (old := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
         number += 1
     os.replace(run_dir, old)
     log.info("%s: an older run, which is %s now", run_dir, old)
+    return old
 
 
 def write_record(swarm: Swarm, arguments: argparse.Namespace) -> None:
