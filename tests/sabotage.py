@@ -847,6 +847,23 @@ def load_the_best_without_its_rule() -> None:
     _Checkpoints.load = lambda self, folder: 0 if self._trainer.state.best_model_checkpoint else load(self, folder)
 
 
+@sabotage("test_hf_trainer.py")
+def believe_the_pickles_of_a_trainer() -> None:
+    """DeepSpeed unpickles what the Trainer resumes from as it likes."""
+    from ds_pso import hf_trainer
+
+    hf_trainer.plain_data_only = contextlib.nullcontext
+
+
+@sabotage("integration/test_consolidate.py")
+def keep_the_names_of_wrappers() -> None:
+    """A compiled model is exported under the names that torch.compile gives it, and nothing is compared."""
+    from ds_pso.export import contents, live
+
+    live.plain_name = lambda module, name: name
+    contents.check_tensors = contents.check_files = do_nothing
+
+
 # -- elastic swarms -------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from ds_pso.checkpoint.reader import ModelStates, SavedParticle
 from ds_pso.errors import CheckpointError
 from ds_pso.shards import Engine, SavedPartition, Shards
+from ds_pso.utils.wrappers import without_wrapper_parts
 
 
 def check_same_model(saved: SavedParticle, engine: Engine, shards: Shards) -> None:
@@ -29,10 +30,11 @@ def check_same_model(saved: SavedParticle, engine: Engine, shards: Shards) -> No
 
 
 def _difference(saved: SavedParticle, engine: Engine, shards: Shards) -> str | None:
-    foreign = saved.pieces.keys() ^ shards.trained_names()
+    foreign = saved.pieces.keys() ^ {without_wrapper_parts(name) for name in shards.trained_names()}
     if foreign:
         return f"{min(foreign)} was trained there or is here, but not both"
-    for name, parameter in engine.module.named_parameters():
+    for full_name, parameter in engine.module.named_parameters():
+        name = without_wrapper_parts(full_name)
         if name not in saved.module:
             return f"{name} was not saved"
         now = (tuple(getattr(parameter, "ds_shape", parameter.shape)), parameter.dtype)
@@ -143,7 +145,7 @@ class _Repartition:
         if count != before:
             raise _other_model(self._saved, f"its optimizer has {before} parameter groups, and {count} now")
         for segment in self._shards.segments:
-            group = theirs.group_of(self._saved.pieces[segment.name][0].shard)
+            group = theirs.group_of(self._saved.pieces[without_wrapper_parts(segment.name)][0].shard)
             if mine.group_of(segment.shard) != group:
                 raise _other_model(self._saved, f"{segment.name} was in parameter group {group}, and now is not")
 

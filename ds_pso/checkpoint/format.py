@@ -23,6 +23,7 @@ import os
 import pickle
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
@@ -37,6 +38,8 @@ LATEST = "latest"
 DEEPSPEED_TAG = "deepspeed"
 MODEL = "model"  # a folder beside DeepSpeed's in that of a particle
 _STEP = re.compile(r"step_\d{8,}")
+_TRAINERS = re.compile(r"checkpoint-\d+")
+_TAG_OF_TRAINER = re.compile(r"global_step\d+")
 
 
 class ShardRecord(TypedDict):
@@ -92,6 +95,49 @@ def find(folder: Path, tag: str | None = None) -> Path:
     if not _STEP.fullmatch(tag) or not source.is_dir():
         raise CheckpointError(f"{source}: no such checkpoint; name one of the step_* folders in {folder}")
     return source
+
+
+@dataclass(frozen=True)
+class ParticleFolders:
+    """Where the files of one particle lie.
+
+    Attributes:
+        part: holds ``swarm``; the paths in the records of the ranks are relative to it.
+        deepspeed: DeepSpeed's files.
+        config: the Hugging Face config, if there is one.
+    """
+
+    part: Path
+    deepspeed: Path
+    config: Path
+
+
+def is_of_trainer(source: Path) -> bool:
+    """True if a checkpoint was written by the HF Trainer, which calls it ``checkpoint-64``."""
+    return _TRAINERS.fullmatch(source.resolve().name) is not None
+
+
+def particle_folders(source: Path, particle: int) -> ParticleFolders:
+    """Return the folders of a particle in a checkpoint.
+
+    Args:
+        source: a ``step_*`` folder; or the Trainer's of any particle.
+
+    Raises:
+        CheckpointError: the Trainer's folder of that particle is missing, or does not say where DeepSpeed's files are.
+    """
+    if not is_of_trainer(source):
+        own = source / f"particle_{particle}"
+        return ParticleFolders(source, own / DEEPSPEED_TAG, own / MODEL)
+    source = source.resolve()
+    part = source.parents[1] / f"particle_{particle}" / source.name
+    tag = pointed_at(part) or ""
+    if not (part / "swarm").is_dir() or not _TAG_OF_TRAINER.fullmatch(tag):
+        raise CheckpointError(
+            f"{part}: holds nothing of the swarm; give a checkpoint-* folder that a Trainer with SwarmCallback has "
+            "completed for every particle"
+        )
+    return ParticleFolders(part, part / tag, part)
 
 
 def pointed_at(folder: Path) -> str | None:
@@ -187,8 +233,14 @@ def record_checksum(record: Mapping[str, object]) -> str:
 
 
 @contextlib.contextmanager
-def weights_only() -> Iterator[None]:
-    """DeepSpeed unpickles its checkpoints; allow its own state classes and plain data, nothing else."""
+def plain_data_only() -> Iterator[None]:
+    """In the block ``torch.load`` makes nothing but plain data and DeepSpeed's state classes, whatever its caller asks.
+
+    DeepSpeed asks for anything that a pickle may hold, which is code of whoever wrote it. It holds for all threads.
+
+    Raises:
+        CheckpointError: a file holds something else; nothing of it was run.
+    """
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -202,13 +254,25 @@ def weights_only() -> Iterator[None]:
     try:
         with torch.serialization.safe_globals(allowed):
             yield
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it holds {found[1]}, which is no plain data" if found else str(error).splitlines()[0]
+        raise CheckpointError(f"a file of the checkpoint could not be loaded: {what}; no code of it was run") from error
+    finally:
+        os.environ.pop(names[0], None)
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+@contextlib.contextmanager
+def weights_only() -> Iterator[None]:
+    """``plain_data_only``, for a block that does nothing but load: whatever fails in it becomes a CheckpointError."""
+    try:
+        with plain_data_only():
+            yield
+    except (OSError, RuntimeError, EOFError) as error:
         if isinstance(error, SwarmError):
             raise
         raise CheckpointError(f"DeepSpeed could not load its checkpoint: {str(error).splitlines()[0]}") from error
-    finally:
-        del os.environ[names[0]]
-        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def rank_stem(folder: Path, rank: int) -> Path:

@@ -16,6 +16,7 @@ from ds_pso.checkpoint.format import FORMAT, Identity, RankRecord, ShardRecord
 from ds_pso.errors import SwarmError
 from ds_pso.session.session import Session
 from ds_pso.shards import find_shards
+from ds_pso.utils.wrappers import without_wrapper_parts
 
 
 def own_tensors(session: Session) -> dict[str, Tensor]:
@@ -32,8 +33,10 @@ def own_tensors(session: Session) -> dict[str, Tensor]:
         tensors |= {f"wire.{i}.residual": value for i, value in enumerate(differences.residual)}
     if session.synchronizer and session.synchronizer.overlap.pending:
         tensors |= {f"pending.{i}": value for i, value in enumerate(session.synchronizer.overlap.pending.movement)}
-    persistent = session.engine.module.state_dict().keys()
-    tensors |= {f"buffer.{n}": b for n, b in session.engine.module.named_buffers() if n in persistent}
+    # A wrapper may leave its part of a name out of one of the two.
+    persistent = {without_wrapper_parts(name) for name in session.engine.module.state_dict()}
+    named = session.engine.module.named_buffers()
+    tensors |= {f"buffer.{n}": b for n, b in named if without_wrapper_parts(n) in persistent}
     return tensors
 
 

@@ -9,15 +9,18 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol, TypedDict, TypeVar
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ds_pso.checkpoint.format import DEEPSPEED_TAG, RankRecord, rank_stem
+from ds_pso.checkpoint.format import RankRecord, particle_folders, rank_stem
 from ds_pso.errors import CheckpointError
 from ds_pso.shards import SavedOptimizer, Segment, saved_optimizer
+from ds_pso.utils.wrappers import without_wrapper_parts
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,9 @@ class Flat(Protocol):
 class SavedParticle:
     """The files of one particle, mapped into memory.
 
+    Names are those without the parts of wrappers such as torch.compile's, which DeepSpeed writes in some places and
+    not in others; methods take both.
+
     Attributes:
         folder: DeepSpeed's.
         stage: of ZeRO.
@@ -75,19 +81,19 @@ class SavedParticle:
             records: of its ranks. Their files must have been checked: what is unpickled is trusted to be what was
                 written.
         """
-        folder, size, stage = source / f"particle_{number}" / DEEPSPEED_TAG, len(records), records[0]["zero_stage"]
+        folders, size, stage = particle_folders(source, number), len(records), records[0]["zero_stage"]
         pieces: dict[str, list[SavedPiece]] = {}
         for rank, record in enumerate(records):
             assert record["shards"] is not None
             for name, *numbers in record["shards"]["segments"]:
-                pieces.setdefault(name, []).append(SavedPiece(rank, *numbers))
+                pieces.setdefault(without_wrapper_parts(name), []).append(SavedPiece(rank, *numbers))
         prefixes = [f"zero_pp_rank_{rank}_" for rank in range(size)] if stage == 3 else [""]
         return cls(
-            folder,
+            folders.deepspeed,
             stage,
-            [safe_open(f"{rank_stem(source, number * size + rank)}.safetensors", "pt") for rank in range(size)],
+            [safe_open(f"{rank_stem(folders.part, number * size + rank)}.safetensors", "pt") for rank in range(size)],
             pieces,
-            [_load(folder, f"{prefix}mp_rank_00_model_states.pt") for prefix in prefixes],
+            [_load(folders.deepspeed, f"{prefix}mp_rank_00_model_states.pt") for prefix in prefixes],
         )
 
     @property
@@ -95,10 +101,10 @@ class SavedParticle:
         """S, the number of its ranks."""
         return len(self.own)
 
-    @property
+    @functools.cached_property
     def module(self) -> dict[str, Tensor]:
         """The module's state; at ZeRO 3 of its parameters only the names and dtypes."""
-        return self.model_states[0]["module"]
+        return _plain(self.model_states[0]["module"])
 
     @functools.cached_property
     def optimizers(self) -> list[SavedOptimizer]:
@@ -115,20 +121,25 @@ class SavedParticle:
 
     def shape(self, name: str) -> torch.Size:
         """Return the shape of a parameter."""
-        if self.stage < 3:
-            return self.module[name].shape
-        shapes = (*self.model_states[0]["param_shapes"], self.model_states[0]["frozen_param_shapes"] or {})
-        return next(torch.Size(group[name]) for group in shapes if name in group)
+        name = without_wrapper_parts(name)
+        return self.module[name].shape if self.stage < 3 else self._shapes[name]
+
+    @functools.cached_property
+    def _shapes(self) -> dict[str, torch.Size]:
+        """The shapes of all parameters, at ZeRO 3."""
+        groups = (*self.model_states[0]["param_shapes"], self.model_states[0]["frozen_param_shapes"] or {})
+        return {name: torch.Size(shape) for group in groups for name, shape in _plain(group).items()}
 
     def numel(self, name: str) -> int:
         """Return the number of elements of a parameter that is trained."""
-        return sum(piece.numel for piece in self.pieces[name])
+        return sum(piece.numel for piece in self.pieces[without_wrapper_parts(name)])
 
     def frozen(self, name: str) -> Tensor:
         """Return a parameter that is not trained, flat."""
+        name = without_wrapper_parts(name)
         if self.stage < 3:
             return self.module[name].view(-1)
-        blocks = [(saved["frozen_param_fragments"] or {})[name] for saved in self.model_states]
+        blocks = [_plain(saved["frozen_param_fragments"] or {})[name] for saved in self.model_states]
         return torch.cat(blocks)[: self.shape(name).numel()]
 
     def frozen_and_tied(self, buffers: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -140,8 +151,9 @@ class SavedParticle:
         known = {*self.pieces, *buffers}
         others = [name for name, value in self.module.items() if name not in known and isinstance(value, Tensor)]
         if self.stage == 3:
-            shared = self.model_states[0]["shared_params"]
-            names = self.model_states[0]["frozen_param_shapes"] or {}
+            named = _plain(self.model_states[0]["shared_params"])
+            shared = {name: without_wrapper_parts(source) for name, source in named.items()}
+            names = _plain(self.model_states[0]["frozen_param_shapes"] or {})
             frozen = {name: self.frozen(name).view(self.shape(name)) for name in names}
         else:
             first: dict[int, str] = {}
@@ -163,13 +175,17 @@ class SavedParticle:
         tensors = [torch.zeros(size, dtype=dtype) for size in sizes]
         for segment in segments:
             begin, end = segment.param_start, segment.param_start + segment.numel
-            for piece in self.pieces[segment.name]:
+            for piece in self.pieces[without_wrapper_parts(segment.name)]:
                 start, stop = max(begin, piece.param_start), min(end, piece.param_start + piece.numel)
                 if start < stop:
                     here, there = segment.shard_start - begin, piece.shard_start - piece.param_start
                     values = read(piece.rank, piece.shard)[start + there : stop + there]
                     tensors[segment.shard][start + here : stop + here] = values
         return tensors
+
+
+def _plain(values: Mapping[str, Value]) -> dict[str, Value]:
+    return {without_wrapper_parts(name): value for name, value in values.items()}
 
 
 def _load(folder: Path, pattern: str) -> Any:

@@ -16,6 +16,7 @@ from ds_pso.checkpoint.writer import Copies, as_checkpoint_error, complete, copy
 from ds_pso.distributed.coordinator import Coordinator
 from ds_pso.errors import ConfigError
 from ds_pso.session.session import Session
+from ds_pso.utils.wrappers import unwrapped
 
 log = logging.getLogger(__name__)
 
@@ -99,8 +100,8 @@ def save_model_config(session: Session, folder: Path) -> None:
 
     Called on all ranks; the first one of the particle writes.
     """
-    module = session.engine.module
-    base = module.get_base_model() if hasattr(module, "get_base_model") else module  # of a peft model
+    module: Any = unwrapped(session.engine.module)
+    base: Any = unwrapped(module.get_base_model()) if hasattr(module, "get_base_model") else module  # of a peft model
     config: Any = getattr(base, "config", None)
     # Other libraries' modules have a save_pretrained, too, or a config of their own kind.
     if session.world.layout.shard_rank != 0 or not (

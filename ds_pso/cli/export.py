@@ -24,7 +24,12 @@ def add_to(commands: Subcommands) -> None:
         example="ds-pso export runs/latest --which best --output best_model",
     )
     add = parser.add_argument
-    add("source", type=Path, metavar="RUN", help="run folder, its checkpoints folder, or one of its step_* folders")
+    add(
+        "source",
+        type=Path,
+        metavar="RUN",
+        help="run folder, its checkpoints folder, or one of its step_* folders; or the HF Trainer's output_dir",
+    )
     add("--output", type=Path, metavar="DIR", help="folder to write (default: model_<tag> beside the checkpoints)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
@@ -52,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = arguments.output or _beside_the_checkpoints(source, which)
     try:
         incomplete = write(model, folder)
-        tokenizer = _copy_tokenizer(_run_folder(source), folder)
+        tokenizer = _copy_tokenizer(source, folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"--output {folder}: cannot be written ({reason}); choose another folder") from error
@@ -70,8 +75,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run_folder(source: Path) -> Path:
     """Return the run folder of a checkpoint; the parent folder, if that is not called ``checkpoints``."""
+    from ds_pso.checkpoint.format import is_of_trainer
+
     folder = source.resolve().parent
-    return folder.parent if folder.name == "checkpoints" else folder
+    return folder.parent if folder.name == "checkpoints" or is_of_trainer(source) else folder
 
 
 def _beside_the_checkpoints(source: Path, which: str | int) -> Path:
@@ -83,9 +90,10 @@ def _from_here(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def _copy_tokenizer(run_folder: Path, folder: Path) -> Path | None:
-    """Copy the tokenizer that ``train.py`` saved; return its folder, or None if there is none."""
-    for place in (run_folder / "data" / "tokenizer", run_folder / "model"):
+def _copy_tokenizer(source: Path, folder: Path) -> Path | None:
+    """Copy the tokenizer that ``train.py`` or the Trainer saved; return its folder, or None if there is none."""
+    run_folder = _run_folder(source)
+    for place in (run_folder / "data" / "tokenizer", run_folder / "model", source):
         files = [path for pattern in _TOKENIZER_FILES for path in place.glob(pattern)]
         if files:
             for path in files:

@@ -22,10 +22,12 @@ from torch import Tensor
 
 from ds_pso.distributed.local_group import local_device
 from ds_pso.errors import ConfigError
+from ds_pso.export import contents
 from ds_pso.session.session import Session
 from ds_pso.shards import Segment, Shards, find_shards
 from ds_pso.sync.consensus import Choice
 from ds_pso.utils.atomic_io import move_files
+from ds_pso.utils.wrappers import plain_name, taken_off
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +47,10 @@ def export(session: Session, folder: Path, which: Choice = "consensus", tokenize
         which: ``consensus``, the mean of the particles whose weights are finite, or ``best``, the
             particle with the lowest loss at the last sync point.
         tokenizer: saved beside the model, if given.
+
+    Raises:
+        ConfigError: ``which`` is neither of the two, or no particle has finite weights.
+        UnsupportedError: what would be written is not what ``from_pretrained`` looks for; the folder stays as it was.
     """
     if which not in ("consensus", "best"):
         raise ConfigError(f'export which = {which!r}: must be "consensus" or "best"')
@@ -59,7 +65,8 @@ def export(session: Session, folder: Path, which: Choice = "consensus", tokenize
     with session.world.coordinator.agree("exporting the model"):
         if session.is_leader:
             with replacing_model(folder) as temporary:
-                _write(session.engine.module, state_dict, temporary)
+                of_module = session.num_particles == 1
+                _write(session.engine.module, state_dict, shards.trained_names(), temporary, of_module=of_module)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(temporary)
             log.info("%s: exported the %s model in %.1f s", folder, which, time.perf_counter() - begin)
@@ -96,18 +103,20 @@ def _decides(path: Path) -> int:
 
 
 def _state_dict(session: Session, shards: Shards, tensors: list[Tensor], buffers: list[Tensor]) -> dict[str, Tensor]:
-    """Return the whole model in its working dtype on the leader; elsewhere an empty dict."""
+    """Return the whole model in its working dtype on the leader, under names without wrappers; elsewhere nothing."""
+    module = shards.module
     state_dict: dict[str, Tensor] = {}
     for name, tensor in _parameters(session, shards, tensors):
         if session.is_leader:
-            state_dict[name] = tensor.cpu()
+            state_dict[plain_name(module, name)] = tensor.cpu()
+    if not session.is_leader:
+        return state_dict
     for (name, buffer), values in zip(shards.buffers(), buffers, strict=True):
-        if session.is_leader:
-            state_dict[name] = values.view(buffer.shape).cpu()
-    if session.is_leader:
-        names = shards.module.state_dict().keys()
-        counters = {name: b for name, b in shards.module.named_buffers() if not b.is_floating_point() and name in names}
-        state_dict.update({name: buffer.cpu() for name, buffer in counters.items()})
+        state_dict[plain_name(module, name)] = values.view(buffer.shape).cpu()
+    for prefix, part in module.named_modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if not buffer.is_floating_point() and name not in part._non_persistent_buffers_set:
+                state_dict[plain_name(module, f"{prefix}.{name}" if prefix else name)] = buffer.cpu()  # a counter
     return state_dict
 
 
@@ -139,13 +148,27 @@ def _frozen(parameter: Tensor) -> Tensor:
     return parameter.detach()
 
 
-def _write(module: torch.nn.Module, state_dict: dict[str, Tensor], folder: Path) -> None:
-    save = getattr(module, "save_pretrained", None)
-    if save is not None:
-        save(folder, state_dict=state_dict)
-    else:
-        first_name = {id(parameter): name for name, parameter in module.named_parameters()}
-        for name, parameter in module.named_parameters(remove_duplicate=False):
-            if name not in state_dict:  # tied to another
-                state_dict[name] = state_dict[first_name[id(parameter)]].clone()
-        save_file({key: value.contiguous() for key, value in state_dict.items()}, folder / "model.safetensors")
+def _write(
+    module: torch.nn.Module, state_dict: dict[str, Tensor], trained: set[str], folder: Path, *, of_module: bool
+) -> None:
+    """Write the model, and compare what is in its files with what will be looked for.
+
+    Args:
+        trained: names of the parameters in the optimizer, as in ``module.named_parameters()``.
+        of_module: whether the values are those that the module holds.
+    """
+    parameters = dict(module.named_parameters())
+    trained = {plain_name(module, name) for name in trained if parameters[name].requires_grad}
+    with taken_off(module) as plain:
+        opened = contents.as_opened(plain)
+        tied = contents.tied_names(plain)
+        contents.untied(state_dict, tied, opened)
+        if not contents.saves_itself(plain):
+            state_dict |= {name: state_dict[source].clone() for name, source in tied.items()}
+        contents.check_tensors(state_dict, trained, opened)
+        shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+        if contents.saves_itself(plain):
+            plain.save_pretrained(folder, state_dict=state_dict)  # type: ignore[operator]
+        else:
+            save_file({key: value.contiguous() for key, value in state_dict.items()}, folder / "model.safetensors")
+        contents.check_files(folder, shapes, trained, opened, of_module=of_module)

@@ -8,10 +8,11 @@ copies of one parameter in fp32.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,12 +20,13 @@ from typing import Literal
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from ds_pso.checkpoint.format import LATEST, MODEL, find, verified_record, weights_only
+from ds_pso.checkpoint.format import LATEST, find, is_of_trainer, particle_folders, verified_record, weights_only
 from ds_pso.checkpoint.reader import Flat, SavedParticle
 from ds_pso.comm.exchange import wire_dtype
-from ds_pso.errors import CheckpointError, ConfigError
+from ds_pso.errors import CheckpointError, ConfigError, UnsupportedError
+from ds_pso.export import contents
 from ds_pso.export.live import replacing_model
 from ds_pso.export.meta_model import load_model_config, skeleton, with_adapter
 from ds_pso.rules import SyncPoint
@@ -32,6 +34,7 @@ from ds_pso.shards import Segment
 from ds_pso.shards.base import square_of_norm
 from ds_pso.sync.fitness import ParticleReport
 from ds_pso.sync.health import Limits, judge
+from ds_pso.utils.wrappers import without_wrapper_parts
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Model:
 
     state_dict: dict[str, Tensor]  # in the working dtype
     tied: dict[str, str]  # names that are not in it, and under which the same tensor is
+    trained: frozenset[str]  # names of the parameters that are; none at ZeRO 0, where frozen ones may be among them
     config: Path  # folder of the Hugging Face config, if there is one
     particles: tuple[int, ...]  # that are in it
     step: int
@@ -53,8 +57,14 @@ def find_checkpoint(run: Path, tag: str | None = None) -> Path:
     """Return the step_* folder that ``run`` is, or the one in it that ``tag`` or ``latest`` names.
 
     Args:
-        run: a run folder with a folder ``checkpoints``, a checkpoints folder, or a step_* folder.
+        run: a run folder with a folder ``checkpoints``, a checkpoints folder, or a step_* folder. Or the HF Trainer's
+            output_dir, or a checkpoint-* folder of a particle in there.
+
+    Raises:
+        CheckpointError: there is none.
     """
+    if is_of_trainer(run) or any(run.glob("particle_*/checkpoint-*")) or any(run.glob("checkpoint-*")):
+        return _find_of_trainer(run, tag)
     if tag is None and re.fullmatch(r"step_\d{8,}", run.resolve().name) and run.is_dir():
         return run
     folder = run / "checkpoints" if (run / "checkpoints").is_dir() else run
@@ -63,6 +73,26 @@ def find_checkpoint(run: Path, tag: str | None = None) -> Path:
             f"{run}: no checkpoint to export; give a run folder, its checkpoints folder, or a step_* folder"
         )
     return find(folder, tag)
+
+
+def _find_of_trainer(run: Path, tag: str | None) -> Path:
+    """Return the checkpoint-* folder of the lowest particle: of the newest step that all particles have."""
+    if is_of_trainer(run):
+        outputs, tag = run.resolve().parents[1], run.resolve().name
+    else:
+        outputs = run.resolve().parent if any(run.glob("checkpoint-*")) else run
+    particles = sorted(outputs.glob("particle_*"))
+    names = [
+        {path.name for path in particle.glob("checkpoint-*") if (path / "swarm").is_dir()} for particle in particles
+    ]
+    steps = sorted(set.intersection(*names) if names else (), key=lambda name: int(name.rpartition("-")[2]))
+    if not steps or (tag is not None and tag not in steps):
+        raise CheckpointError(
+            f"{run}: no {tag or 'checkpoint'} of a swarm to export; give the output_dir of a Trainer with "
+            "SwarmCallback, in which every particle_* folder has the same checkpoint-*; what a Trainer without it has "
+            "saved opens with from_pretrained"
+        )
+    return particles[0] / (tag or steps[-1])
 
 
 def consolidate(source: Path, which: Literal["consensus", "best"] | int = "consensus") -> Model:
@@ -75,7 +105,7 @@ def consolidate(source: Path, which: Literal["consensus", "best"] | int = "conse
         CheckpointError: missing, damaged, of another format; or no weights are finite.
         ConfigError: no such particle.
     """
-    first = verified_record(source, 0)
+    first = verified_record(particle_folders(source, 0).part, 0)
     P, S = first["num_particles"], first["particle_size"]
     if isinstance(which, int) and not 0 <= which < P:
         raise ConfigError(f"--particle {which}: {source} has particles 0 to {P - 1}")
@@ -84,40 +114,84 @@ def consolidate(source: Path, which: Literal["consensus", "best"] | int = "conse
         weights = _weights(source, particles, which)
         chosen = [(w, particle) for w, particle in zip(weights, particles, strict=True) if particle is not None and w]
         state_dict, tied = _combine(chosen, of_rule=which == "consensus")
+        leader = chosen[0][1].saved
+        trained = frozenset(leader.pieces if leader.stage > 0 else ())
     members = tuple(p for p, weight in enumerate(weights) if weight)
-    return Model(state_dict, tied, source / f"particle_{members[0]}" / MODEL, members, int(first["step"]))
+    return Model(state_dict, tied, trained, particle_folders(source, members[0]).config, members, int(first["step"]))
 
 
 def write(model: Model, folder: Path) -> str | None:
-    """Write it as ``swarm.export`` does. Return why it is not a whole Hugging Face model; None if it is."""
+    """Write it as ``swarm.export`` does. Return why it is not a whole Hugging Face model; None if it is.
+
+    Raises:
+        UnsupportedError: what would be written is not what ``from_pretrained`` looks for; the folder stays as it was.
+    """
     with replacing_model(folder) as temporary:
         module, reason = _module_of(model)
         if module is not None:
-            module.save_pretrained(temporary, state_dict=dict(model.state_dict))
-            return None
+            tensors, trained = _in_names_of(module, model)
+            try:
+                contents.check_tensors(tensors, trained, module)
+            except UnsupportedError:
+                named = _config_of(model).architectures or []
+                if contents.is_peft(module) or type(module).__name__ in named:
+                    raise
+                reason = f"its class is not one of transformers', and {type(module).__name__} has other parameters"
+            else:
+                shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+                module.save_pretrained(temporary, state_dict=tensors)
+                contents.check_files(temporary, shapes, trained, module)
+                return None
         whole = model.state_dict | {name: model.state_dict[source].clone() for name, source in model.tied.items()}
         save_file({name: tensor.contiguous() for name, tensor in whole.items()}, temporary / "model.safetensors")
-        for path in sorted(model.config.glob("*.json")):
+        for path in sorted(model.config.glob("*config.json")):
             shutil.copy(path, temporary)
     return reason
 
 
+def _in_names_of(module: PreTrainedModel, model: Model) -> tuple[dict[str, Tensor], Collection[str]]:
+    """Return all tensors that the module has, and the names of those that are trained."""
+    tensors, trained, known = dict(model.state_dict), model.trained, module.state_dict().keys()
+    if all(name.startswith(_DATA_PARALLEL) and name not in known for name in tensors):
+        tensors = {name.removeprefix(_DATA_PARALLEL): tensor for name, tensor in tensors.items()}
+        trained = frozenset(name.removeprefix(_DATA_PARALLEL) for name in trained)
+    contents.untied(tensors, model.tied, module)
+    return tensors, trained
+
+
+_DATA_PARALLEL = "module."
+
+
+def _config_of(model: Model) -> PreTrainedConfig:
+    """Return the config of the whole model; the Trainer saves none of that which adapters are for."""
+    if (model.config / "config.json").is_file():
+        return load_model_config(model.config)
+    base = json.loads((model.config / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    return load_model_config(base or model.config)
+
+
 def _module_of(model: Model) -> tuple[PreTrainedModel | None, str | None]:
     """Return the module to which the tensors belong, without memory; or the reason why there is none."""
-    if not model.config.is_dir():
+    adapter = model.config / "adapter_config.json"
+    if not adapter.is_file() and not (model.config / "config.json").is_file():
         return None, "the module that was trained has no Hugging Face config"
     dtype = next((t.dtype for t in model.state_dict.values() if t.is_floating_point()), torch.float32)
     try:
-        module = skeleton(load_model_config(model.config), dtype)
+        module = skeleton(_config_of(model), dtype)
     except ConfigError:
+        if not (model.config / "config.json").is_file():
+            return None, "the base model of its adapter is not found; the adapter's config is copied"
         return None, "its class is not one of transformers'; its config.json is copied"
-    if (model.config / "adapter_config.json").is_file():
+    if adapter.is_file():
         try:
             module = with_adapter(module, model.config)
         except ImportError:
             return None, "peft is not installed; the configs are copied"
-    if not model.state_dict.keys() <= module.state_dict().keys():
-        return None, f"{type(module).__name__} of transformers has other parameters; its config.json is copied"
+        if any(config.is_prompt_learning for config in module.peft_config.values()):
+            raise UnsupportedError(
+                f"export: {model.config}: peft takes prompts from a model that computes, not from a file; load the "
+                "checkpoint with swarm.load, and save the model inside swarm.consensus()"
+            )
     if (model.config / "generation_config.json").is_file():
         module.generation_config = GenerationConfig.from_pretrained(model.config)
     return module, None
@@ -147,7 +221,7 @@ def _combine(chosen: Sequence[tuple[float, _Particle]], of_rule: bool) -> tuple[
     Integers, and parameters that are not trained, come from the first particle.
     """
     leader = chosen[0][1]
-    frozen, tied = leader.saved.frozen_and_tied(leader.buffers)
+    frozen, tied = leader.saved.frozen_and_tied([without_wrapper_parts(name) for name in leader.buffers])
     state_dict = dict(frozen)
     for name in leader.saved.pieces:
         like = leader.saved.module[name]
@@ -158,7 +232,7 @@ def _combine(chosen: Sequence[tuple[float, _Particle]], of_rule: bool) -> tuple[
         if buffer.is_floating_point():
             wide = wire_dtype(buffer)
             buffer = _mean([(w, particle.buffer(name).to(wide)) for w, particle in chosen]).to(buffer.dtype)
-        state_dict[name] = buffer
+        state_dict[without_wrapper_parts(name)] = buffer
     return state_dict, tied
 
 
@@ -194,7 +268,8 @@ class _Particle:
         Raises:
             CheckpointError: missing or damaged, or does not say where parameters lie.
         """
-        records = [verified_record(source, rank) for rank in range(number * size, (number + 1) * size)]
+        part = particle_folders(source, number).part
+        records = [verified_record(part, rank) for rank in range(number * size, (number + 1) * size)]
         shards, synced = records[0].get("shards"), records[0]["synchronizer"]
         if shards is None or any(record.get("shards") is None for record in records):
             raise CheckpointError(

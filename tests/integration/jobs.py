@@ -149,7 +149,7 @@ def config(case: Case, particle_size: int) -> dict[str, Any]:
 
 
 def build_engine(case: Case, ds_config: dict[str, Any], model: nn.Module | None = None) -> Any:
-    model = model or build_model(case)
+    model = build_model(case) if model is None else model  # a compiled one may have no truth value
     gc.freeze()  # DeepSpeed collects garbage at ZeRO 3, and would look at all that was ever imported
     if case.precision == "fp16":
         # DeepSpeed asks whether the CPU is fast at it; slow is good enough here.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from pool import Pool
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM
 
 import ds_pso
 from ds_pso.checkpoint.format import record_checksum
 from ds_pso.cli import main as cli
 from ds_pso.export.offline import consolidate, find_checkpoint, write
-from ds_pso.utils.atomic_io import hash_file
 
 from .jobs import Case, Net, assemble, build_engine, config, master_pieces, place, rank_batches
+from .spoiled import Evil, seal
 from .test_export import llama
 
 STEP = "step_00000003"
@@ -49,10 +51,28 @@ def frozen() -> nn.Module:
     return model
 
 
-def lora() -> nn.Module:
-    return get_peft_model(
-        llama(tied=False), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    )
+def lora(base: nn.Module | None = None) -> nn.Module:
+    base = llama(tied=False) if base is None else base
+    return get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")
+
+
+def with_wrapped_layers(model: nn.Module, wrappers: Sequence[Callable[[nn.Module], nn.Module]]) -> nn.Module:
+    """Wrap one layer after the other, each in its own way."""
+    for layers in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+        for index, wrap in zip(range(len(layers)), wrappers, strict=True):
+            layers[index] = wrap(layers[index])
+    return model
+
+
+def wrapped_batch_norm() -> nn.Module:
+    """Also of tensors that only a checkpoint of each rank holds."""
+    model = Net(batch_norm=True)
+    model.first, model.norm = compiled(model.first), checkpoint_wrapper(model.norm)
+    return model
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -63,6 +83,14 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: llama(tied=False),
     "tied_llama": lambda: llama(tied=True),
     "lora_llama": lora,
+    "compiled_llama": lambda: compiled(llama(tied=True)),
+    "wrapped_layers_llama": lambda: with_wrapped_layers(llama(tied=False), (compiled, checkpoint_wrapper)),
+    "checkpointed_llama": lambda: with_wrapped_layers(llama(tied=True), [checkpoint_wrapper] * 2),
+    "checkpointed_lora_llama": lambda: with_wrapped_layers(lora(), [checkpoint_wrapper] * 2),
+    "compiled_lora_llama": lambda: compiled(with_wrapped_layers(lora(), (checkpoint_wrapper, compiled))),
+    "lora_in_compiled_llama": lambda: lora(compiled(llama(tied=False))),
+    "wrapped_batch_norm": wrapped_batch_norm,
+    "data_parallel_llama": lambda: nn.DataParallel(llama(tied=False)),
 }
 
 
@@ -89,6 +117,11 @@ JOBS = [
     Job(Case(stage=3), "frozen"),
     Job(Case(stage=3), "tied"),
     Job(Case(stage=3), "lora_llama"),
+    Job(Case(stage=2), "compiled_llama"),
+    Job(Case(stage=3, precision="bf16"), "checkpointed_lora_llama"),  # DeepSpeed has no compiled layers at ZeRO 3
+    Job(Case(stage=2), "compiled_lora_llama"),
+    Job(Case(stage=0), "lora_in_compiled_llama"),
+    Job(Case(stage=1), "wrapped_batch_norm"),
 ]
 # ... and other combinations.
 MORE = [
@@ -104,6 +137,11 @@ MORE = [
     Job(Case(stage=0), "tied_llama"),
     Job(Case(stage=3, precision="bf16"), "llama"),
     *(Job(Case(stage=stage), "lora_llama") for stage in (0, 2)),
+    *(Job(Case(stage=stage), "wrapped_layers_llama") for stage in (0, 1, 2)),
+    Job(Case(stage=0), "compiled_lora_llama"),
+    Job(Case(stage=2), "wrapped_batch_norm"),
+    Job(Case(stage=3), "checkpointed_llama"),
+    Job(Case(stage=1), "data_parallel_llama"),
 ]
 ALL = [*JOBS, *(pytest.param(job, marks=pytest.mark.slow) for job in MORE)]
 
@@ -203,6 +241,46 @@ def test_it_is_what_was_exported(runs_of: Any, tmp_path: Path, job: Job, which: 
     incomplete = write(consolidate(find_checkpoint(run), which), tmp_path / "model")
     assert (incomplete is None) == job.model.endswith("llama")
     assert_same_model(tmp_path / "model", run / which)
+
+
+IS_WRAPPED = re.compile("compiled|wrapped|checkpointed|parallel")
+WRAPPED = [job for job in JOBS if IS_WRAPPED.search(job.model)]
+MORE_WRAPPED = [job for job in MORE if IS_WRAPPED.search(job.model)]
+
+
+@pytest.mark.parametrize(
+    "job", [*WRAPPED, *(pytest.param(job, marks=pytest.mark.slow) for job in MORE_WRAPPED)], ids=str
+)
+def test_a_wrapped_model_opens_as_the_one_inside(runs_of: Any, job: Job) -> None:
+    """``from_pretrained`` would not complain of names that it does not find."""
+    folder = runs_of(job).of(job) / "consensus"
+    inside = {"wrapped_batch_norm": lambda: Net(batch_norm=True)}.get(
+        job.model, lambda: llama(tied="lora" not in job.model)
+    )()
+    if "lora" in job.model:
+        opened = PeftModel.from_pretrained(llama(tied=False), folder)
+    elif job.model.endswith("llama"):
+        opened, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not any(info.values()), info
+    else:
+        opened = inside
+        opened.load_state_dict(load_file(folder / "model.safetensors"))
+    ranks = [pieces for pieces, _ in runs_of(job).returned(job)]
+    trained = {plain(name): None for rank in ranks for name, _, _ in rank}
+    found = {name: p.detach().float().numpy() for name, p in opened.named_parameters() if name in trained}
+    assert found.keys() == trained.keys()
+    assert found
+    pieces = [[(plain(name), start, values) for name, start, values in rank] for rank in ranks]
+    one, other = (assemble(pieces[start : start + 2], found) for start in (0, 2))
+    for name, values in found.items():
+        mean = torch.from_numpy((one[name] + other[name]) / 2).to(job.case.dtype).float()
+        np.testing.assert_allclose(values, mean, rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+def plain(name: str) -> str:
+    for part in ("_orig_mod.", "_checkpoint_wrapped_module."):
+        name = name.replace(part, "")
+    return name.removeprefix("module.")
 
 
 OTHER_WORLDS = [
@@ -319,27 +397,6 @@ def test_a_class_that_is_not_of_transformers(runs: Runs, tmp_path: Path, capsys:
     assert files(tmp_path / "model") == ["config.json", "generation_config.json", "model.safetensors"]
 
 
-def seal(source: Path, changed: Path) -> None:
-    """Make the records say what one who can write hashes would let them say."""
-    for path in sorted(source.glob("swarm/rank_*.json")):
-        record = json.loads(path.read_text())
-        name = str(changed.relative_to(source))
-        if name in record["files"]:
-            del record["checksum"]
-            record["files"][name] = [changed.stat().st_size, hash_file(changed)]
-            path.write_text(json.dumps(record | {"checksum": record_checksum(record)}))
-
-
-@dataclass
-class Evil:
-    """A pickle of it creates this file when it is read."""
-
-    path: str
-
-    def __reduce__(self) -> Any:
-        return open, (self.path, "w")
-
-
 def poison(source: Path) -> None:
     path = source / "particle_1/deepspeed/mp_rank_00_model_states.pt"
     torch.save({"module": Evil(str(source / "evil"))}, path)
@@ -393,7 +450,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
     "bit flip": (flip, [], "damaged (checksum differs)"),
     "another format": (edit("format", 4), [], "format 4 is not 7; use the ds_pso that wrote it"),
     "an older record": (edit("shards", None), [], "does not say where the parameters of its engine lie"),
-    "a pickle that runs code": (poison, [], "DeepSpeed could not load its checkpoint: "),
+    "a pickle that runs code": (poison, [], "it holds io.open, which is no plain data; no code of it was run"),
     "output below a file": (
         lambda source: (source.parents[1] / "file").touch(),
         ["--output", "{run}/file/model"],

@@ -29,7 +29,8 @@ from .jobs import (
     train,
     working_weights,
 )
-from .test_consolidate import Tied, edit, flip, frozen, poison, seal, truncate
+from .spoiled import seal
+from .test_consolidate import Tied, edit, flip, frozen, poison, truncate
 
 Shape = tuple[int, int]  # P, S
 PSO = {"inertia": 0.3, "cognitive": 0.5}
@@ -487,7 +488,7 @@ def another_shape_of_moments(source: Path) -> None:
 
 DAMAGE = {
     "checksum differs": flip,
-    "DeepSpeed could not load its checkpoint": poison,
+    "which is no plain data; no code of it was run": poison,
     "where the parameters of its engine lie, so it cannot be brought": edit("shards", None),
     "cut short": truncate,
     "bring the files of all ranks together": lambda source: (source / "swarm/rank_00003.json").unlink(),
