@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -15,13 +16,17 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Ra
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, get_last_checkpoint
+from transformers.training_args import trainer_log_levels
 from transformers.utils import is_peft_available
+from transformers.utils import logging as transformers_logging
 
 from ds_pso import checkpoint
+from ds_pso.checkpoint.format import plain_data_only
 from ds_pso.errors import CheckpointError, ConfigError, UnsupportedError
 from ds_pso.metrics import deepspeed_monitor
 from ds_pso.metrics.records import SyncRecord
 from ds_pso.swarm import Swarm
+from ds_pso.utils.wrappers import has_wrappers
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +43,11 @@ class SwarmCallback(TrainerCallback):
     and when to stop. At the end every particle holds the consensus, and ``trainer.save_model()`` of particle 0
     writes it to ``output_dir``.
 
-    For that it wraps ``get_train_dataloader``, ``evaluate``, ``evaluation_loop``, ``train`` and ``log`` of this
-    Trainer.
+    Resuming runs no code that lies in a checkpoint. Particle 0 alone shows progress, tables and transformers' INFO
+    lines.
+
+    For that it wraps ``get_train_dataloader``, ``evaluate``, ``evaluation_loop``, ``train``, ``log``, ``log_metrics``
+    and what loads checkpoints, of this Trainer.
 
     Args:
         swarm: what ``ds_pso.init`` returned, before ``TrainingArguments`` was made.
@@ -63,17 +71,16 @@ class SwarmCallback(TrainerCallback):
         self._evaluation = _Evaluation(swarm, trainer, evaluate_consensus)
         self._checkpoints = _Checkpoints(swarm, trainer, self._folder)
         self._sync_log = _SyncLog()
+        trainer.train = self._checkpoints.resuming(trainer.train)
+        trainer._load_best_model = _without_code(trainer._load_best_model)
         if swarm.num_particles > 1:
             trainer.args.output_dir = str(Path(self._folder, f"particle_{swarm.particle}"))
             trainer.get_train_dataloader = self._data.sharded(trainer.get_train_dataloader)
             trainer.evaluate = self._evaluation.of_consensus(trainer.evaluate)
             trainer.evaluation_loop = self._evaluation.averaged(trainer.evaluation_loop)
-            trainer.train = self._checkpoints.resuming(trainer.train)
             trainer.log = self._sync_log.beside_losses(trainer.log)
             swarm.on_sync(self._sync_log.take)
-            if swarm.particle > 0:  # one progress bar is enough
-                trainer.remove_callback(ProgressCallback)
-                trainer.remove_callback(PrinterCallback)
+            _leave_to_the_leader(swarm, trainer)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
@@ -86,7 +93,10 @@ class SwarmCallback(TrainerCallback):
         if state.global_step > 0 and swarm.num_particles > 1:
             step = self._checkpoints.load(_step_folder(args, state))
             swarm.session.metrics.rewind(step)
-        self._data.epoch = int((state.epoch or 0.0) + 1e-6)
+        self._data.resume(int((state.epoch or 0.0) + 1e-6), skips=state.global_step > 0)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        self._data.skips = False
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
@@ -112,6 +122,7 @@ class _ShardedData:
 
     Attributes:
         epoch: the next one to begin.
+        skips: the Trainer has resumed, and reads on to where it was.
     """
 
     def __init__(self, swarm: Swarm, trainer: Trainer) -> None:
@@ -119,9 +130,24 @@ class _ShardedData:
         self._trainer = trainer
         self._shuffled: DistributedSampler[object] | IterableDatasetShard | None = None
         self.epoch = 0
+        self.skips = False
+        self._begun = 0  # epochs, since the training began or was resumed
+
+    def resume(self, epoch: int, *, skips: bool) -> None:
+        """Begin with this epoch."""
+        self.epoch, self.skips, self._begun = epoch, skips, 0
 
     def begin_epoch(self) -> None:
         """Shuffle anew."""
+        self._begun += 1
+        if self.skips and self._begun > 1 and isinstance(self._shuffled, IterableDatasetShard):
+            self.skips = False
+            if self._layout.rank == 0:
+                warnings.warn(
+                    "resumed in a later pass over a stream: the Trainer finds its place in the first pass only, so "
+                    "some samples are seen again or later; a dataset with a length resumes exactly",
+                    stacklevel=2,
+                )
         if self._shuffled is not None:
             self._shuffled.set_epoch(self.epoch)
         self.epoch += 1
@@ -272,7 +298,12 @@ class _Checkpoints:
         """Wrap ``Trainer.train``: whatever folder the user names, each particle continues from its own of that step."""
 
         def train_from_own(resume_from_checkpoint: str | bool | None = None, *args: object, **kwargs: object) -> Result:
+            resume_from_checkpoint = _as_meant(resume_from_checkpoint)
             if resume_from_checkpoint:
+                trainer = self._trainer
+                trainer._prepare_for_training = _without_code(trainer._prepare_for_training)  # the engine's, too
+                trainer._load_rng_state = _without_code(trainer._load_rng_state)
+            if resume_from_checkpoint and self._swarm.num_particles > 1:
                 resume_from_checkpoint = str(self._find(resume_from_checkpoint))
             return train(resume_from_checkpoint, *args, **kwargs)
 
@@ -311,6 +342,40 @@ class _Checkpoints:
         return found
 
 
+def _without_code(load: Callable[..., Result]) -> Callable[..., Result]:
+    """Wrap a method that reads a checkpoint: DeepSpeed would run what its pickles say."""
+
+    def load_plain_data(*args: object, **kwargs: object) -> Result:
+        with plain_data_only():
+            return load(*args, **kwargs)
+
+    return load_plain_data
+
+
+def _as_meant(resume: str | bool | None) -> str | bool | None:
+    """Return what ``--resume_from_checkpoint True`` on a command line means, which HfArgumentParser leaves a string."""
+    words: dict[str, bool | None] = {"true": True, "false": False, "none": None, "": None}
+    if isinstance(resume, str) and resume.lower() in words and not Path(resume or "none").is_dir():
+        return words[resume.lower()]
+    return resume
+
+
+def _leave_to_the_leader(swarm: Swarm, trainer: Trainer) -> None:
+    """Leave to it what is told once: progress, tables of metrics, INFO lines of transformers."""
+    if swarm.particle > 0:
+        trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(PrinterCallback)
+        trainer.log_metrics = _print_nothing
+        trainer.accelerator.print = _print_nothing
+    if not swarm.is_leader:
+        level = trainer_log_levels[trainer.args.log_level_replica]
+        transformers_logging.set_verbosity(max(level, transformers_logging.get_verbosity()))
+
+
+def _print_nothing(*_: object, **__: object) -> None:
+    pass
+
+
 def _step_folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
@@ -320,6 +385,12 @@ def _check_supported(swarm: Swarm, trainer: Trainer) -> None:
     if not trainer.is_deepspeed_enabled:
         raise ConfigError(
             "SwarmCallback: the Trainer does not use DeepSpeed; give TrainingArguments(deepspeed=swarm.ds_config)"
+        )
+    if has_wrappers(trainer.model):
+        raise UnsupportedError(
+            "SwarmCallback: the Trainer's model, or a layer of it, is wrapped (torch.compile, checkpoint_wrapper), and "
+            "would be saved under names that nobody looks for; give the Trainer the model itself, and let "
+            "TrainingArguments compile it (torch_compile=True) or checkpoint its activations"
         )
     if swarm.num_particles == 1:
         return

@@ -77,6 +77,7 @@ def init(config: ConfigSource | None = None, *, run_dir: str | Path | None = Non
             f"swarm.particles = {particles}: the world that was given has {world.layout.num_particles}; "
             "use that number, or start another launch"
         )
+    logs.head_tracebacks()
     logs.set_place(world.layout.particle, world.layout.shard_rank, of_thread=world.peers.backend == "simulated")
     if world.layout.num_particles > 1:
         deepspeed_monitor.give_each_a_folder(ds_config, world.layout.particle)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import logging
 import runpy
+import shutil
 import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from integration.spoiled import Evil, seal
 from pool import Pool
 from safetensors.torch import load_file
 from variants import slow_but
@@ -131,6 +136,7 @@ def joined(config: dict[str, Any], folder: Path) -> Any:
 
 
 def train_two_epochs(folder: Path) -> dict[str, Any]:
+    import transformers
     from transformers import TrainerCallback
 
     logged: list[dict[str, Any]] = []
@@ -147,11 +153,13 @@ def train_two_epochs(folder: Path) -> dict[str, Any]:
     with joined(CONFIG, folder) as swarm:
         data = Numbered(64)
         held_out = {"one": Numbered(8), "two": Numbered(8)}
-        trainer = a_trainer(
-            swarm, folder, data=data, eval_dataset=held_out, eval_strategy="epoch", callbacks=[Log()], save_steps=4
-        )
+        more = {"eval_dataset": held_out, "eval_strategy": "epoch", "callbacks": [Log()], "save_steps": 4}
+        trainer = a_trainer(swarm, folder, data=data, log_level="info", **more)
         trainer.train()
         trainer.save_model()
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            trainer.log_metrics("train", {"train_loss": 1.0})
+            trainer.accelerator.print("said once")
         return {
             "asked": data.asked,
             "weights": weights(trainer.model),
@@ -160,6 +168,8 @@ def train_two_epochs(folder: Path) -> dict[str, Any]:
             "config": swarm.ds_config,
             "steps": trainer.state.max_steps,
             "output_dir": trainer.args.output_dir,
+            "printed": printed.getvalue(),
+            "level": transformers.utils.logging.get_verbosity(),
             "place": (trainer.args.process_index, trainer.args.world_size, trainer.args.should_save),
         }
 
@@ -181,6 +191,14 @@ def test_every_sample_is_seen_once_in_an_epoch(trained: Any) -> None:
 
 def test_the_trainer_sees_its_particle_also_without_an_accelerator(trained: Any) -> None:
     assert [rank["place"] for rank in trained[0]] == [(0, S, True), (1, S, False)] * P
+
+
+def test_one_particle_tells_what_is_told_once(trained: Any) -> None:
+    first, *others = trained[0]
+    assert "***** train metrics *****" in first["printed"]
+    assert "said once" in first["printed"]
+    assert first["level"] == logging.INFO
+    assert [(rank["printed"], rank["level"]) for rank in others] == [("", logging.WARNING)] * 3
 
 
 def test_sync_points_come_when_they_are_due(trained: Any) -> None:
@@ -334,7 +352,7 @@ def test_a_resumed_training_ends_where_the_whole_one_does(pool: Pool, tmp_path: 
     """Step 4 lies between the beginning of a delayed sync point and its end."""
     whole = pool.run(train_until, tmp_path / "whole", config, None, False, timeout=120)
     pool.run(train_until, tmp_path / "parts", config, 4, False, timeout=120)
-    resume = str(tmp_path / "parts/out/checkpoint-4") if config is SHARDED else True
+    resume = str(tmp_path / "parts/out/checkpoint-4") if config is SHARDED else "True"  # as from a command line
     parts = pool.run(train_until, tmp_path / "parts", config, None, resume, timeout=120)
     for one, other in zip(parts, whole, strict=True):
         for key, value in other["own"].items():
@@ -345,6 +363,85 @@ def test_a_resumed_training_ends_where_the_whole_one_does(pool: Pool, tmp_path: 
     assert not np.array_equal(whole[0]["own"]["0"], whole[2]["own"]["0"]), "the particles were not apart"
     for rank in whole[1:]:
         assert np.array_equal(rank["logits"], whole[0]["logits"]), "they are the consensus in the end"
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("True", True),
+        ("true", True),
+        ("False", None),
+        ("None", None),
+        ("", None),
+        ("out/checkpoint-4", ...),
+        (True, True),
+    ],
+)
+def test_what_a_command_line_says(given: Any, meant: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ds_pso.hf_trainer import _as_meant
+
+    assert (_as_meant(given) or None) == (given if meant is ... else meant)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "true").mkdir()
+    assert _as_meant("true") == "true", "a folder of that name is a folder"
+
+
+PICKLES = {  # the kind of file; and whether it is read, and so refused, or left alone under DeepSpeed
+    "global_step*/*model_states.pt": True,
+    "global_step*/*optim_states.pt": True,
+    "rng_state*.pth": True,  # when the engine is attached, so that the Trainers after this one are refused
+    "scheduler.pt": False,
+    "scaler.pt": False,
+    "optimizer.pt": False,
+    "pytorch_model.bin": False,
+    "training_args.bin": False,
+}
+
+
+def resume_what_runs_code(folder: Path, particles: int, evil: Path) -> list[tuple[str, str, bool]]:
+    """Of each kind of file: its pattern, how resuming went, and whether it has run."""
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = True
+
+    config = changed(APART, particles=particles)
+    found = []
+    with joined(config, folder) as swarm:
+        own = folder / "out" / (f"particle_{swarm.particle}" if particles > 1 else "") / "checkpoint-4"
+        for pattern in PICKLES:
+            swarm.world.coordinator.gather("the next kind", 0)
+            if swarm.world.layout.shard_rank == 0:
+                shutil.rmtree(own)
+                shutil.copytree(own.with_name("whole"), own)
+                for path in list(own.glob(pattern)) or [own / pattern]:
+                    torch.save({"module": Evil(str(evil))}, path)
+                    seal(own, path)
+            swarm.world.coordinator.gather("spoiled", 0)
+            options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 8}
+            trainer = a_trainer(swarm, folder, data=Numbered(128), callbacks=[Stop()], **options)
+            try:
+                trainer.train(resume_from_checkpoint=True)
+                how = "trained"
+            except Exception as error:
+                how = f"{type(error).__name__}: {error}"
+            found.append((pattern, how, evil.exists()))
+            evil.unlink(missing_ok=True)
+    return found
+
+
+@pytest.mark.parametrize("particles", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_resuming_runs_no_code_of_a_checkpoint(pool: Pool, tmp_path: Path, particles: int) -> None:
+    pool.run(train_until, tmp_path, changed(APART, particles=particles), 4, False, world_size=2, timeout=120)
+    for path in tmp_path.rglob("checkpoint-4"):
+        shutil.copytree(path, path.with_name("whole"))
+    evil = tmp_path / "evil"
+    refused = "CheckpointError: a file of the checkpoint could not be loaded: it holds io.open, which is no plain data"
+    for rank in pool.run(resume_what_runs_code, tmp_path, particles, evil, world_size=2, timeout=240):
+        for pattern, how, has_run in rank:
+            assert not has_run, pattern
+            assert how.startswith(refused) == PICKLES[pattern], (pattern, how)
 
 
 def train_and_take_the_best(
@@ -462,6 +559,86 @@ def test_checkpoints_that_do_not_fit_are_refused(pool: Pool, tmp_path: Path) -> 
     state.write_text(text)
     checkpoint.rename(checkpoint.with_name("checkpoint-2"))
     assert "from different steps, checkpoint-2 and checkpoint-4" in message()
+
+
+def resume_a_stream(folder: Path, stop: int | None, resume: bool) -> tuple[list[int], list[str]]:
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop |= state.global_step == stop
+
+    with joined(CONFIG, folder) as swarm, warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        data = Stream(32)  # 4 steps of 2 ranks with 4 samples each
+        options = {"max_steps": 10, "save_strategy": "steps", "save_steps": 1, "callbacks": [Stop()]}
+        trainer = a_trainer(swarm, folder, data=data, **options)
+        trainer.train(resume_from_checkpoint=resume)
+        return data._samples.asked, [str(warning.message) for warning in warned if "a stream" in str(warning.message)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [2, 6], ids=["first pass", "second pass"])
+def test_resuming_a_stream(pool: Pool, tmp_path: Path, stop: int) -> None:
+    """Exact in the first pass; later it cannot be, and says so."""
+    whole = pool.run(resume_a_stream, tmp_path / "whole", None, False, world_size=2, timeout=120)
+    pool.run(resume_a_stream, tmp_path / "parts", stop, False, world_size=2, timeout=120)
+    parts = pool.run(resume_a_stream, tmp_path / "parts", None, True, world_size=2, timeout=120)
+    print(whole, parts)
+    assert [len(rank[1]) for rank in whole] == [0, 0]
+    assert [len(rank[1]) for rank in parts] == ([0, 0] if stop == 2 else [1, 0])
+
+
+def train_a_wrapped_model(folder: Path) -> str:
+    from transformers import Trainer, TrainingArguments
+
+    from ds_pso.errors import UnsupportedError
+    from ds_pso.hf_trainer import SwarmCallback
+
+    with joined(CONFIG, folder) as swarm:
+        args = TrainingArguments(output_dir=str(folder), deepspeed=swarm.ds_config, report_to="none")
+        trainer = Trainer(torch.compile(llama(), backend="eager"), args, train_dataset=Numbered(64))
+        with pytest.raises(UnsupportedError) as error:
+            SwarmCallback(swarm, trainer)
+    return str(error.value)
+
+
+def test_a_compiled_model_is_refused(pool: Pool, tmp_path: Path) -> None:
+    for said in pool.run(train_a_wrapped_model, tmp_path, world_size=2, timeout=120):
+        assert "or a layer of it, is wrapped" in said
+        assert "torch_compile=True" in said
+
+
+# -- export from what the Trainer has saved -------------------------------------------------
+
+
+def assert_exported(folder: Path, argv: list[str], expected: dict[str, Any]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from ds_pso.cli import main as cli
+
+    assert cli.main(["export", *argv, "--output", str(folder)]) == 0
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    same(weights(model), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_export_of_what_the_trainer_has_saved(pool: Pool, tmp_path: Path, capsys: Any) -> None:
+    """From any of the folders; without launcher."""
+    from ds_pso.cli import main as cli
+
+    pool.run(train_until, tmp_path, APART, 4, False, timeout=120)
+    out = tmp_path / "out"
+    own = [load_file(out / f"particle_{i}/checkpoint-4/model.safetensors") for i in range(P)]
+    mean = {name: ((own[0][name] + own[1][name]) / 2).numpy() for name in own[0]}
+    for number, place in enumerate((out, out / "particle_1", out / "particle_1/checkpoint-4")):
+        assert_exported(tmp_path / str(number), [str(place)], mean)
+    single = {name: value.numpy() for name, value in own[1].items()}
+    assert_exported(tmp_path / "single", [str(out), "--tag", "checkpoint-4", "--particle", "1"], single)
+    capsys.readouterr()
+    shutil.rmtree(out / "particle_1/checkpoint-4/swarm")
+    assert cli.main(["export", str(out)]) == 1
+    assert "no checkpoint of a swarm to export; give the output_dir of a Trainer" in capsys.readouterr().err
 
 
 # -- what is refused ------------------------------------------------------------------------

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
+from types import TracebackType
 
 from ds_pso.errors import ConfigError
 
@@ -13,6 +15,7 @@ _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 _FORMAT = "%(asctime)s %(levelname)s [%(place)s] %(name)s: %(message)s"
 _here = threading.local()  # a simulated particle is a thread
 _process_place = ""
+_heads = False  # tracebacks
 
 
 class _Place(logging.Filter):
@@ -31,6 +34,25 @@ def set_place(particle: int, rank: int, *, of_thread: bool = False) -> None:
         _here.place = place
     else:
         _process_place = place
+
+
+def head_tracebacks() -> None:
+    """Let the traceback of an error that ends this process begin with particle and rank.
+
+    torch marks its lines with the rank in the world of DeepSpeed, which is that of one particle: every particle has
+    a ``[rank0]``.
+    """
+    global _heads
+    if _heads:
+        return
+    before, _heads = sys.excepthook, True
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if _process_place:
+            print(f"{_process_place}:", file=sys.stderr)
+        before(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def configure(verbosity: int = 0) -> None:

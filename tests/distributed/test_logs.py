@@ -84,3 +84,23 @@ def test_simulated_particles_have_places_of_their_own():
         thread.start()
         thread.join()
     assert found == {0: "particle 0 rank 0", 1: "particle 1 rank 0"}
+
+
+TRACEBACK = """
+import torch.distributed as dist
+from ds_pso.distributed import logs
+for _ in range(2):
+    logs.head_tracebacks()
+logs.set_place(1, 0)
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+logs.head_tracebacks()
+raise OSError("full")
+"""
+
+
+def test_a_traceback_says_whose_it_is_where_torch_says_rank_0_in_every_particle():
+    done = subprocess.run([sys.executable, "-c", TRACEBACK], capture_output=True, text=True, check=False)
+    found = [line for line in done.stderr.splitlines() if line.startswith("[rank0]")]
+    assert found[:2] == ["[rank0]: particle 1 rank 0:", "[rank0]: Traceback (most recent call last):"]
+    assert found[-1] == "[rank0]: OSError: full"
+    assert done.stderr.count("particle 1") == 1
