@@ -1,4 +1,4 @@
-"""The three lines that turn a plain DeepSpeed script into a swarm; everything else is DeepSpeed as usual.
+"""The four lines that turn a plain DeepSpeed script into a swarm; everything else is DeepSpeed as usual.
 
 deepspeed --num_gpus 4 recipes/own_script.py
 torchrun --nproc_per_node 4 recipes/own_script.py
@@ -48,6 +48,13 @@ def main() -> None:
             losses = swarm.gather(loss.item())
             if swarm.is_leader:
                 print(f"epoch {epoch}: loss of each particle {[round(value, 3) for value in losses]}")
+
+        swarm.merge()  # 4: every engine now holds the model that the particles are together; evaluate and save that
+        with torch.no_grad():
+            x, y = data.tensors
+            loss = torch.nn.functional.mse_loss(engine(x.to(engine.device)), y.to(engine.device)).item()
+        if swarm.is_leader:
+            print(f"loss of their model {loss:.3f}")
 
 
 if __name__ == "__main__":

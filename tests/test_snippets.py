@@ -189,7 +189,7 @@ swarm.close()
 """
 
 
-def test_the_three_lines_of_the_readme(pool: Pool, tmp_path: Path) -> None:
+def test_the_four_lines_of_the_readme(pool: Pool, tmp_path: Path) -> None:
     """With the JSON of the README."""
     script = README_SCRIPT.format(part_of(blocks(page("README.md"), "diff")[0], "+"))
     printed = pool.run(execute, script, completed(CONFIGS["README.md-0"]), tmp_path)
