@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from accelerate import PartialState
 from accelerate.data_loader import IterableDatasetShard
-from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -21,6 +18,7 @@ from transformers.utils import is_peft_available
 from transformers.utils import logging as transformers_logging
 
 from ds_pso import checkpoint
+from ds_pso.accelerate import see_the_particle, with_other_samples
 from ds_pso.checkpoint.format import plain_data_only
 from ds_pso.errors import CheckpointError, ConfigError, UnsupportedError
 from ds_pso.metrics import deepspeed_monitor
@@ -63,7 +61,7 @@ class SwarmCallback(TrainerCallback):
 
     def __init__(self, swarm: Swarm, trainer: Trainer, *, evaluate_consensus: bool = True) -> None:
         _check_supported(swarm, trainer)
-        _let_accelerate_see_the_particle(swarm)
+        see_the_particle(swarm.world.layout)
         self.swarm = swarm
         self.trainer = trainer
         self._folder = trainer.args.output_dir  # as the user has named it
@@ -179,20 +177,7 @@ class _ShardedData:
             self._shuffled = dataset
         else:
             self._shuffled = sampler = self._sampler(loader)
-        return DataLoader(
-            dataset,
-            batch_size=loader.batch_size,
-            sampler=sampler,
-            drop_last=loader.drop_last,
-            collate_fn=loader.collate_fn,
-            num_workers=loader.num_workers,
-            pin_memory=loader.pin_memory,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context,
-            prefetch_factor=loader.prefetch_factor,
-            persistent_workers=loader.persistent_workers,
-            in_order=loader.in_order,
-        )
+        return with_other_samples(loader, dataset, loader.batch_size, sampler, loader.drop_last)
 
     def _sampler(self, loader: Batches) -> DistributedSampler[object]:
         args, ranks = self._trainer.args, self._layout.world_size
@@ -416,17 +401,6 @@ def _check_supported(swarm: Swarm, trainer: Trainer) -> None:
     for name, (is_set, reason) in refused.items():
         if is_set:
             raise UnsupportedError(f"TrainingArguments.{name} = {getattr(args, name)!r}: {reason}")
-
-
-def _let_accelerate_see_the_particle(swarm: Swarm) -> None:
-    """Set the ranks in Accelerate 1.15, where without an accelerator each takes itself for the only one.
-
-    All would train on the same samples, write the same files, and fail to gather what they have evaluated.
-    """
-    for state in (PartialState(), AcceleratorState()):
-        state.num_processes = swarm.world.layout.particle_size
-        state.process_index = swarm.world.layout.shard_rank
-        state.local_process_index = int(os.environ["LOCAL_RANK"])
 
 
 def _siblings(particle: Path) -> list[Path]:

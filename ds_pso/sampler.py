@@ -97,6 +97,21 @@ class SwarmSampler(Sampler[int]):
         if epoch != self.epoch:
             self.epoch, self._batch = epoch, 0
 
+    def skip_to(self, batch: int) -> None:
+        """Go on with this batch of the epoch; does nothing at that place, as after a checkpoint was loaded.
+
+        Raises:
+            ConfigError: the epoch has begun, and is elsewhere; or is shorter.
+        """
+        if self._batch not in (0, batch) or not 0 <= batch < self._num_batches:
+            raise ConfigError(
+                f"skip to batch {batch} of the epoch: training is at batch {self._batch} of {self._num_batches}; a "
+                "checkpoint that was loaded has put it there, so leave the skipping out"
+            )
+        if batch != self._batch:
+            self._batch = batch
+            self._moves += 1
+
     def state_dict(self) -> dict[str, int]:
         return {
             "dataset_size": self._dataset_size,

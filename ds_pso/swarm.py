@@ -9,7 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ds_pso import checkpoint
 from ds_pso.checkpoint.engine_calls import EngineCheckpoints
@@ -38,6 +38,9 @@ from ds_pso.sync.parts import SyncTotals
 from ds_pso.utils.folder_lock import FolderLock, lock_folder
 
 _PATIENCE_S = 5.0  # with a run that was killed and has not gone yet
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def init(config: ConfigSource | None = None, *, run_dir: str | Path | None = None, world: World | None = None) -> Swarm:
@@ -247,6 +250,39 @@ class Swarm:
             session.metrics.rewind(engine.global_steps)
         session.log("start", **session.start_record())
         return engine
+
+    def prepare(
+        self,
+        accelerator: Accelerator,
+        *objects: object,
+        probe: Probe | None = None,
+        schedule: Literal["epochs", "steps"] = "epochs",
+    ) -> tuple[Any, ...]:
+        """Do under Hugging Face Accelerate what ``accelerator.prepare`` does, and attach; call it on all ranks.
+
+        The training loader, which is the only one or the only one that shuffles, is sharded over all P x S ranks, and
+        its place is part of a checkpoint. Evaluation loaders are sharded inside the particle, here or by
+        ``accelerator.prepare``. ``accelerator.save_state`` and ``load_state`` write and read a folder for each
+        particle in theirs.
+
+        Args:
+            accelerator: made after ``ds_pso.init``, under DeepSpeed.
+            objects: model and optimizer, and if there are any scheduler and loaders, none of them prepared before.
+            probe: as for ``attach``.
+            schedule: what the length of the scheduler was computed from: ``"epochs"`` x ``len(loader)`` before it was
+                prepared, as under Accelerate on P x S ranks; or optimizer ``"steps"`` x ``accelerator.num_processes``,
+                as under Accelerate on the S ranks of a particle.
+
+        Returns:
+            The prepared objects, in the order of ``objects``.
+
+        Raises:
+            ConfigError: something is missing, of another kind or ambiguous; or as by ``attach``.
+            UnsupportedError: a sampler of its own for the training data; or as by ``attach``.
+        """
+        from ds_pso.accelerate import prepare  # only such scripts import Accelerate
+
+        return prepare(self, accelerator, objects, probe, schedule)
 
     def sync(self) -> None:
         """Sync with the other particles now; call it on all ranks, outside of forward and backward.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -92,22 +92,27 @@ def check_part(session: Session, folder: Path) -> None:
         if not (folder / "swarm").is_dir():
             raise CheckpointError(
                 f"{folder}: holds nothing of the swarm, as a checkpoint that was interrupted or was written without "
-                "SwarmCallback; move it away and resume from an older one"
+                "ds_pso; move it away and resume from an older one"
             )
         check_files(_read_record(folder, session)["files"], folder)
 
 
-def load_part(session: Session, folder: Path, *, strict: bool = True) -> int:
+def load_part(session: Session, folder: Path, *, strict: bool = True, load: Callable[[], None] | None = None) -> int:
     """Restore what ``check_part`` has checked, the engine's own checkpoint included. Return its step.
 
     Args:
         strict: DeepSpeed's checkpoint must hold every parameter; that of an adapter does not.
+        load: what loads the engine's checkpoint, and what else was written with it.
 
     Raises:
         CheckpointError: it does not fit, or cannot be loaded.
     """
     record, tensors = _read_part(session, folder)
-    _load_engine(session, folder, None, strict)
+    if load is None:
+        _load_engine(session, folder, None, strict)
+    else:
+        with weights_only():
+            load()
     restore(session, record, tensors)
     return record["step"]
 

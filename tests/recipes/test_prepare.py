@@ -1,0 +1,277 @@
+"""``swarm.prepare``: schedule, data, checkpoints and refusals of a script under Accelerate, against Accelerate alone."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pool import Pool
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
+
+from .test_recipes import under_accelerate
+
+SAMPLES, BATCH, EPOCHS = 103, 4, 2
+CONFIG = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "zero_optimization": {"stage": 2},
+}
+JSON_SCHEDULE = {
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}},
+    "scheduler": {
+        "type": "WarmupDecayLR",
+        "params": {
+            "warmup_min_lr": 0,
+            "warmup_max_lr": "auto",
+            "warmup_num_steps": "auto",
+            "total_num_steps": "auto",
+            "warmup_type": "linear",
+        },
+    },
+}
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        yield from zip(*rows().tensors, strict=True)
+
+
+def rows() -> TensorDataset:
+    """Numbered samples: x, y, number."""
+    x = torch.randn(SAMPLES, 4, generator=torch.Generator().manual_seed(1))
+    return TensorDataset(x, x.pow(2).sum(1, keepdim=True), torch.arange(SAMPLES))
+
+
+def net() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+
+
+def objects_of(schedule: str, length: int) -> list[Any]:
+    """Model, optimizer and scheduler of a script whose schedule has this length."""
+    from accelerate.utils import DummyOptim, DummyScheduler
+
+    model = net()
+    if schedule == "json":
+        optimizer = DummyOptim(model.parameters(), lr=0.02)
+        return [model, optimizer, DummyScheduler(optimizer, total_num_steps=length, warmup_num_steps=3)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    if schedule == "one_cycle":
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.02, total_steps=length)
+    else:
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / length))
+    return [model, optimizer, scheduler]
+
+
+def reset() -> None:
+    """Let another Accelerator begin in this process."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def trained(prepared: Any, accelerator: Any, loader: Any, epochs: int) -> dict[str, Any]:
+    """What a loop as in Accelerate's examples has seen: samples of each epoch, and the rate at each optimizer step."""
+    model, optimizer, scheduler = prepared
+    seen, rates = [], []
+    for _ in range(epochs):
+        seen.append([])
+        for x, y, number in loader:
+            seen[-1] += number.tolist()
+            with accelerator.accumulate(model):
+                rate = optimizer.param_groups[0]["lr"]
+                accelerator.backward(torch.nn.functional.mse_loss(model(x), y))
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                rates.append(rate)
+    return {"seen": seen, "rates": rates, "steps": model.global_steps}
+
+
+def length_of(counted: str, loader: Any, accelerator: Any, accumulate: int) -> int:
+    if counted == "epochs":  # as in Accelerate's examples: of the loader before it is prepared
+        return EPOCHS * len(loader) // accumulate
+    return 10 * accelerator.num_processes  # as in the scripts of transformers, with --max_train_steps
+
+
+SCRIPTS = [
+    ("lambda", "epochs", 2),
+    ("one_cycle", "epochs", 1),
+    ("json", "epochs", 1),
+    ("lambda", "steps", 2),
+    ("json", "steps", 1),
+]
+
+
+def plain_rates() -> list[list[float]]:
+    """Under Accelerate alone, which on a CPU has to be told its ranks; a script for each of ``SCRIPTS``."""
+    from accelerate import Accelerator, DeepSpeedPlugin
+
+    from ds_pso.accelerate import see_the_particle
+    from ds_pso.distributed.layout import Layout
+
+    found = []
+    for schedule, counted, accumulate in SCRIPTS:
+        reset()
+        config = CONFIG | (JSON_SCHEDULE if schedule == "json" else {})
+        plugin = DeepSpeedPlugin(hf_ds_config=config)
+        accelerator = Accelerator(deepspeed_plugin=plugin, gradient_accumulation_steps=accumulate)
+        see_the_particle(Layout(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), 1))
+        loader = DataLoader(rows(), batch_size=BATCH, shuffle=True, drop_last=True)
+        objects = objects_of(schedule, length_of(counted, loader, accelerator, accumulate))
+        *prepared, loader = accelerator.prepare(*objects, loader)
+        found.append(trained(prepared, accelerator, loader, EPOCHS)["rates"])
+    return found
+
+
+def swarm_runs() -> list[dict[str, Any]]:
+    """The same scripts in a swarm of two particles; and how their loaders see data."""
+    from accelerate import Accelerator, DeepSpeedPlugin
+
+    import ds_pso
+    from ds_pso.accelerate import see_the_particle
+
+    found, world = [], None
+    for schedule, counted, accumulate in SCRIPTS:
+        reset()
+        config = (
+            CONFIG | (JSON_SCHEDULE if schedule == "json" else {}) | {"swarm": {"particles": 2, "sync_interval": 3}}
+        )
+        swarm = ds_pso.init(config, world=world)
+        world = swarm.world
+        plugin = DeepSpeedPlugin(hf_ds_config=swarm.ds_config)
+        accelerator = Accelerator(deepspeed_plugin=plugin, gradient_accumulation_steps=accumulate)
+        see_the_particle(world.layout)  # as on GPUs, where Accelerate does it before the script reads num_processes
+        loader = DataLoader(rows(), batch_size=BATCH, shuffle=True, drop_last=True)
+        objects = objects_of(schedule, length_of(counted, loader, accelerator, accumulate))
+        *prepared, loader = swarm.prepare(accelerator, *objects, loader, schedule=counted)
+        run = trained(prepared, accelerator, loader, EPOCHS)
+        found.append(run | {"batch": prepared[0].train_micro_batch_size_per_gpu(), "syncs": swarm.totals.count})
+    world.close()
+    return found
+
+
+@functools.cache
+def plain(pool: Pool, world_size: int) -> list[list[float]]:
+    ranks = pool.run(plain_rates, world_size=world_size, env=DEEPSPEED, timeout=120)
+    assert all(rank == ranks[0] for rank in ranks)
+    return ranks[0]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_rates_and_data_are_those_of_accelerate_alone(pool, size):
+    """With a schedule by epochs, on all P x S ranks; with one by steps, on the S ranks of a particle."""
+    ranks = pool.run(swarm_runs, world_size=2 * size, env=DEEPSPEED, timeout=120)
+    for i, (_, counted, accumulate) in enumerate(SCRIPTS):
+        runs = [rank[i] for rank in ranks]
+        batches = SAMPLES // (2 * size * BATCH)
+        steps = EPOCHS * -(-batches // accumulate)
+        expected = plain(pool, 2 * size if counted == "epochs" else size)[i]
+        assert len(set(expected)) > 3
+        for run in runs:
+            assert run["steps"] == len(run["rates"]) == steps
+            assert run["rates"][: len(expected)] == pytest.approx(expected[:steps], rel=1e-9)
+            assert run["batch"] == BATCH
+            assert run["syncs"] == steps // 3
+        if counted == "epochs":
+            assert len(expected) == steps
+        for epoch in range(EPOCHS):
+            seen = [number for run in runs for number in run["seen"][epoch]]
+            assert len(seen) == len(set(seen)) == batches * 2 * size * BATCH
+
+
+# -- checkpoints ----------------------------------------------------------------------------
+
+SAVED_AT = (1, 2)  # epoch, and micro batches in it, of 6
+
+
+class Counter:
+    """An object of the script's own, registered for checkpoints."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.count = state["count"]
+
+
+def train_and_save(folder: Path, resume: bool, numbered: bool) -> dict[str, Any]:
+    """Two epochs with a checkpoint in the second, or from there; what was seen since then, and the weights at the end.
+
+    ``numbered``: Accelerate itself names the checkpoint.
+    """
+    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate.utils import ProjectConfiguration
+
+    import ds_pso
+
+    config = CONFIG | {"swarm": {"particles": 2, "sync_interval": 2, "sync_mode": "diloco"}}
+    with ds_pso.init(config) as swarm:
+        accelerator = Accelerator(
+            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=swarm.ds_config),
+            gradient_accumulation_steps=2,
+            project_config=ProjectConfiguration(str(folder), automatic_checkpoint_naming=numbered),
+        )
+        named = None if numbered else folder / "state"
+        loader = DataLoader(rows(), batch_size=BATCH, shuffle=True)
+        model, optimizer, scheduler = objects_of("lambda", EPOCHS * len(loader) // 2)
+        model = torch.nn.Sequential(torch.nn.Dropout(0.2), model)
+        model, loader, optimizer, scheduler = swarm.prepare(accelerator, model, loader, optimizer, scheduler)
+        torch.manual_seed(swarm.world.layout.rank)
+        counter = Counter()
+        accelerator.register_for_checkpointing(counter)
+        epoch, seen, losses = 0, [], []
+        if resume:
+            accelerator.load_state(named)
+            assert counter.count == SAVED_AT[0] * len(loader) + SAVED_AT[1]
+            epoch = SAVED_AT[0]
+        for epoch in range(epoch, EPOCHS):
+            skipped = SAVED_AT[1] if resume else 0  # as scripts resume that Accelerate alone restarts
+            for index, (x, y, number) in enumerate(accelerator.skip_first_batches(loader, skipped), skipped):
+                with accelerator.accumulate(model):
+                    loss = torch.nn.functional.mse_loss(model(x), y)
+                    accelerator.backward(loss)
+                    scheduler.step()
+                counter.count += 1
+                seen += number.tolist()
+                losses.append(loss.item())
+                if (epoch, index + 1) == SAVED_AT and not resume:
+                    accelerator.save_state(named)
+                    seen, losses = [], []
+        with pytest.raises(ds_pso.UnsupportedError, match=r"swarm\.export"):
+            accelerator.save_model(model, folder / "model")
+        return {
+            "seen": seen,
+            "losses": losses,
+            "count": counter.count,
+            "rate": scheduler.get_last_lr(),
+            "weights": [p.detach().numpy().copy() for p in model.parameters()],
+            "random": torch.rand(3).tolist(),
+            "syncs": swarm.last_sync.sync,
+        }
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+def test_save_state_and_load_state_go_on_bit_for_bit(pool, tmp_path, numbered):
+    whole = pool.run(train_and_save, tmp_path, False, numbered, env=DEEPSPEED, timeout=120)
+    found = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("random_states_*.pkl"))
+    folder = "particle_{}/checkpoints/checkpoint_0" if numbered else "state/particle_{}"
+    assert found == [f"{folder.format(i)}/random_states_{j}.pkl" for i in range(2) for j in range(2)]
+    resumed = pool.run(train_and_save, tmp_path, True, numbered, env=DEEPSPEED, timeout=120)
+    for before, after in zip(whole, resumed, strict=True):
+        for one, other in zip(before.pop("weights"), after.pop("weights"), strict=True):
+            assert (one == other).all()
+        assert before == after
+    assert whole[0]["losses"] != whole[2]["losses"], "each particle has a state of its own"
