@@ -338,7 +338,7 @@ def _guard(accelerator: Accelerator, loader: Batches | None) -> None:
     backward, state = accelerator.backward, accelerator.gradient_state
 
     def guarded(loss: torch.Tensor, **kwargs: object) -> None:
-        if state.in_dataloader and not any(active is loader for active in state.dataloader_references if active):
+        if state.in_dataloader and all(active is not loader for active in state.dataloader_references):
             raise SwarmError(
                 "accelerator.backward: the batch comes from a loader that accelerator.prepare has sharded inside the "
                 "particle, so that all particles would train on the same samples; give swarm.prepare the training "

@@ -1,4 +1,4 @@
-"""``swarm.prepare``: schedule, data, checkpoints and refusals of a script under Accelerate, against Accelerate alone."""
+"""``swarm.prepare`` against Accelerate alone: schedule, data, checkpoints; and what it refuses."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ import pytest
 import torch
 from pool import Pool
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
-
-from .test_recipes import under_accelerate
 
 SAMPLES, BATCH, EPOCHS = 103, 4, 2
 CONFIG = {
@@ -232,12 +230,12 @@ def train_and_save(folder: Path, resume: bool, numbered: bool) -> dict[str, Any]
         torch.manual_seed(swarm.world.layout.rank)
         counter = Counter()
         accelerator.register_for_checkpointing(counter)
-        epoch, seen, losses = 0, [], []
+        first_epoch, seen, losses = 0, [], []
         if resume:
             accelerator.load_state(named)
             assert counter.count == SAVED_AT[0] * len(loader) + SAVED_AT[1]
-            epoch = SAVED_AT[0]
-        for epoch in range(epoch, EPOCHS):
+            first_epoch = SAVED_AT[0]
+        for epoch in range(first_epoch, EPOCHS):
             skipped = SAVED_AT[1] if resume else 0  # as scripts resume that Accelerate alone restarts
             for index, (x, y, number) in enumerate(accelerator.skip_first_batches(loader, skipped), skipped):
                 with accelerator.accumulate(model):
@@ -275,3 +273,148 @@ def test_save_state_and_load_state_go_on_bit_for_bit(pool, tmp_path, numbered):
             assert (one == other).all()
         assert before == after
     assert whole[0]["losses"] != whole[2]["losses"], "each particle has a state of its own"
+
+
+# -- evaluation, streams, and what is refused -----------------------------------------------
+
+
+def evaluate_and_train_on_it() -> dict[str, Any]:
+    from accelerate import Accelerator, DeepSpeedPlugin
+
+    import ds_pso
+
+    config = CONFIG | {"swarm": {"particles": 2, "sync_interval": 2}}
+    found = {}
+    with ds_pso.init(config) as swarm:
+        accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=swarm.ds_config))
+        held_out = DataLoader(rows(), batch_size=BATCH + 1)
+        model, optimizer, scheduler = objects_of("lambda", 10)
+        stream = DataLoader(Stream(), batch_size=BATCH)
+        # The held-out loader stands first, and is larger: it is not taken for the training data.
+        held_out, stream, model, optimizer, scheduler = (
+            *[accelerator_prepare(swarm, accelerator, held_out)],
+            *swarm.prepare(accelerator, stream, model, optimizer, scheduler),
+        )
+        found["seen"] = []
+        for x, y, number in stream:
+            found["seen"] += number.tolist()
+            accelerator.backward(torch.nn.functional.mse_loss(model(x), y))
+            scheduler.step()
+        found["gathered"] = []
+        with swarm.consensus(), torch.no_grad():
+            for x, _, number in held_out:
+                found["gathered"] += accelerator.gather_for_metrics(number).tolist()
+                found.setdefault("outputs", []).extend(accelerator.gather_for_metrics(model(x)).flatten().tolist())
+        found["batch"] = model.train_micro_batch_size_per_gpu()
+        for x, y, _ in held_out:
+            loss = torch.nn.functional.mse_loss(model(x), y)
+            with pytest.raises(ds_pso.SwarmError, match="all particles would train on the same samples"):
+                accelerator.backward(loss)
+    return found
+
+
+def accelerator_prepare(swarm: Any, accelerator: Any, loader: Any) -> Any:
+    from ds_pso.accelerate import see_the_particle
+
+    see_the_particle(swarm.world.layout)  # as on GPUs
+    return accelerator.prepare(loader)
+
+
+def test_evaluation_is_inside_the_particle_and_nobody_trains_on_it(pool):
+    ranks = pool.run(evaluate_and_train_on_it, env=DEEPSPEED, timeout=120)
+    for rank in ranks:
+        assert rank["gathered"] == list(range(SAMPLES)), "each once, without what fills up the last batch"
+        assert rank["outputs"] == ranks[0]["outputs"], "the consensus is one model"
+        assert rank["batch"] == BATCH
+    seen = sorted(number for rank in ranks for number in rank["seen"])
+    assert seen == list(range(SAMPLES // (4 * BATCH) * 4 * BATCH))
+
+
+def prepare_wrongly() -> dict[str, str]:
+    """The message of each refusal, by name."""
+    from accelerate import Accelerator, DeepSpeedPlugin
+
+    import ds_pso
+
+    found = {}
+    with ds_pso.init(CONFIG | {"swarm": {"particles": 2}}) as swarm:
+        accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=swarm.ds_config))
+        model, optimizer, scheduler = objects_of("lambda", 10)
+        data = rows()
+        mixed = DataLoader(data, BATCH, sampler=WeightedRandomSampler(torch.ones(SAMPLES), SAMPLES))
+        plain, shuffled = DataLoader(data, BATCH), DataLoader(data, BATCH, shuffle=True)
+        prepared = accelerator.prepare(DataLoader(data, BATCH))
+        batches = DataLoader(data, batch_sampler=torch.utils.data.BatchSampler(range(SAMPLES), BATCH, True))
+        wrong = {
+            "no accelerator": (model, optimizer, shuffled),
+            "a foreign object": (accelerator, model, optimizer, "loader"),
+            "a list of tensors": (accelerator, model, optimizer, list(data)),
+            "no model": (accelerator, optimizer, shuffled),
+            "no optimizer": (accelerator, model, shuffled),
+            "two schedulers": (accelerator, model, optimizer, scheduler, scheduler),
+            "two loaders": (accelerator, model, optimizer, plain, DataLoader(data, BATCH)),
+            "two shuffled": (accelerator, model, optimizer, shuffled, DataLoader(data, BATCH, shuffle=True)),
+            "prepared": (accelerator, model, optimizer, prepared),
+            "batch sampler": (accelerator, model, optimizer, batches),
+        }
+        for name, objects in wrong.items():
+            with pytest.raises(ds_pso.SwarmError) as caught:
+                swarm.prepare(*objects)
+            assert caught.value.agreed
+            found[name] = str(caught.value)
+        with pytest.raises(ds_pso.ConfigError) as caught:
+            swarm.prepare(accelerator, model, optimizer, schedule="epoch")
+        found["schedule"] = str(caught.value)
+        with pytest.raises(ds_pso.UnsupportedError) as caught:
+            swarm.prepare(accelerator, model, optimizer, scheduler, mixed)
+        found["sampler"] = str(caught.value)
+    reset()
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
+    with ds_pso.init(CONFIG | {"swarm": {"particles": 2}}) as swarm:
+        with pytest.raises(ds_pso.ConfigError) as caught:
+            swarm.prepare(Accelerator(cpu=True), model, optimizer)
+        found["no deepspeed"] = str(caught.value)
+    return found
+
+
+def test_what_is_wrong_is_named(pool):
+    for found in pool.run(prepare_wrongly, world_size=2, env=DEEPSPEED):
+        expected = {
+            "no accelerator": "the first argument is a Sequential",
+            "a foreign object": "was given a str",
+            "a list of tensors": "was given a list",
+            "no model": "given 0 models",
+            "no optimizer": "given 0 optimizers: it needs one; where the JSON describes it, give accelerate.utils",
+            "two schedulers": "given 2 schedulers",
+            "two loaders": "given 2 loaders, of which 0 shuffle",
+            "two shuffled": "given 2 loaders, of which 2 shuffle",
+            "prepared": "was prepared before",
+            "batch sampler": "has a batch sampler",
+            "schedule": 'must be "epochs" or "steps"',
+            "sampler": "has a WeightedRandomSampler",
+            "no deepspeed": "start with accelerate launch --use_deepspeed",
+        }
+        for name, text in expected.items():
+            assert text in found[name], name
+
+
+def end_at_zero_early() -> list[str]:
+    from accelerate import Accelerator, DeepSpeedPlugin
+
+    import ds_pso
+
+    with ds_pso.init(CONFIG | {"swarm": {"particles": 2}}) as swarm, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=swarm.ds_config))
+        loader = DataLoader(rows(), batch_size=BATCH, shuffle=True)
+        objects = objects_of("lambda", 8 * accelerator.num_processes)
+        *prepared, loader = swarm.prepare(accelerator, *objects, loader)
+        trained(prepared, accelerator, loader, 1)
+    return [str(warning.message) for warning in caught if "schedule has ended" in str(warning.message)]
+
+
+def test_a_schedule_that_ends_before_training_is_said_once(pool):
+    first, second = pool.run(end_at_zero_early, world_size=2, env=DEEPSPEED)
+    assert len(first) == 1
+    assert 'schedule="steps"' in first[0]
+    assert second == []
