@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from accelerate import Accelerator
 from accelerate.utils import DummyOptim, DummyScheduler
 from torch import nn
 
@@ -70,24 +69,24 @@ def make_once(swarm: Swarm, folder: Path, make: Callable[[Path], None]) -> str:
     return str(folder)
 
 
-def stand_ins(
-    accelerator: Accelerator, model: nn.Module, arguments: argparse.Namespace
-) -> list[DummyOptim | DummyScheduler]:
-    """Return, for ``accelerator.prepare``, stand-ins for the optimizer and the scheduler that the JSON describes.
+def batch_size(swarm: Swarm, arguments: argparse.Namespace) -> int:
+    """Return the size of a micro batch: the number in the JSON, and where that says ``"auto"``, the argument."""
+    given = swarm.ds_config.get("train_micro_batch_size_per_gpu")
+    return given if isinstance(given, int) else arguments.batch_size
 
-    ``prepare`` fills what is ``"auto"`` there from them. The batch size it would take from a loader, and of loaders the
-    swarm has its own: so it is filled here.
+
+def stand_ins(swarm: Swarm, model: nn.Module, arguments: argparse.Namespace) -> list[DummyOptim | DummyScheduler]:
+    """Return, for ``swarm.prepare``, stand-ins for the optimizer and the scheduler that the JSON describes.
+
+    It fills what is ``"auto"`` there from them.
     """
-    config, steps = accelerator.deepspeed_plugin.deepspeed_config, arguments.steps
-    if config.get("train_micro_batch_size_per_gpu") == "auto":
-        config["train_micro_batch_size_per_gpu"] = arguments.batch_size
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = DummyOptim(trained, lr=arguments.lr, weight_decay=arguments.weight_decay)
-    if "scheduler" not in config:
+    if "scheduler" not in swarm.ds_config:
         return [optimizer]
-    # Accelerate counts the steps of all processes of the particle, and divides.
-    total = steps * accelerator.num_processes
-    return [optimizer, DummyScheduler(optimizer, total_num_steps=total, warmup_num_steps=steps // 20)]
+    # Accelerate counts the steps of all ranks, and divides.
+    total = arguments.steps * swarm.world.layout.world_size
+    return [optimizer, DummyScheduler(optimizer, total_num_steps=total, warmup_num_steps=arguments.steps // 20)]
 
 
 def batches(swarm: Swarm, engine: DeepSpeedEngine, loader: Iterable[Batch], num_steps: int) -> Iterator[Batch]:

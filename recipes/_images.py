@@ -43,7 +43,7 @@ def augment(pixels: Tensor, shift: int = 4) -> Tensor:
     """Mirror each image or not, and move it by up to ``shift`` pixels; shape (N, channels, height, width)."""
     count, _, height, width = pixels.shape
     padded = F.pad(pixels, (shift, shift, shift, shift))
-    top, left = torch.randint(0, 2 * shift + 1, (2, count, 1, 1))
+    top, left = torch.randint(0, 2 * shift + 1, (2, count, 1, 1))  # on the CPU: the same for any device
     rows = top + torch.arange(height).view(1, -1, 1)
     columns = left + torch.arange(width).view(1, 1, -1)
     columns = torch.where(torch.rand(count, 1, 1) < 0.5, columns, columns.flip(-1))

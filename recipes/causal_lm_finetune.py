@@ -56,20 +56,19 @@ def train(arguments: argparse.Namespace) -> None:
             rank = arguments.lora_rank
             config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
             model = get_peft_model(model, config)
-        engine, *_ = accelerator.prepare(model, *recipe.stand_ins(accelerator, model, arguments))
-        batch_size = engine.train_micro_batch_size_per_gpu()
-
-        held_out = HeldOut(swarm, corpus.held_out, batch_size, engine.device, num_batches=16)
-        swarm.attach(engine, probe=held_out.probe(engine))
+        batch_size = recipe.batch_size(swarm, arguments)
+        loader = DataLoader(corpus.train, batch_size=batch_size, shuffle=True)
+        held_out = HeldOut(swarm, corpus.held_out, batch_size, accelerator.device, num_batches=16)
+        engine, loader, *_ = swarm.prepare(
+            accelerator, model, loader, *recipe.stand_ins(swarm, model, arguments), probe=lambda index: score(index)
+        )
+        score = held_out.probe(engine)
         before = held_out.evaluate(engine)
-        # The swarm shards the data, over all particles: this loader is not given to prepare.
-        sampler = swarm.sampler(corpus.train, batch_size=batch_size, seed=arguments.seed)
-        loader = DataLoader(corpus.train, batch_size=batch_size, sampler=sampler)
         torch.manual_seed(arguments.seed + swarm.world.layout.rank)  # so that dropout differs between ranks
 
         for batch in recipe.batches(swarm, engine, loader, arguments.steps):
             with accelerator.accumulate(engine):
-                loss = causal_loss(engine, batch.to(engine.device))
+                loss = causal_loss(engine, batch)
                 accelerator.backward(loss)  # takes the optimizer's step, too, and syncs when it is due
 
         with swarm.consensus():

@@ -51,23 +51,23 @@ def train(arguments: argparse.Namespace) -> None:
 
         torch.manual_seed(arguments.seed)
         model = build(arguments.depth, arguments.width, data.num_classes)
-        engine, *_ = accelerator.prepare(model, *recipe.stand_ins(accelerator, model, arguments))
-        batch_size = engine.train_micro_batch_size_per_gpu()
+        batch_size = recipe.batch_size(swarm, arguments)
 
         def logits(batch: dict[str, Tensor]) -> Tensor:
             # The model begins by making images four times smaller, as those of ImageNet need it: 64 x 64 leave 16 x 16.
             return engine(F.interpolate(to_input(batch["pixels"], engine), scale_factor=2)).logits
 
-        swarm.attach(engine, probe=probe(swarm, engine, data.probe, logits, batch_size))
-        # The swarm shards the data, over all particles: this loader is not given to prepare.
-        sampler = swarm.sampler(data.train, batch_size=batch_size, seed=arguments.seed)
-        loader = DataLoader(data.train, batch_size=batch_size, sampler=sampler)
+        loader = DataLoader(data.train, batch_size=batch_size, shuffle=True)
+        engine, loader, *_ = swarm.prepare(
+            accelerator, model, loader, *recipe.stand_ins(swarm, model, arguments), probe=lambda index: score(index)
+        )
+        score = probe(swarm, engine, data.probe, logits, batch_size)
         torch.manual_seed(arguments.seed + swarm.world.layout.rank)  # so that augmentation differs between ranks
 
         for batch in recipe.batches(swarm, engine, loader, arguments.steps):
             with accelerator.accumulate(engine):
                 batch["pixels"] = augment(batch["pixels"])
-                loss = F.cross_entropy(logits(batch).float(), batch["labels"].to(engine.device))
+                loss = F.cross_entropy(logits(batch).float(), batch["labels"])
                 accelerator.backward(loss)  # takes the optimizer's step, too, and syncs when it is due
 
         with swarm.consensus():

@@ -46,8 +46,7 @@ def train(arguments: argparse.Namespace) -> None:
             tokenizer = from_pretrained(AutoTokenizer, base)
             kind, options = AutoModelForSequenceClassification, {"num_labels": data.num_classes, "dtype": torch.float32}
             model = from_pretrained(kind, base, **options)
-        engine, *_ = accelerator.prepare(model, *recipe.stand_ins(accelerator, model, arguments))
-        batch_size = engine.train_micro_batch_size_per_gpu()
+        batch_size = recipe.batch_size(swarm, arguments)
 
         def collate(rows: list[dict[str, object]]) -> dict[str, Tensor]:
             texts = [row["text"] for row in rows]
@@ -60,15 +59,16 @@ def train(arguments: argparse.Namespace) -> None:
             inputs = {name: tensor.to(engine.device) for name, tensor in batch.items() if name != "labels"}
             return engine(**inputs).logits
 
-        swarm.attach(engine, probe=probe(swarm, engine, data.probe, logits, batch_size, collate))
-        # The swarm shards the data, over all particles: this loader is not given to prepare.
-        sampler = swarm.sampler(data.train, batch_size=batch_size, seed=arguments.seed)
-        loader = DataLoader(data.train, batch_size=batch_size, sampler=sampler, collate_fn=collate)
+        loader = DataLoader(data.train, batch_size=batch_size, shuffle=True, collate_fn=collate)
+        engine, loader, *_ = swarm.prepare(
+            accelerator, model, loader, *recipe.stand_ins(swarm, model, arguments), probe=lambda index: score(index)
+        )
+        score = probe(swarm, engine, data.probe, logits, batch_size, collate)
         torch.manual_seed(arguments.seed + swarm.world.layout.rank)  # so that dropout differs between ranks
 
         for batch in recipe.batches(swarm, engine, loader, arguments.steps):
             with accelerator.accumulate(engine):
-                loss = F.cross_entropy(logits(batch).float(), batch["labels"].to(engine.device))
+                loss = F.cross_entropy(logits(batch).float(), batch["labels"])
                 accelerator.backward(loss)  # takes the optimizer's step, too, and syncs when it is due
 
         with swarm.consensus():

@@ -37,10 +37,8 @@ def train_for_two_epochs(steps: int, plain: bool) -> dict[str, Any]:
         plugin = None if plain else DeepSpeedPlugin(hf_ds_config=swarm.ds_config)  # None: it reads the JSON itself
         accelerator = Accelerator(deepspeed_plugin=plugin)
         model = torch.nn.Linear(1, 1)
-        engine, *_ = accelerator.prepare(model, *recipe.stand_ins(accelerator, model, arguments))
-        swarm.attach(engine)
-        data = torch.arange(SAMPLES)
-        loader = DataLoader(data, batch_size=BATCH, sampler=swarm.sampler(data, batch_size=BATCH))
+        loader = DataLoader(torch.arange(SAMPLES), batch_size=recipe.batch_size(swarm, arguments), shuffle=True)
+        engine, loader, *_ = swarm.prepare(accelerator, model, loader, *recipe.stand_ins(swarm, model, arguments))
         seen = []
         for batch in recipe.batches(swarm, engine, loader, steps):
             seen.append(batch.tolist())
@@ -94,7 +92,7 @@ def test_auto_is_filled_and_every_sample_is_seen_once(pool, tmp_path, name):
 def test_a_number_in_the_json_counts(pool):
     config = ROOT / "ds_config_examples/zero2_local_sgd.json"  # "auto" stands only for the number of steps
     for rank in pool.run(train_with_an_example, env=under_accelerate(config)):
-        assert rank == {"batch_size": 4, "total_num_steps": 8, "highest_lr": [0.002]}
+        assert rank == {"loader": 4, "batch_size": 4, "total_num_steps": 8, "highest_lr": [0.002]}
 
 
 def train_with_an_example() -> dict[str, Any]:
@@ -107,8 +105,10 @@ def train_with_an_example() -> dict[str, Any]:
     with ds_pso.init() as swarm:
         accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=swarm.ds_config))
         model = torch.nn.Linear(1, 1)
-        engine, *_ = accelerator.prepare(model, *recipe.stand_ins(accelerator, model, arguments))
+        loader = DataLoader(torch.arange(SAMPLES), batch_size=recipe.batch_size(swarm, arguments), shuffle=True)
+        engine, loader, *_ = swarm.prepare(accelerator, model, loader, *recipe.stand_ins(swarm, model, arguments))
         return {
+            "loader": loader.total_batch_size,
             "batch_size": engine.train_micro_batch_size_per_gpu(),
             "total_num_steps": engine.lr_scheduler.total_num_steps,
             "highest_lr": engine.lr_scheduler.max_lrs,
