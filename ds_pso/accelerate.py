@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 Batches = DataLoader[object]
 Counted = Literal["epochs", "steps"]
+_SCHEDULE = "accelerate_scheduler"  # what a checkpoint of the engine calls the state of the script's scheduler
 
 
 def prepare(
@@ -46,6 +47,12 @@ def prepare(
         raise ConfigError(f'swarm.prepare schedule = {schedule!r}: must be "epochs" or "steps"')
     _check_accelerator(swarm, accelerator)
     given = _Given.of(objects)
+    if swarm.world.membership.can_fail and isinstance(given.scheduler, LRScheduler):
+        raise UnsupportedError(
+            f"swarm.prepare: a {type(given.scheduler).__name__} of the script in an elastic swarm: a particle that "
+            "comes back would begin it anew; describe it in the JSON, and give accelerate.utils.DummyScheduler",
+            agreed=True,
+        )
     see_the_particle(swarm.world.layout)
     batch_size = _batch_size(swarm, accelerator, given.data)
     _fill_in(swarm, accelerator, batch_size)
@@ -54,8 +61,9 @@ def prepare(
     prepared = accelerator.prepare(*(_sooner(obj, faster) if isinstance(obj, DummyScheduler) else obj for obj in mine))
     found = dict(zip(map(id, mine), prepared if len(mine) > 1 else [prepared], strict=True))
     swarm.attach(found[id(given.model)], probe)
-    if given.scheduler is not None:
+    if given.scheduler is not None and _is_stepped_by_the_script(found[id(given.scheduler)]):
         _ticks(found[id(given.scheduler)], faster, warns=swarm.is_leader)
+        _keep(found[id(given.model)], found[id(given.scheduler)])
     loader = None
     if given.data is not None:
         found[id(given.data)] = loader = _shard(swarm, accelerator, given.data, batch_size)
@@ -232,13 +240,17 @@ def _sooner(stand_in: DummyScheduler, faster: int) -> DummyScheduler:
     return changed
 
 
+def _is_stepped_by_the_script(scheduler: object) -> bool:
+    """Return false for what DeepSpeed steps: that counts optimizer steps, and is part of DeepSpeed's checkpoints."""
+    return isinstance(scheduler, AcceleratedScheduler) and not isinstance(scheduler, DeepSpeedSchedulerWrapper)
+
+
 def _ticks(scheduler: Any, faster: int, *, warns: bool) -> None:
     """Let a scheduler that the script steps advance ``faster`` times as far at each optimizer step.
 
-    Accelerate advances it once for each rank of a particle. What DeepSpeed steps counts optimizer steps, and stays.
+    Accelerate advances it once for each rank of a particle.
     """
-    is_stepped = isinstance(scheduler, AcceleratedScheduler) and not isinstance(scheduler, DeepSpeedSchedulerWrapper)
-    if faster == 1 or not is_stepped:
+    if faster == 1:
         return
     advance, is_zero = scheduler.step, False
 
@@ -259,6 +271,23 @@ def _ticks(scheduler: Any, faster: int, *, warns: bool) -> None:
         is_zero = is_zero or (any(before) and not any(scheduler.get_last_lr()))
 
     scheduler.step = step
+
+
+def _keep(engine: Any, scheduler: AcceleratedScheduler) -> None:
+    """Let checkpoints of the engine, and so those of ``swarm.save``, hold the place of the script's scheduler."""
+    save_checkpoint, load_checkpoint = engine.save_checkpoint, engine.load_checkpoint
+
+    def save(save_dir: str, tag: str | None = None, client_state: dict[str, Any] | None = None, **more: Any) -> Any:
+        state = {**(client_state or {}), _SCHEDULE: scheduler.state_dict()}
+        return save_checkpoint(save_dir, tag=tag, client_state=state, **more)
+
+    def load(load_dir: str, tag: str | None = None, **more: Any) -> Any:
+        path, client_state = load_checkpoint(load_dir, tag=tag, **more)
+        if client_state and _SCHEDULE in client_state:
+            scheduler.load_state_dict(client_state[_SCHEDULE])
+        return path, client_state
+
+    engine.save_checkpoint, engine.load_checkpoint = save, load
 
 
 # -- data -----------------------------------------------------------------------------------

@@ -864,6 +864,31 @@ def keep_the_names_of_wrappers() -> None:
     contents.check_tensors = contents.check_files = do_nothing
 
 
+# -- Accelerate -------------------------------------------------------------------------------
+
+
+@sabotage("recipes/test_prepare.py")
+def step_the_schedule_of_a_particle() -> None:
+    from ds_pso import accelerate
+
+    accelerate._ticks = lambda *args, **kwargs: None
+
+
+@sabotage("recipes/test_prepare.py")
+def shard_inside_the_particle() -> None:
+    from ds_pso import accelerate
+
+    accelerate._shard = lambda swarm, accelerator, loader, batch_size: accelerator.prepare(loader)
+    accelerate._guard = lambda *args: None
+
+
+@sabotage("recipes/test_prepare.py")
+def save_states_into_one_folder() -> None:
+    from ds_pso.accelerate import _Checkpoints
+
+    _Checkpoints._own = lambda self, folder: folder and str(folder)
+
+
 # -- elastic swarms -------------------------------------------------------------------------------
 
 

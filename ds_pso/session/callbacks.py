@@ -76,8 +76,8 @@ def _pointless(record: SyncRecord, session: Session) -> str | None:
         )
     if losses and all(map(math.isnan, losses)) and session.step > 0:
         return (
-            "the swarm has seen no loss before its first sync: fitness is unknown, and a particle whose loss explodes is "
-            "not noticed. Call engine.backward(loss), not loss.backward()"
+            "the swarm has seen no loss before its first sync: fitness is unknown, and nobody notices a particle whose "
+            "loss explodes. Call engine.backward(loss), not loss.backward()"
         )
     return None
 

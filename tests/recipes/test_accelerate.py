@@ -71,7 +71,9 @@ def test_auto_is_filled_and_every_sample_is_seen_once(pool, tmp_path, name):
     config = json.loads((ROOT / "recipes/local_sgd.json").read_text())
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config | changes).replace('"csv"', json.dumps(str(tmp_path / "csv"))))
-    ranks = pool.run(train_for_two_epochs, steps, name in ("as_it_is", "progress"), env=under_accelerate(path))
+    ranks = pool.run(
+        train_for_two_epochs, steps, name in ("as_it_is", "monitor", "progress"), env=under_accelerate(path)
+    )
     if name == "monitor":
         assert {folder.name for folder in (tmp_path / "csv/job").iterdir()} == {"particle_0", "particle_1"}
     for rank in ranks:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import re
+import runpy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -205,10 +207,10 @@ class Counter:
         self.count = state["count"]
 
 
-def train_and_save(folder: Path, resume: bool, numbered: bool) -> dict[str, Any]:
+def train_and_save(folder: Path, resume: bool, how: str) -> dict[str, Any]:
     """Two epochs with a checkpoint in the second, or from there; what was seen since then, and the weights at the end.
 
-    ``numbered``: Accelerate itself names the checkpoint.
+    ``how``: "named" by the script, "numbered" by Accelerate, or by "swarm.save".
     """
     from accelerate import Accelerator, DeepSpeedPlugin
     from accelerate.utils import ProjectConfiguration
@@ -220,9 +222,9 @@ def train_and_save(folder: Path, resume: bool, numbered: bool) -> dict[str, Any]
         accelerator = Accelerator(
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=swarm.ds_config),
             gradient_accumulation_steps=2,
-            project_config=ProjectConfiguration(str(folder), automatic_checkpoint_naming=numbered),
+            project_config=ProjectConfiguration(str(folder), automatic_checkpoint_naming=how == "numbered"),
         )
-        named = None if numbered else folder / "state"
+        named = None if how == "numbered" else folder / "state"
         loader = DataLoader(rows(), batch_size=BATCH, shuffle=True)
         model, optimizer, scheduler = objects_of("lambda", EPOCHS * len(loader) // 2)
         model = torch.nn.Sequential(torch.nn.Dropout(0.2), model)
@@ -232,8 +234,13 @@ def train_and_save(folder: Path, resume: bool, numbered: bool) -> dict[str, Any]
         accelerator.register_for_checkpointing(counter)
         first_epoch, seen, losses = 0, [], []
         if resume:
-            accelerator.load_state(named)
-            assert counter.count == SAVED_AT[0] * len(loader) + SAVED_AT[1]
+            expected = SAVED_AT[0] * len(loader) + SAVED_AT[1]
+            if how == "swarm.save":
+                swarm.load(folder)
+                counter.count = expected  # it holds nothing of the script's own
+            else:
+                accelerator.load_state(named)
+                assert counter.count == expected
             first_epoch = SAVED_AT[0]
         for epoch in range(first_epoch, EPOCHS):
             skipped = SAVED_AT[1] if resume else 0  # as scripts resume that Accelerate alone restarts
@@ -246,7 +253,7 @@ def train_and_save(folder: Path, resume: bool, numbered: bool) -> dict[str, Any]
                 seen += number.tolist()
                 losses.append(loss.item())
                 if (epoch, index + 1) == SAVED_AT and not resume:
-                    accelerator.save_state(named)
+                    swarm.save(folder) if how == "swarm.save" else accelerator.save_state(named)
                     seen, losses = [], []
         with pytest.raises(ds_pso.UnsupportedError, match=r"swarm\.export"):
             accelerator.save_model(model, folder / "model")
@@ -261,13 +268,14 @@ def train_and_save(folder: Path, resume: bool, numbered: bool) -> dict[str, Any]
         }
 
 
-@pytest.mark.parametrize("numbered", [False, True])
-def test_save_state_and_load_state_go_on_bit_for_bit(pool, tmp_path, numbered):
-    whole = pool.run(train_and_save, tmp_path, False, numbered, env=DEEPSPEED, timeout=120)
-    found = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("random_states_*.pkl"))
-    folder = "particle_{}/checkpoints/checkpoint_0" if numbered else "state/particle_{}"
-    assert found == [f"{folder.format(i)}/random_states_{j}.pkl" for i in range(2) for j in range(2)]
-    resumed = pool.run(train_and_save, tmp_path, True, numbered, env=DEEPSPEED, timeout=120)
+@pytest.mark.parametrize("how", ["named", "numbered", "swarm.save"])
+def test_a_run_goes_on_bit_for_bit(pool, tmp_path, how):
+    whole = pool.run(train_and_save, tmp_path, False, how, env=DEEPSPEED, timeout=120)
+    if how != "swarm.save":
+        found = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("random_states_*.pkl"))
+        folder = "state/particle_{}" if how == "named" else "particle_{}/checkpoints/checkpoint_0"
+        assert found == [f"{folder.format(i)}/random_states_{j}.pkl" for i in range(2) for j in range(2)]
+    resumed = pool.run(train_and_save, tmp_path, True, how, env=DEEPSPEED, timeout=120)
     for before, after in zip(whole, resumed, strict=True):
         for one, other in zip(before.pop("weights"), after.pop("weights"), strict=True):
             assert (one == other).all()
@@ -418,3 +426,20 @@ def test_a_schedule_that_ends_before_training_is_said_once(pool):
     assert len(first) == 1
     assert 'schedule="steps"' in first[0]
     assert second == []
+
+
+def run_page(folder: Path, script: str) -> None:
+    os.chdir(folder)
+    Path(f"script_{os.environ['LOCAL_RANK']}.py").write_text(script, encoding="utf-8")
+    runpy.run_path(f"script_{os.environ['LOCAL_RANK']}.py", run_name="__main__")
+
+
+def test_the_script_of_the_page(pool, tmp_path):
+    page = (Path(__file__).parents[2] / "docs/accelerate.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    pool.run(run_page, tmp_path, script.replace("print(f", "open('printed', 'w').write(f"), timeout=120)
+    said = (tmp_path / "printed").read_text()
+    assert said.startswith("2 particles x 2 ranks, local_sgd every 8 steps: held-out loss ")
+    assert float(said.rpartition(" ")[2]) < 1  # 8 is the variance of the targets
+    assert (tmp_path / "out/model/model.safetensors").is_file()
+    assert (tmp_path / "out/state/particle_1/swarm").is_dir()
