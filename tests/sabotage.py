@@ -466,6 +466,21 @@ def fitness_of_one_rank() -> None:
     ParticleReport.combined = lambda rows, steps: real(rows[:1], steps)
 
 
+@sabotage("sync/test_fitness.py")
+def divide_the_losses() -> None:
+    """What counts is a micro-batch's part in the mean of its optimizer step, whoever has divided it."""
+    from ds_pso.session.engine_hooks import EngineHooks
+
+    real = EngineHooks.__init__
+
+    def init(self: Any, session: Any, engine: Any) -> None:
+        real(self, session, engine)
+        add = session.window.add
+        session.window.add = lambda loss, *more: add(loss / engine.gradient_accumulation_steps(), *more)
+
+    EngineHooks.__init__ = init
+
+
 @sabotage("integration/test_attach.py")
 def start_apart() -> None:
     from ds_pso.comm.exchange import Exchange
@@ -892,7 +907,7 @@ def save_states_into_one_folder() -> None:
 # -- elastic swarms -------------------------------------------------------------------------------
 
 
-@sabotage("faults/test_elastic.py")
+@sabotage("sync/test_undo.py")
 def keep_half_an_exchange() -> None:
     """A sync point that was broken off is not undone."""
     from ds_pso.sync.rollback import Snapshot
@@ -900,7 +915,7 @@ def keep_half_an_exchange() -> None:
     Snapshot.restore = do_nothing
 
 
-@sabotage("faults/test_elastic.py")
+@sabotage("sync/test_undo.py")
 def recover_the_weights_alone() -> None:
     """Who is behind keeps its own state of rule and wire."""
     from ds_pso.sync import recovery
@@ -908,12 +923,57 @@ def recover_the_weights_alone() -> None:
     recovery.shared_state = lambda updater: []
 
 
-@sabotage("faults/test_elastic.py")
+@sabotage("sync/test_undo.py")
 def count_who_recovers() -> None:
-    """Its old weights are averaged with those of the others."""
+    """It counts as alive at the sync at which it recovers."""
     from ds_pso.sync.fitness import ParticleReport
 
     ParticleReport.of_recovering = classmethod(lambda cls: cls(1.0, 1, 1.0, 1.0, steps=1))
+
+
+@sabotage("sync/test_undo.py")
+def recover_without_frozen_weights() -> None:
+    """Who recovers keeps its own weights where they are not trained."""
+    from ds_pso.sync.recovery import Recovery
+
+    real = Recovery.recover
+
+    def recover(self: Any, quorum: Any, *more: Any) -> int:
+        shards = self._parts.shards
+        shards.frozen = shards.frozen if quorum.is_start else list
+        return int(real(self, quorum, *more))
+
+    Recovery.recover = recover
+
+
+@sabotage("sync/test_undo.py")
+def undo_without_buffers() -> None:
+    """Statistics of a sync that came to nothing stay."""
+    from ds_pso.sync.synchronizer import Synchronizer
+
+    real = Synchronizer._all_tensors
+
+    def all_but_buffers(self: Any) -> Any:
+        buffers = {buffer.data_ptr() for _, buffer in self.parts.shards.buffers()}
+        return [tensor for tensor in real(self) if tensor.data_ptr() not in buffers]
+
+    Synchronizer._all_tensors = all_but_buffers
+
+
+@sabotage("sync/test_undo.py")
+def undo_without_residuals() -> None:
+    """What has gone out with a sync that came to nothing is not sent again."""
+    from ds_pso.sync import overlapped, synchronizer
+
+    synchronizer.residuals = overlapped.residuals = lambda updater: []
+
+
+@sabotage("elastic/test_lighthouse.py")
+def speak_for_a_stalled_thread() -> None:
+    """The heartbeat goes on while the main thread hangs."""
+    from ds_pso.elastic.lighthouse import QuorumClient
+
+    QuorumClient.is_stalled = False
 
 
 @sabotage("faults/test_rescue.py")

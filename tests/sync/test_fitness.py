@@ -7,7 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from integration.jobs import Case, build_engine, config, rank_batches
+from torch import nn
 
+import ds_pso
 from ds_pso.sync.fitness import FitnessWindow, ParticleReport, RankReport
 
 NAN, INF = math.nan, math.inf
@@ -121,3 +124,32 @@ def test_what_a_row_cannot_hold_as_a_number():
     assert (recovering.num_losses, recovering.steps, recovering.held_up_s) == (0, 0, INF)
     absent = ParticleReport.from_row([NAN] * 8)
     assert (absent.num_losses, absent.steps, absent.recovers) == (0, 0, False)
+
+
+def accumulate_losses(case, divides):
+    """Losses of the micro-batches of each particle, and the fitness that was made of them, with two particles."""
+
+    def live(swarm):
+        engine, losses = swarm.attach(build_engine(case, swarm.ds_config)), []
+        for step in range(case.steps):
+            for x, y in rank_batches(case, swarm.particle, 0, 1, step):
+                loss = nn.functional.mse_loss(engine(x), y)
+                losses.append(loss.item())
+                if divides:  # as the HF Trainer does
+                    engine.backward(loss / case.accumulate, scale_wrt_gas=False)
+                else:
+                    engine.backward(loss)
+                engine.step()
+        return losses, swarm.last_losses
+
+    return ds_pso.simulate(config(case, 1), live)
+
+
+@pytest.mark.parametrize("divides", [False, True])
+def test_a_loss_counts_as_that_of_a_micro_batch_whoever_divides_it(pool, divides):
+    """By the accumulation steps: else the fitness would depend on them, and on who runs the loop."""
+    (particles,) = pool.run(accumulate_losses, Case(stage=0, accumulate=4, interval=4, seed=1), divides, world_size=1)
+    means = [sum(losses) / len(losses) for losses, _ in particles]
+    for losses, fitness in particles:
+        assert len(losses) == 16
+        assert fitness == pytest.approx(means, rel=1e-6)
