@@ -183,7 +183,7 @@ def _caption_of_losses(runs: Sequence[Run]) -> str:
         what = "Training loss"
     if alone and alone.held_out:
         what += ", and on held-out data (rings)"
-    most = max((len(run.training) for run in runs), default=0)
+    most = max((run.num_training for run in runs), default=0)
     thinned = f" Each point is the mean of {math.ceil(most / POINTS)} of them." if most > POINTS else ""
     grey = " Grey lines are sync points." if alone and 0 < len(alone.syncs) <= 100 else ""
     return f"{what}.{grey}{thinned}"

@@ -11,10 +11,10 @@ from markupsafe import Markup
 
 from ds_pso._version import __version__
 from ds_pso.errors import ConfigError
-from ds_pso.metrics.records import SyncRecord
 from ds_pso.report.drawing import DARK, LIGHT, color_of, save_png, to_svg
 from ds_pso.report.figures import pictures
 from ds_pso.report.runs import Run
+from ds_pso.report.thinning import Totals
 from ds_pso.utils.atomic_io import write_atomically
 
 UNKNOWN = "-"
@@ -93,8 +93,7 @@ def facts(run: Run) -> list[str]:
     if not run.syncs:
         why = "no sync point yet" if run.num_particles > 1 else "one particle: plain DeepSpeed, without sync points"
         found.append(f"{_capital(why)}.")
-    syncs = [sync.record for sync in run.syncs]
-    found += [*_weights(syncs), *_guard(syncs), *_left_out(syncs)]
+    found += [*_weights(run.totals), *_guard(run.totals), *_left_out(run.totals)]
     return found
 
 
@@ -114,37 +113,30 @@ def _how(run: Run) -> str:
     return _capital("; ".join(parts) + ".") if parts else ""
 
 
-def _weights(syncs: Sequence[SyncRecord]) -> list[str]:
-    weights = [w for w in (sync.note.get("weights") for sync in syncs) if isinstance(w, list) and w]
-    if weights and all(share == w[0] for w in weights for share in w):
+def _weights(totals: Totals) -> list[str]:
+    if totals.weights_are_alike:
         return ["At every sync point all particles had the same weight in the consensus."]
     return []
 
 
-def _guard(syncs: Sequence[SyncRecord]) -> list[str]:
-    guards = [sync.note["guard"] for sync in syncs if "guard" in sync.note]
-    if not guards:
+def _guard(totals: Totals) -> list[str]:
+    if not totals.guards:
         return []
-    won = sum(guard == "weighted" for guard in guards)
-    return [f"The guard preferred the weighted mean at {won} of {len(guards)} sync points where it had a choice."]
+    won, all_of_them = totals.guards["weighted"], totals.guards.total()
+    return [f"The guard preferred the weighted mean at {won} of {all_of_them} sync points where it had a choice."]
 
 
-def _left_out(syncs: Sequence[SyncRecord]) -> list[str]:
-    count: dict[int, int] = {}
-    for sync in syncs:
-        for particle, alive in enumerate(sync.alive):
-            count[particle] = count.get(particle, 0) + (not alive)
+def _left_out(totals: Totals) -> list[str]:
     return [
-        f"Particle {particle} was left out of {times} sync point{'s' if times > 1 else ''}{_why(syncs, particle)}."
-        for particle, times in count.items()
-        if times
+        f"Particle {particle} was left out of {times} sync point{'s' if times > 1 else ''}{_why(totals, particle)}."
+        for particle, times in sorted(totals.left_out.items())
     ]
 
 
-def _why(syncs: Sequence[SyncRecord], particle: int) -> str:
+def _why(totals: Totals, particle: int) -> str:
     """Say why it was left out the last time; nothing where the record does not."""
-    reasons = [sync.left_out[str(particle)] for sync in syncs if str(particle) in sync.left_out]
-    return f"; last because {reasons[-1]}" if reasons else ""
+    reason = totals.reasons.get(str(particle))
+    return f"; last because {reason}" if reason else ""
 
 
 def _list(numbers: Sequence[int]) -> str:
@@ -161,7 +153,7 @@ def table(runs: Sequence[Run]) -> list[list[dict[str, object]]]:
             *(_number(value, ".3f") for value in own),
             str(run.steps),
             UNKNOWN if run.is_simulated else duration(run.seconds),
-            str(len(run.syncs)),
+            str(run.num_syncs),
             _number(run.bytes_received / 1e6, ",.1f"),
             UNKNOWN if run.is_simulated else _number(100 * run.stood_still, ".1f", " %"),
         ]

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
+from itertools import accumulate
 from pathlib import Path
+from typing import cast
 
 from pydantic import ValidationError
 
 from ds_pso.errors import ConfigError
-from ds_pso.metrics.log import read_metrics
-from ds_pso.metrics.records import Entry, entry_from_json
+from ds_pso.metrics.log import Oddities, raw_lines, read_lines
+from ds_pso.metrics.records import Entry, LossRecord, SyncRecord, entry_from_json, plain_sync, tame
 from ds_pso.report.runs import Run
+from ds_pso.report.thinning import Thinned, Totals
+
+DRAWN = ("sync", "train", "held_out", "exported")  # events; of others only steps and times count
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
@@ -42,42 +47,114 @@ def _find(path: Path) -> Path:
 
 
 def _read(path: Path, label: str, number: int) -> Run:
+    oddities = Oddities(path)
     try:
-        found = [entry_from_json(line) for line in read_metrics(path)]
-    except (UnicodeDecodeError, ValidationError) as error:
+        size, written = path.stat().st_size, path.stat().st_mtime  # a run that goes on writes more meanwhile
+        totals, entries = _collect(_of_last_life(path, size, oddities))
+    except ValidationError as error:
         raise ConfigError(f"{path}: not the metrics of a run ({_reason(error)}); give a metrics.jsonl") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    if not found:
+    if not entries:
+        if "no UTF-8 text" in oddities.first:
+            raise ConfigError(f"{path}: not the metrics of a run (no UTF-8 text); give a metrics.jsonl")
         raise ConfigError(f"{path}: holds no record of a run; give a metrics.jsonl, or wait until the run has begun")
+    oddities.report()
     return Run(
         path,
         label,
         number,
-        _last_life(found),
+        entries,
+        totals,
         arguments=_arguments(path.with_name("config.json")),
-        written=datetime.fromtimestamp(path.stat().st_mtime, UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        written=datetime.fromtimestamp(written, UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
 
 
-def _reason(error: UnicodeDecodeError | ValidationError) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return "no UTF-8 text"
+def _reason(error: ValidationError) -> str:
     item = error.errors()[0]
     name = ".".join(str(part) for part in item["loc"])
     return f"{name}: {item['msg']}" if name else str(item["msg"])
 
 
-def _last_life(entries: Sequence[Entry[object]]) -> list[Entry[object]]:
-    """Leave out what stood in the file before the run began, and what followed the checkpoint it went on from."""
-    kept: list[Entry[object]] = []
-    for entry, following in zip(entries, [*entries[1:], None], strict=True):
+def _collect(found: Iterable[Entry[object]]) -> tuple[Totals, list[Entry[object]]]:
+    """Count all entries, and keep those that are drawn, thinned out, in their order."""
+    totals, starts, events = Totals(), [], {event: Thinned() for event in DRAWN}
+    for place, entry in enumerate(found):
+        totals.add(entry)
         if entry.event == "start":
-            if (following.event == "start") if following else kept:
+            starts.append((place, entry))
+        elif entry.event in events and isinstance(entry.record, SyncRecord | LossRecord):
+            events[entry.event].add(place, cast("Entry[SyncRecord | LossRecord]", entry))
+    placed = [*starts, *(item for thinned in events.values() for item in thinned.entries())]
+    return totals, [entry for _, entry in sorted(placed, key=lambda item: item[0])]
+
+
+def _of_last_life(path: Path, size: int, oddities: Oddities) -> Iterator[Entry[object]]:
+    """Yield entries, without those before the run began, or after the checkpoint from which it went on.
+
+    A start drops entries of later steps that stand before it, or all if it is not resumed, and what had been exported.
+    So the file is read twice: first for its starts.
+    """
+    starts = _starts(path, size)
+    limits = list(accumulate((step if step > 0 else -1 for _, step in reversed(starts)), min))[::-1]
+    numbers, following, is_first = [number for number, _ in starts], 0, True
+    for number, line in read_lines(path, oddities, size):
+        while following < len(numbers) and numbers[following] < number:
+            following += 1
+        entry = plain_sync(line)
+        if entry is None:
+            values, is_odd = tame(line)
+            try:
+                entry = entry_from_json(values)
+            except ValidationError as error:
+                if is_first and not is_odd:
+                    raise
+                oddities.add(number, f"is left out ({_reason(error)})")
+                continue
+            if is_odd:
+                oddities.add(number, "has a number that is too large, which is read as unknown")
+        is_first = False
+        if entry.event == "start":
+            if following == len(numbers) or numbers[following] != number:
                 continue  # nothing came of it, or not yet
-            kept = [e for e in kept if 0 < entry.step >= e.step and e.event != "exported"]
-        kept.append(entry)
-    return kept
+            later = following + 1
+        else:
+            later = following
+        if later < len(limits) and (entry.step > limits[later] or entry.event == "exported"):
+            continue
+        yield entry
+
+
+def _starts(path: Path, size: int) -> list[tuple[int, int]]:
+    """Return line number and step of each start that something came of."""
+    found: list[tuple[int, int]] = []
+    last: tuple[int, int] | None = None  # a start, and nothing came after it yet
+    has_others = False
+    with path.open("rb") as file:
+        for number, line in enumerate(raw_lines(file, size), 1):
+            text = line.strip()
+            if not (text.startswith(b"{") and text.endswith(b"}")):
+                continue
+            step = _step_of_start(text) if b'"start"' in text else None
+            if step is None:
+                found += [last] if last else []
+                last, has_others = None, True
+            else:
+                last = (number, step)
+    if last and not found and not has_others:
+        found.append(last)
+    return found
+
+
+def _step_of_start(text: bytes) -> int | None:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(values, dict) and values.get("event") == "start" and isinstance(values.get("step"), int):
+        return int(values["step"])
+    return None
 
 
 def _arguments(config: Path) -> dict[str, object]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 from ds_pso.metrics.records import Entry, LossRecord, StartRecord, SyncRecord
+from ds_pso.report.thinning import Totals
 
 Record = TypeVar("Record")
 
@@ -23,7 +24,8 @@ class Run:
     path: Path  # of metrics.jsonl
     label: str
     number: int  # in the order in which runs were named
-    entries: Sequence[Entry[object]]
+    entries: Sequence[Entry[object]]  # those that are drawn; of too many neighbours are joined
+    totals: Totals  # of all of them
     arguments: Mapping[str, object] = field(default_factory=dict)  # of train.py
     written: str = ""  # when the last entry was
 
@@ -80,7 +82,16 @@ class Run:
 
     @property
     def steps(self) -> int:
-        return max((entry.step for entry in self.entries), default=0)
+        return self.totals.steps
+
+    @property
+    def num_syncs(self) -> int:
+        return self.totals.counts["sync"]
+
+    @property
+    def num_training(self) -> int:
+        """Records of the training loss, however many are drawn."""
+        return self.totals.counts["sync" if self.training is self.syncs else "train"] if self.training else 0
 
     @property
     def total_steps(self) -> int | None:
@@ -90,23 +101,22 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        exported = any(entry.event == "exported" for entry in self.entries)
+        exported = self.totals.counts["exported"] > 0
         return exported or (self.total_steps is not None and self.steps >= self.total_steps)
 
     @property
     def begin_s(self) -> float:
         """When training began: the first entry, if that is of step 0."""
-        return self.entries[0].time_s if self.entries[0].step == 0 else 0.0
+        return self.totals.begin_s
 
     @property
     def seconds(self) -> float:
         """Time from the beginning to the last entry of training."""
-        times = (entry.time_s for entry in self.entries if entry.event != "exported")
-        return max(times, default=self.begin_s) - self.begin_s
+        return max(self.totals.end_s, self.begin_s) - self.begin_s if self.totals.end_s > -math.inf else 0.0
 
     @property
     def stood_still_s(self) -> float:
-        return total(sync.record.seconds for sync in self.syncs)
+        return self.totals.stood_still_s
 
     @property
     def stood_still(self) -> float:
@@ -149,23 +159,7 @@ def mean(losses: Sequence[float]) -> float:
     return sum(known) / len(known) if known else math.nan
 
 
-def best_particle(sync: SyncRecord) -> int | None:
-    """Return the particle that the rule took for the best, or with the lowest loss; None if only one loss is known."""
-    best = sync.note.get("best")
-    if isinstance(best, int):
-        return best
-    alive = sync.alive or [True] * len(sync.losses)
-    known = [(loss, i) for i, (loss, lives) in enumerate(zip(sync.losses, alive, strict=False)) if lives]
-    known = [(loss, i) for loss, i in known if math.isfinite(loss)]
-    return min(known)[1] if len(known) > 1 else None
-
-
 def columns(entries: Sequence[Entry[SyncRecord | LossRecord]]) -> list[list[float]]:
     """Return the losses of each particle, NaN where there is none."""
     rows = [entry.record.losses for entry in entries]
     return [[row[i] if i < len(row) else math.nan for row in rows] for i in range(max(map(len, rows), default=0))]
-
-
-def total(values: Iterable[float]) -> float:
-    """Sum of those that are finite."""
-    return sum(value for value in values if math.isfinite(value))

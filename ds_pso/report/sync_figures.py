@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import TypeGuard
 
 import matplotlib
 import numpy as np
@@ -29,7 +28,8 @@ from ds_pso.report.drawing import (
     short,
     thin,
 )
-from ds_pso.report.runs import Run, best_particle
+from ds_pso.report.runs import Run
+from ds_pso.report.thinning import best_particle, is_number
 from ds_pso.utils.units import choose_prefix
 
 BARS = 60  # of a run at most
@@ -157,7 +157,7 @@ def _lines(
 @matplotlib.rc_context(STYLE)
 def best(runs: Sequence[Run]) -> Figure | None:
     """Draw a row for each particle, with marks where it was best; None where fewer than two losses were known."""
-    shown = [run for run in runs if any(best_particle(sync.record) is not None for sync in run.syncs)]
+    shown = [run for run in runs if any(particle is not None for particle in run.totals.winners)]
     if not shown:
         return None
     figure, rows = new_figure([0.8 + 0.26 * min(run.num_particles, 12) for run in shown])
@@ -175,8 +175,7 @@ def best(runs: Sequence[Run]) -> Figure | None:
             out = [sync.step for sync in run.syncs[some] if False in sync.record.alive[particle : particle + 1]]
             axes.plot(out, [particle] * len(out), "x", color=INK, markersize=min(5, size), markeredgewidth=1.2)
             if names:
-                count = winners.count(particle)
-                text = f"{count} of {len(run.syncs)}"
+                text = f"{run.totals.winners[particle]} of {run.num_syncs}"
                 axes.annotate(
                     text,
                     (1, particle),
@@ -223,17 +222,13 @@ def _keys(run: Run) -> list[str]:
 def _noted(syncs: Sequence[Entry[SyncRecord]], key: str) -> list[list[float]]:
     """Return one line of numbers, or one for each particle; none if it is something else."""
     found = [(getattr(sync.record, key) if key in DECIDED else None) or sync.record.note.get(key) for sync in syncs]
-    if all(value is None or _is_number(value) for value in found):
+    if all(value is None or is_number(value) for value in found):
         return [[math.nan if value is None else float(value) for value in found]]
-    rows = [value if isinstance(value, list) and all(map(_is_number, value)) else [] for value in found]
+    rows = [value if isinstance(value, list) and all(map(is_number, value)) else [] for value in found]
     width = max(map(len, rows))
     if any(len(row) not in (0, width) for row in rows):
         return []
     return [[float(row[i]) if row else math.nan for row in rows] for i in range(width)]
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _changes(lines: Sequence[Sequence[float]]) -> bool:

@@ -208,8 +208,7 @@ def _sync_line(swarm: Swarm) -> str:
 
 
 def _first_held_out(path: Path) -> float:
-    records = log.read_metrics(path)
-    first = next(r for r in records if r["event"] == "held_out")
+    first = next(record for _, record in log.read_lines(path, log.Oddities(path)) if record["event"] == "held_out")
     losses = [math.nan if loss is None else loss for loss in first["losses"]]
     return sum(losses) / len(losses)
 

@@ -7,11 +7,21 @@ import math
 from dataclasses import fields
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ds_pso.metrics import deepspeed_monitor
-from ds_pso.metrics.log import MetricsLog, read_metrics
-from ds_pso.metrics.records import LossRecord, StartRecord, SyncRecord, entry_from_json
+from ds_pso.metrics.log import MetricsLog, _plain, read_metrics
+from ds_pso.metrics.records import (
+    LossRecord,
+    StartRecord,
+    SyncRecord,
+    _checked,
+    entry_from_json,
+    plain_sync,
+    tame,
+)
 
 FULL = SyncRecord(
     sync=3,
@@ -145,3 +155,77 @@ def test_the_monitor_gets_nothing_that_is_not_finite():
     names = {name for name, _, _ in events}
     assert not {"Swarm/drift", "Swarm/bandwidth_mbit_s", "Swarm/overlapped_s", "Swarm/loss/particle_0"} & names
     assert {"Swarm/loss/particle_1", "Swarm/alive/particle_0"} <= names
+
+
+# -- lines that are read without pydantic -----------------------------------------------------
+
+real = st.none() | st.floats(allow_nan=False, allow_infinity=False) | st.integers(-3, 3) | st.booleans() | st.text()
+whole = st.integers(-2, 2**70) | st.none() | st.booleans() | st.floats(0, 3)
+lines = st.fixed_dictionaries(
+    {"event": st.just("sync"), "losses": st.lists(real, max_size=3)},
+    optional={
+        "step": whole,
+        "time_s": real,
+        "alive": st.lists(st.booleans() | whole, max_size=3),
+        "left_out": st.dictionaries(st.text(max_size=2), st.text(max_size=2) | whole, max_size=2),
+        "present": st.lists(whole, max_size=2),
+        "abandoned": st.booleans() | st.none(),
+        "healed": st.lists(st.integers(0, 3), max_size=2),
+        "weights": st.lists(real, max_size=3),
+        "best": whole,
+        "mine": real | st.lists(st.lists(real, max_size=2), max_size=2),
+        **dict.fromkeys(("drift", "seconds", "step_s", "bandwidth_mbit_s"), real),
+        **dict.fromkeys(("sync", "staleness", "bytes_received", "fragment", "next_interval"), whole),
+        **dict.fromkeys(("lr_factors", "fragments_s"), st.lists(real, max_size=2)),
+    },
+)
+
+
+@given(lines | st.fixed_dictionaries({"event": st.just("sync"), "step": st.integers(0, 9), "time_s": st.floats(0, 9)}))
+def test_the_short_way_reads_what_pydantic_reads(line):
+    found = plain_sync(line)
+    if found is not None:
+        assert repr(found) == repr(_checked(line)), "with NaN in it, which equals nothing"
+
+
+def test_what_a_swarm_writes_takes_the_short_way():
+    record = SyncRecord(
+        sync=3,
+        losses=(1.0, math.nan),
+        alive=[True, False],
+        left_out={"1": "its loss is not finite"},
+        drift=0.1,
+        lr_factors=[1.0, 2.0],
+        present=[0, 1],
+        recovered=[],
+        fragment=2,
+        abandoned=False,
+        fragments_staleness=[4, 8],
+        fragments_s=[0.1, 0.2],
+        note={"weights": [0.5, 0.5], "guard": "weighted"},
+    )
+    line = {"event": "sync", "step": 8, "time_s": 1.5, **json.loads(json.dumps(_plain(record.to_json())))}
+    assert repr(plain_sync(line)) == repr(_checked(line))
+    assert plain_sync(line).record.note == record.note
+
+
+@pytest.mark.parametrize(
+    ("value", "tamed", "is_odd"),
+    [
+        (1e308, None, True),
+        (-1e101, None, True),
+        (1e100, 1e100, False),
+        (-0.0, -0.0, False),
+        (0, 0, False),
+        (True, True, False),
+        (10**18, 10**18, False),
+        (-(10**19), None, True),
+        (10**400, None, True),
+        ("1e308", "1e308", False),
+        ({"a": [1, {"b": [math.inf]}]}, {"a": [1, {"b": [None]}]}, True),
+        ([None, 2.5], [None, 2.5], False),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+def test_numbers_that_cannot_be_drawn_are_unknown(value, tamed, is_odd):
+    assert tame(value) == (tamed, is_odd)

@@ -11,7 +11,8 @@ from made_runs import losses, small, start, sync, write
 
 from ds_pso.errors import ConfigError
 from ds_pso.report.reading import read_runs
-from ds_pso.report.runs import Run, best_particle, mean
+from ds_pso.report.runs import Run, mean
+from ds_pso.report.thinning import best_particle
 
 
 def read(folder: Path, records, rest: str = "") -> Run:
