@@ -76,9 +76,11 @@ def on_cpu(**options: Any) -> Any:
     strategies = importlib.import_module(f"{library().__name__}.strategies")
     deepspeed = importlib.import_module(f"{library().__name__}.strategies.deepspeed")
 
-    class OnCpu(strategies.DeepSpeedStrategy):
+    strategy = strategies.DeepSpeedStrategy
+
+    class OnCpu(strategy):
         def setup_environment(self) -> None:
-            super(strategies.DeepSpeedStrategy, self).setup_environment()
+            super(strategy, self).setup_environment()
 
         @property
         def root_device(self) -> torch.device:
