@@ -495,6 +495,72 @@ def leave_buffers_alone() -> None:
     Shards.flat_buffers = lambda self: contextlib.nullcontext([])
 
 
+@sabotage("integration/test_untrained.py")
+def norm_with_the_buffers() -> None:
+    """The norm of the weights is that of weights and buffers."""
+    from dataclasses import replace
+
+    from ds_pso.shards.base import Shards
+
+    real = Shards.health
+
+    def health(self: Any, part: Any) -> Any:
+        found = real(self, part)
+        return replace(found, square_norm=found.square_norm + found.buffers_square_norm)
+
+    Shards.health = health
+
+
+@sabotage("integration/test_untrained.py")
+def divide_buffers_by_all() -> None:
+    """The mean of the buffers is the sum over the living, divided by P."""
+    from ds_pso.sync import synchronizer
+
+    real = synchronizer.average
+    synchronizer.average = lambda exchange, buffers, weights: real(
+        exchange, buffers, [1 / len(weights) if weight else 0.0 for weight in weights]
+    )
+
+
+@sabotage("integration/test_untrained.py")
+def copy_floats_alone() -> None:
+    """What is not of a floating dtype is not copied at attach, nor compared."""
+    from ds_pso.shards.untrained import Frozen
+
+    real = Frozen.tensors
+    Frozen.tensors = lambda self: {name: t for name, t in real(self).items() if t.is_floating_point()}
+
+
+@sabotage("integration/test_untrained.py")
+def compare_nothing_frozen() -> None:
+    from ds_pso.shards.untrained import Frozen
+
+    Frozen.digest_of_part = lambda self, number: 0.0
+
+
+@sabotage("integration/test_untrained.py")
+def average_constants() -> None:
+    """Buffers are averaged, equal ones, too."""
+    from ds_pso.comm.exchange import fill
+    from ds_pso.sync import synchronizer
+
+    synchronizer.average = lambda exchange, buffers, weights: fill(buffers, exchange.weighted_mean(buffers, weights))
+
+
+@sabotage("integration/test_optimizer_state.py")
+def zero_the_optimizer() -> None:
+    """An optimizer that begins anew has zeros for all of its state."""
+    from ds_pso.shards.optimizer_state import OptimizerState
+
+    def reset(self: Any) -> None:
+        for state in self._optimizer.state.values():
+            for value in state.values():
+                if hasattr(value, "zero_"):
+                    value.zero_()
+
+    OptimizerState.reset = reset
+
+
 @sabotage("integration/test_attach.py")
 def compare_no_models() -> None:
     from ds_pso.distributed.membership import StaticMembership
@@ -649,7 +715,32 @@ def forget_the_window() -> None:
     from ds_pso.checkpoint import loading
 
     real = loading.restore
-    loading.restore = lambda swarm, record, tensors: real(swarm, record | {"window": [0.0, 0, 0]}, tensors)
+    loading.restore = lambda swarm, record, tensors: real(swarm, record | {"window": [0.0, 0, 0, None]}, tensors)
+
+
+@sabotage("integration/test_resume.py")
+def forget_the_steps_of_the_window() -> None:
+    from ds_pso.sync.fitness import FitnessWindow
+
+    real = FitnessWindow.restore
+    FitnessWindow.restore = lambda self, total, count, steps, first: real(self, total, count, 0, first)
+
+
+@sabotage("integration/test_resume.py")
+def forget_the_first_loss() -> None:
+    """Later losses are judged by another one."""
+    from ds_pso.sync.fitness import FitnessWindow
+
+    real = FitnessWindow.restore
+    FitnessWindow.restore = lambda self, total, count, steps, first: real(self, total, count, steps, None)
+
+
+@sabotage("integration/test_resume.py")
+def forget_the_highest_loss() -> None:
+    from ds_pso.sync.synchronizer import Synchronizer
+
+    real = Synchronizer.load_state_dict
+    Synchronizer.load_state_dict = lambda self, state, *more: real(self, {**state, "highest_loss": float("nan")}, *more)
 
 
 @sabotage("integration/test_resume.py")

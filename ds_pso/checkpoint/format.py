@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 from ds_pso.errors import CheckpointError, SwarmError
+from ds_pso.sync.fitness import WindowState
 from ds_pso.utils.atomic_io import hash_file
 
 FORMAT = 7
@@ -74,7 +75,7 @@ class RankRecord(Identity):
     format: int
     step: int
     shards: ShardRecord | None  # None: they cannot be read, and a lone particle trains without
-    window: list[float]  # ``FitnessWindow.state``
+    window: WindowState
     synchronizer: dict[str, Any] | None  # ``Synchronizer.state_dict``
     samplers: list[dict[str, int]]
     random: RandomRecord | None  # None: a rank that was not there, and begins from its seed

@@ -108,8 +108,10 @@ def restore(session: Session, record: RankRecord, tensors: dict[str, Tensor]) ->
         session.synchronizer.load_state_dict(record["synchronizer"], movement)
     for key, value in own_tensors(session).items():
         value.copy_(tensors[key])
-    total, count, steps = record["window"]
-    session.window.restore(total, int(count), int(steps))
+    if session.synchronizer is not None:
+        session.synchronizer.reloaded()
+    total, count, steps, first = record["window"]
+    session.window.restore(total, int(count), int(steps), first)
     for sampler, state in zip(session.samplers, record["samplers"], strict=True):
         sampler.load_state_dict(state)
     _restore_random(record, tensors)

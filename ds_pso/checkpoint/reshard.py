@@ -31,6 +31,7 @@ from ds_pso.errors import CheckpointError
 from ds_pso.session.session import Session
 from ds_pso.shards import Segment, Shards, find_shards
 from ds_pso.shards.fragments import ModelFragment, cut_model, part_of, trained_numels
+from ds_pso.sync.fitness import NO_LOSSES, WindowState
 
 T = TypeVar("T")
 
@@ -114,7 +115,7 @@ class Reshaped:
             pairs = zip(self._session.samplers, record["samplers"], strict=True)
             record["samplers"] = [sampler.continued(state, self._P * self._S) for sampler, state in pairs]
         if self.begins_anew:
-            record["window"], record["synchronizer"] = [0.0, 0, 0], None
+            record["window"], record["synchronizer"] = NO_LOSSES, None
         else:
             record["window"] = self._window([other["window"] for other in self._records])
             record["synchronizer"] = self._synchronizer(record["synchronizer"])
@@ -125,10 +126,14 @@ class Reshaped:
         layout = self._session.world.layout
         return sum(numbers[layout.shard_rank :: layout.particle_size])
 
-    def _window(self, windows: Sequence[Sequence[float]]) -> list[float]:
-        """See ``FitnessWindow.state``; all ranks of a particle have made the same steps."""
-        totals, counts, steps = zip(*windows, strict=True)
-        return [self._shared_out(totals), self._shared_out(counts), steps[0]]
+    def _window(self, windows: Sequence[WindowState]) -> WindowState:
+        """See ``FitnessWindow.state``; all ranks of a particle have made the same steps, and their first losses count
+        as their mean.
+        """
+        totals, counts, steps, firsts = zip(*windows, strict=True)
+        known = [first for first in firsts if first is not None]
+        first = sum(known) / len(known) if known else None
+        return self._shared_out(totals), round(self._shared_out(counts)), steps[0], first
 
     def _per_particle(self, values: Sequence[T]) -> list[T]:
         return [values[particle % self._P] for particle in range(self._session.num_particles)]

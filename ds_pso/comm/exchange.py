@@ -67,8 +67,8 @@ def plan_buckets(numels: Sequence[int], bucket_numel: int) -> list[list[Piece]]:
 
 
 def wire_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype in which such tensors are summed: fp32 at least."""
-    return torch.promote_types(tensor.dtype, torch.float32)
+    """Return the dtype in which such tensors travel: fp32 at least, in which they can be summed, and bytes as bytes."""
+    return torch.uint8 if tensor.dtype == torch.uint8 else torch.promote_types(tensor.dtype, torch.float32)
 
 
 class Exchange:

@@ -73,7 +73,7 @@ class SwarmConfig(StrictModel):
     optimizer_state: Literal["keep", "average", "reset"] = Field(
         default="keep",
         description="The optimizer's moments at a sync point: each particle keeps its own, all take their mean "
-        "(with Adam 16 N (P - 1) / P bytes more), or they become zero.",
+        "(with Adam 16 N (P - 1) / P bytes more), or the optimizer begins anew.",
     )
     total_steps: int | None = Field(
         default=None,

@@ -25,7 +25,8 @@ from ds_pso.errors import ConfigError
 from ds_pso.export import contents
 from ds_pso.session.session import Session
 from ds_pso.shards import Segment, Shards, find_shards
-from ds_pso.sync.consensus import Choice
+from ds_pso.shards.untrained import as_bytes
+from ds_pso.sync.consensus import Choice, Collected
 from ds_pso.utils.atomic_io import move_files
 from ds_pso.utils.wrappers import plain_name, taken_off
 
@@ -57,11 +58,12 @@ def export(session: Session, folder: Path, which: Choice = "consensus", tokenize
     begin = time.perf_counter()
     if session.synchronizer is not None:
         shards = session.synchronizer.parts.shards
-        tensors, buffers = session.synchronizer.consensus.collect(which)
+        model = session.synchronizer.consensus.collect(which)
     else:
         shards = find_shards(session.engine)
-        tensors, buffers = shards.tensors, [buffer for _, buffer in shards.buffers()]
-    state_dict = _state_dict(session, shards, tensors, buffers)
+        with as_bytes(shards.frozen.counters()) as counters:
+            model = Collected(shards.tensors, [buffer for _, buffer in shards.buffers()], counters)
+    state_dict = _state_dict(session, shards, model)
     with session.world.coordinator.agree("exporting the model"):
         if session.is_leader:
             with replacing_model(folder) as temporary:
@@ -102,21 +104,20 @@ def _decides(path: Path) -> int:
     return names.get(path.name, 0 if path.suffix == ".safetensors" else 1)
 
 
-def _state_dict(session: Session, shards: Shards, tensors: list[Tensor], buffers: list[Tensor]) -> dict[str, Tensor]:
+def _state_dict(session: Session, shards: Shards, model: Collected) -> dict[str, Tensor]:
     """Return the whole model in its working dtype on the leader, under names without wrappers; elsewhere nothing."""
     module = shards.module
     state_dict: dict[str, Tensor] = {}
-    for name, tensor in _parameters(session, shards, tensors):
+    for name, tensor in _parameters(session, shards, model.tensors):
         if session.is_leader:
             state_dict[plain_name(module, name)] = tensor.cpu()
     if not session.is_leader:
         return state_dict
-    for (name, buffer), values in zip(shards.buffers(), buffers, strict=True):
+    for (name, buffer), values in zip(shards.buffers(), model.buffers, strict=True):
         state_dict[plain_name(module, name)] = values.view(buffer.shape).cpu()
-    for prefix, part in module.named_modules():
-        for name, buffer in part.named_buffers(recurse=False):
-            if not buffer.is_floating_point() and name not in part._non_persistent_buffers_set:
-                state_dict[plain_name(module, f"{prefix}.{name}" if prefix else name)] = buffer.cpu()  # a counter
+    counters = [(name, buffer) for name, buffer in shards.persistent_buffers() if name not in dict(shards.buffers())]
+    for (name, buffer), values in zip(counters, model.counters, strict=True):
+        state_dict[plain_name(module, name)] = values.view(buffer.dtype).view(buffer.shape).cpu()
     return state_dict
 
 

@@ -32,6 +32,7 @@ from ds_pso.export.meta_model import load_model_config, skeleton, with_adapter
 from ds_pso.rules import SyncPoint
 from ds_pso.shards import Segment
 from ds_pso.shards.base import square_of_norm
+from ds_pso.shards.untrained import digest, is_averaged, look_at
 from ds_pso.sync.fitness import ParticleReport
 from ds_pso.sync.health import Limits, judge
 from ds_pso.utils.wrappers import without_wrapper_parts
@@ -201,8 +202,7 @@ def _weights(source: Path, particles: Sequence[_Particle | None], which: str | i
     """Return the weight of each particle in the model; they sum to one."""
     there = {i: particle for i, particle in enumerate(particles) if particle is not None}
     limits = Limits(norm=next(iter(there.values())).norm_limit)
-    reports = [ParticleReport(particle.loss, 0, particle.norm(), math.nan) for particle in there.values()]
-    reasons = judge(reports, limits)
+    reasons = judge([particle.report() for particle in there.values()], limits)
     left_out = {i for number, i in enumerate(there) if number in reasons}
     alive = tuple(i in there and i not in left_out for i in range(len(particles)))
     if not any(alive):
@@ -229,9 +229,10 @@ def _combine(chosen: Sequence[tuple[float, _Particle]], of_rule: bool) -> tuple[
         state_dict[name] = mean.to(like.dtype).view(leader.saved.shape(name))
     for name in leader.buffers:
         buffer = leader.buffer(name)
-        if buffer.is_floating_point():
+        parts = [particle.buffer(name) for _, particle in chosen]
+        if is_averaged(buffer) and len({digest(part) for part in parts}) > 1:
             wide = wire_dtype(buffer)
-            buffer = _mean([(w, particle.buffer(name).to(wide)) for w, particle in chosen]).to(buffer.dtype)
+            buffer = _mean([(w, part.to(wide)) for (w, _), part in zip(chosen, parts, strict=True)]).to(buffer.dtype)
         state_dict[without_wrapper_parts(name)] = buffer
     return state_dict, tied
 
@@ -253,6 +254,7 @@ class _Particle:
         loss: at the last sync point; NaN if there was none.
         norm_limit: above it a particle is left out; None: there is no limit.
         model_in: where the rule keeps the model, see ``Rule.model_in``.
+        odd_by_design: how many values in its buffers were not finite when it began; None: not known.
     """
 
     saved: SavedParticle
@@ -260,6 +262,7 @@ class _Particle:
     loss: float
     norm_limit: float | None
     model_in: str
+    odd_by_design: int | None
 
     @classmethod
     def open(cls, source: Path, number: int, size: int) -> _Particle:
@@ -279,7 +282,9 @@ class _Particle:
         saved = SavedParticle.open(source, number, records)
         loss = math.nan if synced is None else float(synced["last_losses"][number])
         limit = None if synced is None else synced.get("norm_limit")
-        return cls(saved, saved.masters(), loss, limit, shards["model_in"])
+        states = [record["synchronizer"] for record in records]
+        odd = sum(state["odd_by_design"] for state in states if state is not None) if all(states) else None
+        return cls(saved, saved.masters(), loss, limit, shards["model_in"], odd)
 
     def parameter(self, name: str, of_rule: bool = False) -> Tensor:
         """Return a parameter, fp32 and flat.
@@ -305,8 +310,11 @@ class _Particle:
         """Return a buffer as it is on a rank."""
         return self.saved.own[rank].get_tensor(f"buffer.{name}")
 
-    def norm(self) -> float:
-        """Return the norm of all weights and of the buffers of all ranks, without padding; not finite if one is not."""
-        buffers = [self.buffer(name, rank) for name in self.buffers for rank in range(self.saved.size)]
-        squares = [square_of_norm(b.reshape(-1)) for b in buffers if b.is_floating_point() and b.numel()]
-        return math.sqrt(sum(squares) + sum(square_of_norm(self.parameter(name)) for name in self.saved.pieces))
+    def report(self) -> ParticleReport:
+        """Report as the particle itself did, of all weights, without padding, and of the buffers of all ranks."""
+        norm = math.sqrt(sum(square_of_norm(self.parameter(name)) for name in self.saved.pieces))
+        square_norm, odd = look_at(
+            [self.buffer(name, rank) for name in self.buffers for rank in range(self.saved.size)]
+        )
+        more = 0 if self.odd_by_design is None else max(0, odd - self.odd_by_design)
+        return ParticleReport(self.loss, 0, norm, math.nan, buffers_norm=math.sqrt(square_norm), odd_buffer_values=more)

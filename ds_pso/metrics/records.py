@@ -10,7 +10,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import BeforeValidator, Field, GetPydanticSchema, TypeAdapter, ValidationError
 
-_OPTIONAL = ("left_out", "repeated", "lr_factors", "fragments_staleness", "fragments_s", "same_samples")
+_OPTIONAL = ("left_out", "restored", "repeated", "lr_factors", "fragments_staleness", "fragments_s", "same_samples")
 _UNSET = ("present", "recovered", "fragment", "abandoned")
 # A report is made of these: they must be what they are said to be. A rule's note may have the name of another field.
 _IN_REPORTS = {
@@ -43,6 +43,7 @@ class SyncRecord:
         losses: fitness; NaN where none is known.
         alive: false: left out.
         left_out: why, by the particle's number.
+        restored: what was given back to a particle that had lost it, by the particle's number.
         drift: how far the particles were from what they received: root mean square, relative to its norm.
         staleness: optimizer steps from the beginning of the sync to its end; 0 where training waited.
         next_interval: optimizer steps from this sync to the next.
@@ -69,6 +70,7 @@ class SyncRecord:
     losses: Numbers
     alive: Flags
     left_out: Texts = field(default_factory=dict)
+    restored: Texts = field(default_factory=dict)
     drift: Number = math.nan
     staleness: int = 0
     next_interval: int = 0

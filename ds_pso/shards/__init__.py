@@ -3,13 +3,14 @@
 Knows DeepSpeed's optimizer classes, live and saved; must not know peers or rules.
 """
 
-from ds_pso.shards.base import Segment, Shards, replace
+from ds_pso.shards.base import Health, Segment, Shards, replace
 from ds_pso.shards.engine import Engine
 from ds_pso.shards.registry import check_precision, find_shards, saved_optimizer
 from ds_pso.shards.saved import SavedOptimizer, SavedPartition
 
 __all__ = [
     "Engine",
+    "Health",
     "SavedOptimizer",
     "SavedPartition",
     "Segment",

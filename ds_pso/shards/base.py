@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ds_pso.errors import SwarmError
 from ds_pso.shards.engine import Engine
+from ds_pso.shards.optimizer_state import OptimizerState
+from ds_pso.shards.untrained import Frozen, is_averaged, look_at
 from ds_pso.utils.chunks import in_chunks
 
 
@@ -28,6 +30,23 @@ class Segment:
     shard_start: int
     param_start: int  # offset in the flattened parameter
     numel: int
+
+
+@dataclass(frozen=True)
+class Health:
+    """What one rank knows of its part of the model at a sync.
+
+    Attributes:
+        square_norm: sum of the squares of its weights; not finite if one of them is not.
+        buffers_square_norm: likewise of the finite values in its buffers.
+        odd_buffer_values: how many more values in its buffers are not finite than by design, so at attach.
+        frozen: see ``Frozen.digest_of_part``.
+    """
+
+    square_norm: float
+    buffers_square_norm: float = 0.0
+    odd_buffer_values: int = 0
+    frozen: float = 0.0
 
 
 def intersect(name: str, begin: int, numel: int, window: tuple[int, int], shard: int) -> list[Segment]:
@@ -71,6 +90,10 @@ class Shards(ABC):
         self._names = {id(p): name for name, p in self.module.named_parameters()}
         self.segments = self._find_segments()
         self.padding = _gaps(self.segments, [t.numel() for t in self.tensors])
+        self.frozen = Frozen(self.module, self.trained_names(), self.persistent_buffers)
+        self._state = OptimizerState(self.optimizer)
+        self._has_frozen = bool(self.frozen.compared())
+        self.odd_by_design = self._look_at_buffers()[1]
         self._lr_factor = 1.0
         self._lr_hooked = False
 
@@ -135,19 +158,35 @@ class Shards(ABC):
             for shard, start, stop in self.padding:
                 tensors[shard][start:stop].zero_()
 
-    def square_norm(self) -> float:
-        """Return the sum of the squares of this rank's weights and buffers; not finite if one of them is not.
+    def health(self, part: int | None) -> Health:
+        """Look at weights, buffers and what is not trained, each by itself. Padding must be zero.
 
-        Padding must be zero.
+        Args:
+            part: of what is not trained; see ``Frozen.digest_of_part``.
+        """
+        square_norm, odd = self._look_at_buffers()
+        frozen = self.frozen.digest_of_part(part) if self._has_frozen else 0.0
+        return Health(self.square_norm(), square_norm, max(0, odd - self.odd_by_design), frozen)
+
+    def _look_at_buffers(self) -> tuple[float, int]:
+        buffers = [buffer for _, buffer in self.buffers()]
+        return look_at(buffers) if buffers else (0.0, 0)
+
+    def remember_start(self) -> None:
+        """Take the model as it is for the one that all particles begin with."""
+        self.odd_by_design = self._look_at_buffers()[1]
+        self.frozen.remember()
+
+    def square_norm(self) -> float:
+        """Return the sum of the squares of this rank's weights; not finite if one of them is not. Padding must be zero.
 
         One pass over the memory says two things: whether all is finite, and whether something is far too large. That
         is what memory that flips a bit does to a weight: with the top bit of the exponent an |x| < 2 becomes
         2^128 |x|, above all norms of real models, and of the other bits none takes it to 2 or more. So a single flip
         is either harmless or as plain in the norm as it would be in max |x|, which takes several times as long.
         """
-        tensors = [*self.tensors, *(buffer.reshape(-1) for _, buffer in self.buffers())]
         total = 0.0
-        for tensor in tensors:
+        for tensor in self.tensors:
             if tensor.numel():
                 total += square_of_norm(tensor)
         return total
@@ -157,30 +196,28 @@ class Shards(ABC):
 
         Empty before the first step.
         """
-        return [moment for master in self._masters() for moment in self._moments_of(master)]
+        return [moment for master in self._masters() for moment in self._state.moments_of(master)]
 
-    def _moments_of(self, master: Tensor) -> list[Tensor]:
-        state = self.optimizer.state.get(master, {})
-        values = [state[name] for name in sorted(state) if isinstance(state[name], Tensor)]
-        return [value.view(-1) for value in values if value.is_floating_point() and value.shape == master.shape]
+    def why_no_mean(self) -> str | None:
+        """Return why the optimizer's state cannot be averaged; None if it can, or if there is none yet."""
+        name = next(self._state.without_mean(), None)
+        kind = type(self._state.inner).__name__
+        return None if name is None else f"{kind} keeps {name!r}, which is no moment of gradients, and has no mean"
 
     def publish_moments(self) -> None:  # noqa: B027
         """Bring the optimizers of the whole particle in line with ``moments``, after writing to these."""
 
     def reset_optimizer_state(self) -> None:
-        """Zero the moments of a particle, and its optimizer's count of steps, which corrects their bias.
+        """Let the particle's optimizer begin anew, with its weights as they are.
 
         Clearing only what is not finite would leave a huge first moment over a zeroed second one.
         """
-        for state in self.optimizer.state.values():
-            for name, value in state.items():
-                if isinstance(value, Tensor) and value.is_floating_point():
-                    value.zero_()
-                elif name == "step":
-                    state[name] = 0
-        for group in self.optimizer.param_groups:  # where FusedAdam counts
-            if "step" in group:
-                group["step"] = 0
+        self._state.reset()
+        if hasattr(self.optimizer, "_hp_optimizer_states_linked"):
+            self.optimizer._hp_optimizer_states_linked = False  # to tensors that are gone
+
+    def reloaded(self) -> None:  # noqa: B027
+        """Take note that DeepSpeed has loaded its checkpoint."""
 
     @property
     def lr_factor(self) -> float:
@@ -207,10 +244,14 @@ class Shards(ABC):
 
     def buffers(self) -> list[tuple[str, Tensor]]:
         """Return the persistent floating-point buffers (batch-norm statistics and the like), by name."""
+        return [(name, buffer) for name, buffer in self.persistent_buffers() if is_averaged(buffer)]
+
+    def persistent_buffers(self) -> list[tuple[str, Tensor]]:
+        """Return the buffers that are saved with the module, of any dtype, by name."""
         found = []
         for prefix, module in self.module.named_modules():
             for name, buffer in module.named_buffers(recurse=False):
-                if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                if name not in module._non_persistent_buffers_set:
                     found.append((f"{prefix}.{name}" if prefix else name, buffer))
         return found
 
@@ -223,13 +264,6 @@ class Shards(ABC):
         for buffer, values in zip(buffers, flat, strict=True):
             if values.data_ptr() != buffer.data_ptr():
                 buffer.copy_(values.view(buffer.shape))
-
-    def frozen(self) -> list[Tensor]:
-        """Return this rank's part of the floating-point parameters that are not trained, flat and live."""
-        trained = self.trained_names()
-        frozen = [p for name, p in self.module.named_parameters() if name not in trained]
-        tensors = [getattr(p, "ds_tensor", p) for p in frozen]  # ZeRO 3: this rank's block
-        return [t.detach().view(-1) for t in tensors if t.is_floating_point()]
 
     def fingerprint(self) -> str:
         """Return a hash that is equal on two ranks exactly when their shards hold the same slices of the same model."""

@@ -25,6 +25,7 @@ class _Optimizer(Protocol):
     fp32_partitioned_groups_flat: list[Tensor]
     fp16_groups: list[list[_Parameter]]
     dp_process_group: dist.ProcessGroup
+    state: dict[Tensor, dict[str, Tensor]]
 
     def checkpoint_event_prologue(self) -> None: ...
     def checkpoint_event_epilogue(self) -> None: ...
@@ -59,6 +60,23 @@ class Zero3Shards(Shards):
 
     def _parameters(self) -> Sequence[Sequence[object]]:
         return self.optimizer.fp16_groups
+
+    def reset_optimizer_state(self) -> None:
+        super().reset_optimizer_state()
+        for momentum in self._muon_momenta().values():
+            momentum.zero_()
+
+    def reloaded(self) -> None:
+        # DeepSpeed loads copies into the optimizer's state, and goes on with what it has here.
+        for group, momentum in self._muon_momenta().items():
+            loaded = self.optimizer.state.get(self._masters()[group], {}).get("momentum_buffer")
+            if loaded is not None and loaded is not momentum:
+                momentum.copy_(loaded)
+                self.optimizer.state[self._masters()[group]]["momentum_buffer"] = momentum
+
+    def _muon_momenta(self) -> dict[int, Tensor]:
+        """Return what ``save_muon_momentum_buffer_in_memory`` keeps outside of the optimizer's state, by sub-group."""
+        return getattr(self.optimizer, "muon_momentum_buffer_partitioned_groups_flat", {})
 
     def publish(self) -> None:
         optimizer = self.optimizer

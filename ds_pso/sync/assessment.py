@@ -51,6 +51,9 @@ class Assessor:
         timer: of this rank's optimizer steps.
         held_up_s: how long the last sync held training up on this rank.
         same_samples: groups of particles that have begun with the same ones, as the last sync has found.
+        frozen_differs: whether what is not trained differs between the particles, by the last table.
+        changed: the particles that have changed it, if others have not.
+        compares_all: whether the next report is about all of it, and not a part.
     """
 
     def __init__(
@@ -80,6 +83,9 @@ class Assessor:
         self.timer = StepTimer()
         self.held_up_s = 0.0
         self.same_samples: Sequence[Sequence[int]] = ()
+        self.frozen_differs = False
+        self.changed: Sequence[int] = ()
+        self.compares_all = True
 
     def report(self, window: FitnessWindow) -> ParticleReport:
         """Report on this particle, with the same bits on all its ranks.
@@ -87,7 +93,8 @@ class Assessor:
         Raises:
             SwarmError: ``needs_loss``, and no loss was ever seen.
         """
-        mine = window.report(self.shards.square_norm(), self.timer.take(), self.held_up_s)
+        health = self.shards.health(None if self.compares_all else self.index)
+        mine = window.report(health, self.timer.take(), self.held_up_s)
         if self.ranks_by_probe:
             mine = replace(mine, loss_sum=self._probe_loss(), num_losses=1)
         nothing_new = mine.num_losses == 0 and self.index > 0  # a sync right after another
@@ -129,6 +136,7 @@ class Assessor:
         self.pace = Pace(step_s, min(report.held_up_s for report in reports))
         self.same_samples = _groups({particle: table[particle].samples for particle in present})
         left_out = self._judge(table, present)
+        self._compare_frozen({particle: table[particle].frozen for particle in present})
         return SyncPoint(
             self.index,
             fitness=tuple(report.loss for report in table),
@@ -156,16 +164,29 @@ class Assessor:
             self.highest_loss = max(mine.loss, mine.highest_loss)
         return left_out
 
+    def _compare_frozen(self, digests: Mapping[int, float]) -> None:
+        """Compare what ``ParticleReport.frozen`` says, by particle."""
+        known = [value for value in digests.values() if value]
+        self.frozen_differs = len(set(map(abs, known))) > 1
+        # Where all have changed it, it is training that does.
+        kept = self.frozen_differs and max(known) > 0
+        self.changed = [particle for particle, value in digests.items() if value < 0] if kept else []
+        # Until all is equal: a sync in the background leaves it to the next one.
+        self.compares_all = self.frozen_differs
+
     def between_syncs(self) -> SyncPoint:
         """Judge weights as they are now, for a look at the models between two syncs.
 
         Losses are the last ones: of asynchronous particles, each knows its own alone, and they may be of weights that
         are gone.
         """
-        norm = math.sqrt(sum(row[0] for row in self.world.local.gather([self.shards.square_norm()])))
-        rows = self.exchange.all_gather([self.losses[self.exchange.particle], norm])
-        left_out = judge([ParticleReport(loss, 0, norm, math.nan) for loss, norm in rows], self.limits)
-        return SyncPoint(self.index, tuple(row[0] for row in rows), tuple(i not in left_out for i in range(len(rows))))
+        mine = FitnessWindow().report(self.shards.health(self.index), 0.0, 0.0)
+        found = ParticleReport.combined(self.world.local.gather(astuple(mine)), 0)
+        found = replace(found, loss=self.losses[self.exchange.particle])
+        rows = self.exchange.all_gather(found.to_row())
+        left_out = judge(ParticleReport.from_rows(rows), self.limits)
+        losses = tuple(row[0] for row in rows)
+        return SyncPoint(self.index, losses, tuple(i not in left_out for i in range(len(rows))))
 
     def distances(self, squares: Sequence[float], point: SyncPoint) -> list[float]:
         """Average ``Updater.take_distance`` over the living particles, of this rank and its peers.

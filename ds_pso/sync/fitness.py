@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ds_pso.shards import Health
+from ds_pso.shards.untrained import join_digests
+
+# Sum of the losses, their number, optimizer steps, and the first loss of all; None: there was none.
+WindowState = tuple[float, int, int, float | None]
+NO_LOSSES: WindowState = (0.0, 0, 0, None)
 
 
 class FitnessWindow:
@@ -17,7 +22,7 @@ class FitnessWindow:
 
     def __init__(self) -> None:
         self._sum: Tensor | float = 0.0
-        self._first: Tensor | float = math.nan
+        self._first: Tensor | float | None = None
         self.count = 0  # of losses
         self.steps = 0  # of the optimizer
         self.samples = 0.0  # a hash of the first ones, which the particles compare; 0: not known
@@ -25,7 +30,7 @@ class FitnessWindow:
     def add(self, loss: Tensor) -> None:
         """``loss``: scalar of one micro-batch, before any loss scaling."""
         loss = loss.detach().to(torch.float64)
-        if isinstance(self._first, float):
+        if self._first is None:
             self._first = loss
         self._sum = self._sum + loss
         self.count += 1
@@ -37,29 +42,43 @@ class FitnessWindow:
     @property
     def first(self) -> float:
         """The first loss of all that was ever added; NaN if there was none."""
-        return float(self._first)
+        return math.nan if self._first is None else float(self._first)
 
-    def report(self, square_norm: float, step_s: float, held_up_s: float) -> RankReport:
+    def report(self, health: Health, step_s: float, held_up_s: float) -> RankReport:
         """Return this rank's part of the particle's report; see there."""
-        first, samples = float(self._first), self.samples
-        return RankReport(float(self._sum), self.count, square_norm, first, step_s, held_up_s, samples)
+        return RankReport(
+            float(self._sum),
+            self.count,
+            health.square_norm,
+            self.first,
+            step_s,
+            held_up_s,
+            health.buffers_square_norm,
+            health.odd_buffer_values,
+            health.frozen,
+            self.samples,
+        )
 
-    def state(self) -> list[float]:
-        return [self.total, self.count, self.steps]
+    def state(self) -> WindowState:
+        """Return all that ``restore`` needs, the first loss included: later ones are judged by it."""
+        return self.total, self.count, self.steps, None if self._first is None else float(self._first)
 
-    def restore(self, total: float, count: int, steps: int) -> None:
-        self._sum, self.count, self.steps = total, count, steps
+    def restore(self, total: float, count: int, steps: int, first: float | None) -> None:
+        """Go on from what ``state`` returned."""
+        self._sum, self.count, self.steps, self._first = total, count, steps, first
 
-    def give_back(self, total: float, count: int, steps: int) -> None:
+    def give_back(self, total: float, count: int, steps: int, first: float | None) -> None:
         """Count again what ``state`` returned before the window was emptied."""
-        self.restore(self.total + total, self.count + count, self.steps + steps)
+        first = self.state()[3] if first is None else first
+        self.restore(self.total + total, self.count + count, self.steps + steps, first)
 
     def clear_losses(self) -> None:
         self._sum, self.count = 0.0, 0
 
     def clear(self) -> None:
-        self.restore(0.0, 0, 0)
-        self.samples = 0.0
+        """Begin a new window; the first loss stays known."""
+        self.clear_losses()
+        self.steps, self.samples = 0, 0.0
 
 
 @dataclass(frozen=True)
@@ -69,10 +88,11 @@ class RankReport:
     Attributes:
         loss_sum: of its micro-batches since the last sync.
         num_losses: how many these were.
-        square_norm: sum of the squares of the weights and buffers that it holds.
+        square_norm: sum of the squares of the weights that it holds.
         first_loss: the first one of all; NaN if there was none.
         step_s: seconds of an optimizer step; 0 if not known.
         held_up_s: how long the last sync held training up.
+        buffers_square_norm: see ``Health``, as what follows.
         samples: a hash of the first samples, a whole number; 0: not known, or compared already.
     """
 
@@ -82,23 +102,30 @@ class RankReport:
     first_loss: float
     step_s: float = 0.0
     held_up_s: float = 0.0
+    buffers_square_norm: float = 0.0
+    odd_buffer_values: float = 0.0
+    frozen: float = 0.0
     samples: float = 0.0
 
 
 @dataclass(frozen=True)
 class ParticleReport:
-    """A particle's fitness, health and pace, as it says them at a sync; travels as a row of eight float64.
+    """A particle's fitness, health and pace, as it says them at a sync; travels as a row of eleven float64.
 
     Attributes:
         loss: mean since the last sync; NaN if there is none.
         num_losses: of how many it is the mean; 0: of none, and ``loss`` is older.
-        norm: of all weights and buffers; NaN or infinite if one of them is.
+        norm: of all weights; NaN or infinite if one of them is.
         highest_loss: of those that the particle had at syncs before, and of its very first one.
         steps: optimizer steps since the last sync.
         step_s: seconds of an optimizer step on its slowest rank; 0 if not known.
         held_up_s: how long the last sync held training up.
         loss_is_finite: false if a loss was heard, and it is no number.
         recovers: it has just taken over the state of another, and its numbers must not count.
+        buffers_norm: of the finite values in the buffers of all its ranks.
+        odd_buffer_values: see ``Health``; of all its ranks.
+        frozen: digest of what is not trained, or of the part whose turn it is; negative if that has changed; 0: nothing
+            is compared.
         samples: a hash of the first samples of its ranks; 0: not known, or compared already.
     """
 
@@ -111,6 +138,9 @@ class ParticleReport:
     held_up_s: float = 0.0
     loss_is_finite: bool = True
     recovers: bool = False
+    buffers_norm: float = 0.0
+    odd_buffer_values: int = 0
+    frozen: float = 0.0
     samples: float = 0.0
 
     @classmethod
@@ -142,14 +172,27 @@ class ParticleReport:
             max(rank.step_s for rank in ranks),
             max(rank.held_up_s for rank in ranks),
             loss_is_finite=not count or math.isfinite(loss),
-            samples=_hash_of([rank.samples for rank in ranks]),
+            buffers_norm=math.sqrt(sum(rank.buffers_square_norm for rank in ranks)),
+            odd_buffer_values=int(sum(rank.odd_buffer_values for rank in ranks)),
+            frozen=join_digests(rank.frozen for rank in ranks) if any(rank.frozen for rank in ranks) else 0.0,
+            samples=join_digests(rank.samples for rank in ranks) if all(rank.samples for rank in ranks) else 0.0,
         )
 
     def to_row(self) -> list[float]:
         """Write it as float64."""
         heard = -2.0 if self.recovers else float(self.num_losses) if self.loss_is_finite else -1.0
-        numbers = [self.loss, heard, self.norm, self.highest_loss, float(self.steps), self.step_s, self.held_up_s]
-        return [*numbers, self.samples]
+        of_model = [self.buffers_norm, float(self.odd_buffer_values), self.frozen]
+        return [
+            self.loss,
+            heard,
+            self.norm,
+            self.highest_loss,
+            float(self.steps),
+            self.step_s,
+            self.held_up_s,
+            *of_model,
+            self.samples,
+        ]
 
     @classmethod
     def from_rows(cls, rows: Sequence[Sequence[float]]) -> list[ParticleReport]:
@@ -159,16 +202,22 @@ class ParticleReport:
     @classmethod
     def from_row(cls, row: Sequence[float]) -> ParticleReport:
         """Read what ``to_row`` has written; NaN stand for a particle that is absent."""
-        loss, heard, norm, highest, steps, step_s, held_up_s, samples = row
+        loss, heard, norm, highest, steps, step_s, held_up_s, buffers_norm, odd, frozen, samples = row
         if math.isnan(heard):
             return cls.unknown()
-        count, is_finite, recovers = max(0, int(heard)), heard >= 0 or heard == -2, heard == -2
-        return cls(loss, count, norm, highest, int(steps), step_s, held_up_s, is_finite, recovers, samples)
-
-
-def _hash_of(numbers: Sequence[float]) -> float:
-    """Hash the numbers to 48 bits, which a float64 holds exactly; 0 if one of them is 0."""
-    if not all(numbers):
-        return 0.0
-    digest = hashlib.blake2b(struct.pack(f"<{len(numbers)}d", *numbers), digest_size=6).digest()
-    return float(int.from_bytes(digest, "little") or 1)
+        count = max(0, int(heard))
+        return cls(
+            loss,
+            count,
+            norm,
+            highest,
+            int(steps),
+            step_s,
+            held_up_s,
+            loss_is_finite=heard >= 0 or heard == -2,
+            recovers=heard == -2,
+            buffers_norm=buffers_norm,
+            odd_buffer_values=int(odd),
+            frozen=frozen,
+            samples=samples,
+        )

@@ -12,14 +12,14 @@ from typing import Any
 from torch import Tensor
 
 from ds_pso.comm.collectives import Traffic
-from ds_pso.comm.exchange import fill
 from ds_pso.errors import PeerError, SwarmError
 from ds_pso.metrics.records import SyncRecord
 from ds_pso.rules import SyncPoint
 from ds_pso.shards import replace as replace_all
 from ds_pso.shards.fragments import Fragment
 from ds_pso.sync.assessment import UNKNOWN_PACE, Pace
-from ds_pso.sync.fitness import FitnessWindow, ParticleReport
+from ds_pso.sync.buffers import average
+from ds_pso.sync.fitness import NO_LOSSES, FitnessWindow, ParticleReport, WindowState
 from ds_pso.sync.parts import SyncParts
 from ds_pso.sync.rollback import Snapshot, residuals, shared_state
 
@@ -62,7 +62,7 @@ class PendingSync:
     applied: int = 0
     broken_off: bool = False
     lr_factors: Sequence[float] = ()
-    window: Sequence[Any] = ()
+    window: WindowState = NO_LOSSES
     distances: Sequence[float] = (0.0, 0.0)
     pace: Pace = UNKNOWN_PACE
     arrived_s: list[float] = field(default_factory=list)
@@ -165,6 +165,8 @@ class Overlap:
             if parts.options.streaming:
                 abandoned = not all(point.alive)
                 pending.record = replace(pending.record, fragment=pending.numbers[0], abandoned=abandoned)
+            if parts.assessor.frozen_differs:  # training uses it meanwhile
+                pending.record = replace(pending.record, abandoned=True)
             if any(point.alive) and not pending.is_void:
                 parts.is_torn = True
                 note = self._move(pending, point, begin)
@@ -199,7 +201,8 @@ class Overlap:
         """
         parts = self._parts
         copies, buffers = self._split(pending)
-        fill(buffers, parts.exchange.weighted_mean(buffers, point.mean_weights()))
+        if buffers:
+            average(parts.exchange, buffers, point.mean_weights())
         memory = pending.numbers[0] if parts.options.streaming else 0
         plan = parts.rule.plan(point, parts.memories[memory])
         if plan.score:

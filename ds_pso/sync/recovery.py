@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from ds_pso.comm.exchange import fill
 from ds_pso.distributed.membership import Quorum
 from ds_pso.sampler import SwarmSampler
+from ds_pso.shards.untrained import as_bytes
 from ds_pso.sync.fitness import FitnessWindow
 from ds_pso.sync.parts import SyncParts
 from ds_pso.sync.rollback import residuals, shared_state
@@ -73,11 +74,14 @@ class Recovery:
         if not quorum.is_start:
             self._share(quorum, me)
         if quorum.recovering:
-            with parts.shards.flat_buffers() as buffers:
-                tensors = [*parts.shards.tensors, *parts.shards.frozen(), *buffers]
+            untrained = list(parts.shards.frozen.tensors().values())
+            with parts.shards.flat_buffers() as buffers, as_bytes(untrained) as frozen:
+                tensors = [*parts.shards.tensors, *frozen, *buffers]
                 if not quorum.is_start:
                     tensors += shared_state(parts.updater)
                 fill(tensors, parts.exchange.from_each(tensors, quorum.sources))
+        if quorum.is_start or me in quorum.recovering:
+            parts.shards.remember_start()
         if quorum.is_start:
             parts.start_state()
         elif me in quorum.overdue:
@@ -91,6 +95,38 @@ class Recovery:
             window.clear()
             return int(found["progress"]["step"])
         return step
+
+    def restore_frozen(self) -> dict[int, list[str]]:
+        """Give back what is not trained where it has changed, and not on all particles. Called alike on all peers.
+
+        What has changed on all of them is from now on their own affair: a teacher that follows its student, say.
+
+        Returns:
+            What was given back to each particle, by name.
+        """
+        exchange, frozen = self._parts.exchange, self._parts.shards.frozen
+        rows, names = exchange.all_gather(frozen.digests()), [*frozen.compared()]
+        given: dict[int, list[str]] = {}
+        from_whom: dict[int, list[str]] = {}
+        for number, name in enumerate(names):
+            column = {particle: rows[particle][number] for particle in exchange.present}
+            kept = [value for value in column.values() if value > 0]
+            if 0 in column.values() or (not kept and len(set(column.values())) > 1):
+                frozen.own.add(name)
+            elif len(set(map(abs, column.values()))) > 1:
+                right = max(kept, key=kept.count)  # of those that are as frequent, the first one's
+                donor = next(particle for particle, value in column.items() if value == right)
+                from_whom.setdefault(donor, []).append(name)
+                for particle, value in column.items():
+                    if abs(value) != right:
+                        given.setdefault(particle, []).append(name)
+        tensors = frozen.compared()
+        for donor, changed in sorted(from_whom.items()):
+            with as_bytes([tensors[name] for name in changed]) as flat:
+                fill(flat, exchange.from_one(flat, donor))
+        if from_whom:
+            frozen.remember()
+        return given
 
     def _share(self, quorum: Quorum, me: int) -> None:
         needed = {quorum.donors[0], *(quorum.sources[particle] for particle in quorum.recovering)}

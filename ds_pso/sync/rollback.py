@@ -39,7 +39,7 @@ class Snapshot:
         self._live = list(live)
         self._kept = [tensor.detach().clone() for tensor in live]
         self._window = window
-        self._losses = None if window is None else (window.total, window.count, window.steps)
+        self._losses = None if window is None else window.state()
         self.numbers = copy.deepcopy(dict(numbers or {}))
 
     def restore(self) -> None:

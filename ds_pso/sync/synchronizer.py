@@ -14,9 +14,10 @@ from torch import Tensor
 from ds_pso.comm.collectives import Traffic
 from ds_pso.comm.exchange import fill
 from ds_pso.distributed.membership import Quorum
-from ds_pso.errors import PeerError
+from ds_pso.errors import PeerError, SwarmError
 from ds_pso.metrics.records import SyncRecord
 from ds_pso.rules import SyncPoint
+from ds_pso.sync.buffers import average
 from ds_pso.sync.consensus import Consensus
 from ds_pso.sync.fitness import FitnessWindow, ParticleReport
 from ds_pso.sync.gossip import Gossip
@@ -38,6 +39,7 @@ class _Attempt:
         point: None at the start of a swarm.
         resets: whether the optimizer's moments begin anew.
         distances: see ``Assessor.distances``.
+        restored: see ``SyncRecord``.
         begin: when it began; after a recovery, which is no part of it.
         before: what had moved by then.
     """
@@ -51,6 +53,7 @@ class _Attempt:
     lr_factors: Sequence[float] = ()
     resets: bool = False
     distances: Sequence[float] = (0.0, 0.0)
+    restored: Mapping[str, str] = field(default_factory=dict)
 
 
 class Synchronizer:
@@ -186,19 +189,30 @@ class Synchronizer:
         else:
             point = parts.assessor.assess(window, done)
         attempt.point = point
+        if parts.assessor.frozen_differs:
+            attempt.restored = self._restore_frozen()
         if any(point.alive):
             parts.is_torn = True
             squares = self._follow_rule(attempt, point)
             attempt.distances = parts.assessor.distances(squares, point)
             parts.is_torn = False
 
+    def _restore_frozen(self) -> dict[str, str]:
+        """Return what was given back, for the record; where it was lost on other ranks, its name is not known here."""
+        given = self.recovery.restore_frozen()
+        found = {}
+        for particle in sorted({*given, *self.parts.assessor.changed}):
+            names = given.get(particle, ())
+            what = f"{', '.join(names[:3])}{' and more' if len(names) > 3 else ''}" if names else "a tensor"
+            found[str(particle)] = f"{what}, which is not trained, had changed; it is that of the others again"
+        return found
+
     def _follow_rule(self, attempt: _Attempt, point: SyncPoint) -> list[float]:
         """Carry out the rule's plans, one after the other; return what ``Updater.take_distance`` says, summed."""
         parts, options, note, distances = self.parts, self.parts.options, dict[str, Any](), []
         if parts.shards.has_buffers:
-            # Statistics are no parameters: whatever the rule, they become the mean of the living.
             with parts.shards.flat_buffers() as buffers:
-                fill(buffers, parts.exchange.weighted_mean(buffers, point.mean_weights()))
+                average(parts.exchange, buffers, point.mean_weights())
         shards = parts.shards.tensors
         pieces = [(parts.updater, shards)]
         if options.streaming:
@@ -232,12 +246,23 @@ class Synchronizer:
 
         Returns:
             False: a particle whose every step was skipped has none yet, and nothing was done.
+
+        Raises:
+            SwarmError: the optimizer keeps what has no mean.
         """
         parts = self.parts
-        moments = parts.shards.moments()
-        counts = parts.exchange.all_gather([float(len(moments))])
-        alike = len({counts[particle][0] for particle in parts.exchange.present}) == 1  # peers, not local ranks
-        if not all(row[0] for row in parts.world.local.gather([float(alike)])):
+        moments, reason = parts.shards.moments(), parts.shards.why_no_mean()
+        rows = parts.exchange.all_gather([float(len(moments)) if reason is None else -1.0])
+        counts = [rows[particle][0] for particle in parts.exchange.present]  # of peers, not of local ranks
+        alike = -1.0 if min(counts) < 0 else float(len(set(counts)) == 1)
+        found = [row[0] for row in parts.world.local.gather([alike])]
+        if min(found) < 0:
+            raise SwarmError(
+                f'swarm.optimizer_state = "average": {reason or "the optimizer keeps what has no mean"}; '
+                'use "keep" or "reset"',
+                agreed=True,
+            )
+        if not all(found):
             return False
         fill(moments, parts.exchange.weighted_mean(moments, point.mean_weights()))
         parts.membership.confirm_local_ranks()
@@ -267,6 +292,7 @@ class Synchronizer:
             lr_factors=attempt.lr_factors,
             present=present,
             recovered=recovered,
+            restored=attempt.restored,
             note=attempt.note,
         )
         return parts.conclude(record, attempt.step, parts.assessor.pace)
@@ -304,6 +330,12 @@ class Synchronizer:
         parts.assessor.losses, parts.assessor.index = (math.nan,) * parts.exchange.num_particles, 0
         parts.schedule.begin(step)
 
+    def reloaded(self) -> None:
+        """Take note that the model is that of a checkpoint; all of it is compared at the next sync."""
+        self.parts.shards.reloaded()
+        self.parts.shards.frozen.remember()
+        self.parts.assessor.compares_all = True
+
     def state_dict(self) -> dict[str, Any]:
         """Return what is equal on all ranks of a particle, or small; JSON values."""
         parts = self.parts
@@ -318,6 +350,9 @@ class Synchronizer:
             "held_up_s": parts.assessor.held_up_s,
             "step_s": parts.assessor.pace.step_s,
             "pending": self.overlap.state_dict(),
+            # Of this rank, for who reads the checkpoint without a swarm.
+            "odd_by_design": parts.shards.odd_by_design,
+            "own_frozen": sorted(parts.shards.frozen.own),
             **parts.membership.state_dict(),
         }
 
@@ -338,4 +373,5 @@ class Synchronizer:
         parts.schedule.load_state_dict(state["schedule"])
         parts.assessor.held_up_s = state["held_up_s"]
         parts.assessor.pace = replace(parts.assessor.pace, step_s=state["step_s"])
+        parts.shards.frozen.own = set(state["own_frozen"])
         parts.membership.load_state_dict(state)

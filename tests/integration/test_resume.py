@@ -17,7 +17,7 @@ from variants import slow_but
 
 from ds_pso.swarm import Swarm
 
-from .jobs import Case, assert_equal, optimizer_state, swarm_of, working_weights
+from .jobs import Case, assert_equal, optimizer_state, place, swarm_of, train, working_weights
 from .test_truth import SWARM
 
 RULES: dict[str, dict[str, Any]] = {
@@ -107,7 +107,8 @@ def train_from_loader(case: Case, swarm: Swarm, engine: Any, steps: int, folder:
                 synchronizer.parts.totals.count,
                 synchronizer.parts.totals.bytes_received,
                 synchronizer.parts.schedule.state_dict(),
-                [swarm.session.window.total, swarm.session.window.count, swarm.session.window.steps],
+                swarm.session.window.state(),
+                synchronizer.parts.assessor.highest_loss,
                 sampler.state_dict(),
                 [random.random(), float(np.random.rand()), torch.rand(1).item()],
                 [engine.global_steps, engine.global_samples, engine.get_lr()],
@@ -214,3 +215,35 @@ def test_a_schedule_and_a_second_checkpoint(pool: Pool, tmp_path: Path) -> None:
     truth = pool.run(job, case, STEPS, tmp_path, 5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000002", "step_00000005"]
     assert_same(pool.run(job, case, STEPS, tmp_path, None), truth)
+
+
+def judged(case: Case, folder: Path, loud: set[int], stop: int | None) -> Any:
+    """Losses are small but at ``loud`` steps, and from step 4 on those of particle 1 are not as small."""
+
+    def spoil(step: int, loss: torch.Tensor) -> torch.Tensor:
+        return loss * (30.0 if step in loud else 12.0 if step >= 4 and place(case)[0] == 1 else 0.05)
+
+    with swarm_of(case) as (swarm, engine):
+        if stop is None:
+            swarm.load(folder)
+        else:
+            train(case, engine, range(stop), spoil)
+            swarm.save(folder)
+        judged_by = swarm.session.window.state(), swarm.session.synchronizer.parts.assessor.highest_loss
+        records: list[Any] = []
+        swarm.on_sync(lambda record: records.append((record.sync, record.alive, record.left_out)))
+        train(case, engine, range(engine.global_steps, case.steps), spoil)
+        return records, repr(judged_by), working_weights(engine)
+
+
+@pytest.mark.parametrize(("loud", "stop"), [({0}, 2), ({1, 2, 3}, 6)], ids=["before the first sync", "later"])
+def test_what_losses_are_judged_by_is_resumed(pool: Pool, tmp_path: Path, loud: set[int], stop: int) -> None:
+    """The very first loss, and the highest at a sync: without them particle 1 would be left out."""
+    case = Case(interval=4, steps=10)
+    truth = pool.run(judged, case, tmp_path, loud, stop, world_size=2)
+    resumed = pool.run(judged, case, tmp_path, loud, None, world_size=2)
+    for mine, expected in zip(resumed, truth, strict=True):
+        assert expected[0]
+        assert all(all(alive) for _, alive, _ in expected[0])
+        assert mine[:2] == expected[:2]
+        assert_equal(mine[2], expected[2])

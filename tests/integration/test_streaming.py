@@ -53,7 +53,7 @@ def test_the_record_says_whose_turn_it_was(pool: Pool) -> None:
         in_turns = sum(record["bytes_received"] for record in records[:3])
         # Of each sync point there are, beside the shard: the losses, and how far the particles were apart. Only the
         # whole shard is sent with its padding.
-        assert 0 <= first["bytes_received"] + 2 * (8 + 2) * 8 - in_turns <= 4 * 4
+        assert 0 <= first["bytes_received"] + 2 * (11 + 2) * 8 - in_turns <= 4 * 4
 
 
 def common_and_weights(case: Case) -> list[tuple[np.ndarray, Weights]]:

@@ -1,7 +1,7 @@
 """The fitness of a particle: the window of one rank, and what the ranks make of it together."""
 
 import math
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import pytest
 import torch
@@ -55,10 +55,33 @@ def test_restore_goes_on_where_the_window_stood():
     straight, resumed = FitnessWindow(), FitnessWindow()
     for loss in (0.1, 0.2):
         straight.add(torch.tensor(loss))
+        straight.steps += 1
     resumed.restore(*straight.state())
     for window in (straight, resumed):
         window.add(torch.tensor(0.3))
-    assert (resumed.total, resumed.count) == (straight.total, straight.count)
+    assert resumed.state() == straight.state()
+    assert resumed.first == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("first", [None, 7.0])
+def test_what_was_taken_is_given_back(first):
+    """A sync in the background that came to nothing: its losses, and its steps, count again."""
+    window = FitnessWindow()
+    window.add(torch.tensor(2.0))
+    window.steps = 1
+    window.give_back(3.0, 2, 5, first)
+    assert window.state() == (5.0, 3, 6, first or 2.0)
+
+
+def test_a_first_loss_that_is_no_number_is_one():
+    """And stays the first when it is restored; no loss at all does not."""
+    window, empty = FitnessWindow(), FitnessWindow()
+    window.restore(*(NAN, 1, 1, NAN))
+    empty.restore(*FitnessWindow().state())
+    for one in (window, empty):
+        one.add(torch.tensor(1.0))
+    assert math.isnan(window.first)
+    assert empty.first == 1.0
 
 
 @pytest.mark.parametrize(
@@ -87,6 +110,16 @@ def test_the_slowest_rank_sets_the_pace():
     assert (report.step_s, report.held_up_s) == (0.5, 4.0)
 
 
+def test_ranks_look_at_the_model_together():
+    ranks = [RankReport(1.0, 1, 1.0, 1.0, 0, 0, 9.0, 2, 7.0), RankReport(1.0, 1, 1.0, 1.0, 0, 0, 16.0, 1, -8.0)]
+    report = ParticleReport.combined([astuple(rank) for rank in ranks], steps=1)
+    assert (report.buffers_norm, report.odd_buffer_values) == (5.0, 3)
+    assert report.frozen < 0
+    same = ParticleReport.combined([astuple(replace(rank, frozen=abs(rank.frozen))) for rank in ranks], steps=1)
+    assert same.frozen == -report.frozen
+    assert ParticleReport.combined([astuple(replace(rank, frozen=0.0)) for rank in ranks], steps=1).frozen == 0
+
+
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(-1e6, 1e6), st.integers(1, 100)), min_size=1, max_size=6))
 def test_the_loss_is_the_mean_over_all_micro_batches(rows):
@@ -105,12 +138,15 @@ reports = st.builds(
     step_s=st.floats(0, 100),
     held_up_s=st.floats(0, 100),
     samples=st.integers(0, 2**48 - 1).map(float),
+    buffers_norm=st.floats(0, 1e30),
+    odd_buffer_values=st.integers(0, 1000),
+    frozen=st.integers(-(2**52), 2**52).map(float),
 )
 
 
 @given(reports)
 def test_a_report_travels_as_a_row(report):
-    assert len(report.to_row()) == 8
+    assert len(report.to_row()) == 11
     assert ParticleReport.from_row(report.to_row()) == report
 
 
@@ -122,7 +158,7 @@ def test_what_a_row_cannot_hold_as_a_number():
     assert recovering.recovers
     assert recovering.loss_is_finite
     assert (recovering.num_losses, recovering.steps, recovering.held_up_s) == (0, 0, INF)
-    absent = ParticleReport.from_row([NAN] * 8)
+    absent = ParticleReport.from_row([NAN] * 11)
     assert (absent.num_losses, absent.steps, absent.recovers) == (0, 0, False)
 
 

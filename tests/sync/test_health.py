@@ -49,6 +49,41 @@ def test_losses(losses, out):
     assert sorted(judge(healths(losses, heard=heard), LIMITS)) == out
 
 
+def buffers(odd=(), norms=()):
+    pairs = zip(odd or [0] * len(norms), norms or [1.0] * len(odd), strict=True)
+    return [ParticleReport(1.0, 9, 1.0, 1.0, odd_buffer_values=n, buffers_norm=norm) for n, norm in pairs]
+
+
+@pytest.mark.parametrize(
+    ("odd", "out"),
+    [
+        ([0, 0], []),
+        ([0, 3], [1]),
+        ([3, 3], []),  # by design: a mask that was filled after attach
+        ([3, 4], [0, 1]),
+        ([3, 3, 4], [0, 1, 2]),
+        ([0, 3, 3], [1, 2]),
+        ([3], [0]),  # nobody to compare with
+    ],
+    ids=str,
+)
+def test_buffers_that_are_not_finite(odd, out):
+    found = judge(buffers(odd=odd), LIMITS)
+    assert sorted(found) == out
+    assert set(found.values()) <= {"its buffers are not finite"}
+
+
+@pytest.mark.parametrize(
+    ("norms", "out"),
+    [([1.0, 1e4], []), ([1e9, 1e9], []), ([1e-9, 1.0], []), ([1.0, 1e20], [1]), ([1e9, 1e38, 1e9], [1])],
+    ids=str,
+)
+def test_buffers_that_are_far_too_large(norms, out):
+    """Statistics of unequal data may be; a flipped bit makes them huge."""
+    assert list(judge(buffers(norms=norms), LIMITS)) == out
+    assert judge(buffers(norms=norms), Limits(loss=4.0, norm=None)) == {}
+
+
 @pytest.mark.parametrize(("highest", "out"), [(0.9, [1]), (1.1, []), (-3.0, []), (NAN, [])])
 def test_small_losses_may_differ_much(highest, out):
     """0.5 is fifty times 0.01, and says little where the particles began at 1.1 or above."""

@@ -97,9 +97,10 @@ def test_who_is_overdue_and_counts_keeps_to_the_interval_of_the_others() -> None
 def test_the_own_model_is_looked_at_when_nobody_works_on_it() -> None:
     center = torch.zeros(3)  # half way through a sync in the background
     world = SimpleNamespace(background=SimpleNamespace(settle=lambda: center.fill_(1)))
-    shards = SimpleNamespace(tensors=[torch.zeros(3)], zero_padding=lambda: None, buffers=lambda: [])
+    frozen = SimpleNamespace(counters=lambda: [])
+    shards = SimpleNamespace(tensors=[torch.zeros(3)], zero_padding=lambda: None, buffers=lambda: [], frozen=frozen)
     updater = SimpleNamespace(rule=SimpleNamespace(model_in="center"), state=[{"center": center}])
     membership = SimpleNamespace(reachable=lambda: (1,))
     parts: Any = SimpleNamespace(world=world, shards=shards, updater=updater, membership=membership)
-    (found,), _ = Consensus(parts).collect("consensus")
+    (found,) = Consensus(parts).collect("consensus").tensors
     assert found.tolist() == [1, 1, 1]

@@ -1,0 +1,137 @@
+"""The state of the optimizer that DeepSpeed wraps: how it begins anew, and what of it is a moment.
+
+Knows optimizers by what all of them have; must not know ZeRO stages or peers.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+# Sums of gradients, of their squares or sizes: a mean over particles is one, too. Not so a step size, or a copy of
+# weights, which a sync has just changed.
+_MOMENTS = frozenset(
+    {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "exp_avg_slow", "momentum_buffer", "square_avg"}
+    | {"grad_avg", "acc_delta", "sum", "variance"}
+)
+# A schedule's, or the script's: a new optimizer would get them, too.
+_SCHEDULED = frozenset(("params", "lr", "initial_lr", "max_lr", "min_lr", "weight_decay", "betas", "momentum"))
+_MODE = "train_mode"  # schedule-free: whether evaluation has changed the weights
+_STEP = "step"
+
+
+class _Optimizer(Protocol):
+    """What optimizers and DeepSpeed's wrappers of them have."""
+
+    state: MutableMapping[Any, dict[str, Any]]
+    param_groups: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Value:
+    """A value in the state of an optimizer that has not taken a step.
+
+    Attributes:
+        value: of a tensor that is the same everywhere, that number; of one that copies the weights, None.
+        dtype: None: no tensor.
+    """
+
+    value: Any
+    dtype: torch.dtype | None = None
+
+    @classmethod
+    def of(cls, found: object, master: object) -> _Value:
+        if not isinstance(found, Tensor):
+            return cls(copy.deepcopy(found))
+        flat = found.detach().reshape(-1)
+        if flat.numel() == 0 or bool((flat == flat[0]).all()):
+            return cls(flat[0].item() if flat.numel() else 0, found.dtype)
+        if isinstance(master, Tensor) and found.shape == master.shape and torch.equal(found, master.to(found)):
+            return cls(None, found.dtype)
+        return cls(found.detach().clone(), found.dtype)
+
+    def put_into(self, found: object, master: object) -> object:
+        """Return the value again: in the tensor ``found``, to which DeepSpeed may have references."""
+        if self.dtype is None or not isinstance(found, Tensor):
+            return copy.deepcopy(self.value)
+        value: Any = master if self.value is None else self.value
+        found.detach().copy_(torch.as_tensor(value).detach())
+        return found
+
+
+class OptimizerState:
+    """The state of an optimizer that has been attached before its first step.
+
+    Args:
+        optimizer: DeepSpeed's, or the one that trains where there is no other.
+    """
+
+    def __init__(self, optimizer: _Optimizer) -> None:
+        self._optimizer = optimizer
+        # Most optimizers make their state in their first step, when it is missing, and need none to begin anew (and
+        # DeepSpeed's wrappers for half precision take a step without gradients). Some make it when they are made.
+        self._made = {
+            master: {name: _Value.of(value, master) for name, value in state.items()}
+            for master, state in optimizer.state.items()
+            if state and not state.get(_STEP, 0) > 0
+        }
+        self._counts_in_groups = any(_STEP in group for group in optimizer.param_groups)
+
+    @property
+    def inner(self) -> torch.optim.Optimizer:
+        """The optimizer that is wrapped, or that is there alone."""
+        return cast(torch.optim.Optimizer, getattr(self._optimizer, "optimizer", self._optimizer))
+
+    def reset(self) -> None:
+        """Let the optimizer go on as a new one would from the weights as they are."""
+        state = self._optimizer.state
+        before = {master: state.get(master, {}) for master in self._made}
+        state.clear()
+        for master, made in self._made.items():
+            old = before[master]
+            state[master] = {name: value.put_into(old.get(name), master) for name, value in made.items()}
+        own = self._own_options()
+        for group in self._optimizer.param_groups:
+            group.update(copy.deepcopy({name: value for name, value in own.items() if name in group}))
+            if self._counts_in_groups:
+                group[_STEP] = 0
+            else:
+                group.pop(_STEP, None)
+
+    def _own_options(self) -> dict[str, Any]:
+        """Return what the optimizer itself changes in its groups, as it begins: no argument of its constructor."""
+        arguments = inspect.signature(type(self.inner).__init__).parameters
+        return {
+            name: value
+            for name, value in getattr(self.inner, "defaults", {}).items()
+            if name not in arguments and name not in _SCHEDULED and name not in (_MODE, _STEP)
+        }
+
+    def moments_of(self, master: Tensor) -> list[Tensor]:
+        """Return the moments of a master, flat and live, in the order of their names."""
+        state = self._optimizer.state.get(master, {})
+        return [state[name].view(-1) for name in sorted(state) if _is_moment(name, state[name], master)]
+
+    def without_mean(self) -> Iterator[str]:
+        """Yield the names of state that has as many elements as weights, or is packed, and is no moment."""
+        for master, state in self._optimizer.state.items():
+            for name, value in state.items():
+                several = value.dim() > 0 if isinstance(value, Tensor) else isinstance(value, list | tuple | dict)
+                if several and not _is_moment(name, value, master):
+                    yield name
+
+
+def _is_moment(name: str, value: object, master: object) -> bool:
+    return (
+        name in _MOMENTS
+        and isinstance(value, Tensor)
+        and isinstance(master, Tensor)
+        and value.is_floating_point()
+        and value.shape == master.shape
+    )
