@@ -28,6 +28,7 @@ FULL = SyncRecord(
     losses=[1.5, 2.5],
     alive=[True, False],
     left_out={"1": "its loss is not finite"},
+    restored={"0": "layer.mask"},
     drift=0.25,
     staleness=2,
     next_interval=8,
@@ -46,6 +47,7 @@ FULL = SyncRecord(
     abandoned=False,
     fragments_staleness=[1, 2],
     fragments_s=[0.5, 0.75],
+    same_samples=[[0, 1]],
     note={"weights": [0.25, 0.75], "guard": "mean"},
 )
 LEAST = {"losses": [1.0, None]}
