@@ -279,10 +279,10 @@ class StoreCoordinator:
         store, end = self.store, time.monotonic() + limit_s
         assert store is not None
         while True:
-            left_s = end - time.monotonic()
-            slice_s = max(0.001, min(_LOOK_S, left_s))
+            left_s = max(0.001, end - time.monotonic())
+            slice_s = min(_LOOK_S, left_s)
             try:
-                self._ask(lambda s=slice_s: store.wait(list(keys), timedelta(seconds=s)), slice_s)  # type: ignore[misc]
+                self._ask(lambda s=slice_s: store.wait(list(keys), timedelta(seconds=s)), left_s)  # type: ignore[misc]
             except (dist.DistError, RuntimeError, TimeoutError):
                 if self._frozen or left_s <= _LOOK_S:
                     raise
