@@ -371,18 +371,18 @@ def _check_supported(swarm: Swarm, trainer: Trainer) -> None:
         raise ConfigError(
             "SwarmCallback: the Trainer does not use DeepSpeed; give TrainingArguments(deepspeed=swarm.ds_config)"
         )
-    if has_wrappers(trainer.model):
-        raise UnsupportedError(
-            "SwarmCallback: the Trainer's model, or a layer of it, is wrapped (torch.compile, checkpoint_wrapper), and "
-            "would be saved under names that nobody looks for; give the Trainer the model itself, and let "
-            "TrainingArguments compile it (torch_compile=True) or checkpoint its activations"
-        )
     if swarm.num_particles == 1:
         return
     if len(swarm.world.membership.reachable()) < swarm.num_particles:
         raise ConfigError(
             'SwarmCallback: swarm.transport = "elastic": the Trainer counts its own steps, and a particle that joins '
             'late would train on after the others; use "static"'
+        )
+    if has_wrappers(trainer.model):
+        raise UnsupportedError(
+            "SwarmCallback: the Trainer's model, or a layer of it, is wrapped (torch.compile, checkpoint_wrapper), and "
+            "would be saved under names that nobody looks for; give the Trainer the model itself, and let "
+            "TrainingArguments compile it (torch_compile=True) or checkpoint its activations"
         )
     refused = {
         "auto_find_batch_size": (args.auto_find_batch_size, "it builds the engine anew; set it to False"),
