@@ -321,6 +321,8 @@ def train_until(folder: Path, config: dict[str, Any], stop: int | None, resume: 
 
         class Own(TrainerCallback):  # before the consensus
             def on_epoch_end(self, *_: Any, **__: Any) -> None:
+                if swarm.session.synchronizer is None:
+                    return  # a lone particle
                 swarm.world.background.settle()
                 shards = swarm.session.synchronizer.parts.shards.tensors
                 own.update({str(i): shard.numpy().copy() for i, shard in enumerate(shards)})
@@ -341,7 +343,7 @@ def train_until(folder: Path, config: dict[str, Any], stop: int | None, resume: 
         trainer.train(resume_from_checkpoint=resume)
         with torch.no_grad():
             logits = trainer.deepspeed(torch.arange(8)[None]).logits.numpy()
-        return {"own": own, "logits": logits, "asked": data.asked, "last": swarm.last_sync.sync}
+        return {"own": own, "logits": logits, "asked": data.asked, "last": swarm.last_sync and swarm.last_sync.sync}
 
 
 @pytest.mark.parametrize(
