@@ -56,8 +56,9 @@ def _read(path: Path, label: str, number: int) -> Run:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     if not entries:
-        if "no UTF-8 text" in oddities.first:
-            raise ConfigError(f"{path}: not the metrics of a run (no UTF-8 text); give a metrics.jsonl")
+        reason = "no UTF-8 text"
+        if reason in oddities.first:
+            raise ConfigError(f"{path}: not the metrics of a run ({reason}); give a metrics.jsonl")
         raise ConfigError(f"{path}: holds no record of a run; give a metrics.jsonl, or wait until the run has begun")
     oddities.report()
     return Run(
