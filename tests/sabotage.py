@@ -1119,6 +1119,49 @@ def forget_the_swarms_part() -> None:
     engine_calls.save_part = do_nothing
     engine_calls.check_part = do_nothing
     engine_calls.restore_part = do_nothing
+# -- the job ------------------------------------------------------------------------------------
+
+
+@sabotage("distributed/test_timeouts.py")
+def double_the_timeouts() -> None:
+    from ds_pso.distributed import static_world
+
+    real = static_world.carve
+    static_world.carve = lambda particles, *, peer_backend, timeout_s: real(
+        particles, peer_backend=peer_backend, timeout_s=2 * timeout_s
+    )
+
+
+@sabotage("integration/test_run_folder.py")
+def share_a_run_folder() -> None:
+    """No run folder is locked."""
+    from ds_pso import swarm
+
+    swarm.lock_folder = lambda *_: None
+
+
+@sabotage("training/test_running_mean.py")
+def keep_every_loss() -> None:
+    """Until the next evaluation."""
+    from ds_pso.training.running_mean import RunningMean
+
+    real, losses = RunningMean.add, []
+
+    def add(self: Any, value: Any) -> None:
+        losses.append(value.detach())
+        real(self, value)
+
+    RunningMean.add = add
+
+
+@sabotage("integration/test_preemption.py")
+def heed_sigterm_alone() -> None:
+    """Ctrl-C and SIGHUP end a rank at once."""
+    import signal
+
+    from ds_pso.distributed import ending_signals
+
+    ending_signals.SIGNALS = (signal.SIGTERM,)
 
 
 # -- running them -------------------------------------------------------------------------------
