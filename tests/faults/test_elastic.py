@@ -228,10 +228,6 @@ def test_a_particle_comes_late(pool: Pool, url: str, tmp_path: Path, case: Case)
         assert at == (6 + case.swarm.get("delay", 0) if rank // size == late else 0)
         recovered = [list(record.get("recovered", [])) for record in records]
         assert [late] in recovered or rank // size == late
-        # What a recovery moves is no traffic of the sync after it: that of all others with as many particles.
-        whole = [record["bytes_received"] for record in records if len(record.get("present", ())) == particles]
-        assert len(whole) >= 2, "with and without a recovery"
-        assert len(set(whole)) == 1
         assert all(np.isfinite(value).all() for value in weights.values())
         if case.sync_mode != "pso":  # its particles stay apart
             weights.pop("norm.num_batches_tracked", None)

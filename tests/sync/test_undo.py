@@ -153,7 +153,8 @@ def recover_one(case: Case) -> list[Any]:
         Lossy(parts, quorum=Quorum((0, 1), recovering=(1,), sources=(0, 0)), shared=shared)
         before = copied(parts) | working_weights(engine)
         swarm.sync()
-        return before, copied(parts) | working_weights(engine), swarm.last_sync.alive
+        assert swarm.last_sync is not None
+        return before, copied(parts) | working_weights(engine), swarm.last_sync
 
     return ds_pso.simulate(config(case, 1), live)
 
@@ -162,9 +163,11 @@ def test_who_recovers_has_all_that_the_donor_has(pool: Pool) -> None:
     """Also what is not trained, and the state of rule and wire; and what it had before counts nowhere."""
     case = replace(CASE, swarm={"wire": "int8"})
     ((donor, recovered),) = pool.run(recover_one, case, world_size=1)
-    before, after, alive = donor
-    others, found, _ = recovered
-    assert alive == (True, False)
+    before, after, record = donor
+    others, found, of_recovered = recovered
+    assert record.alive == of_recovered.alive == (True, False)
+    # What a recovery moves is no traffic of the sync after it.
+    assert of_recovered.bytes_received == record.bytes_received > 0
     for name in ("first.weight", "first.bias", "weights", "buffers", "state of rule and wire"):
         assert np.any(before[name] != others[name])
         np.testing.assert_array_equal(found[name], after[name], err_msg=name)
