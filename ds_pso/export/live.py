@@ -115,7 +115,8 @@ def _state_dict(session: Session, shards: Shards, model: Collected) -> dict[str,
         return state_dict
     for (name, buffer), values in zip(shards.buffers(), model.buffers, strict=True):
         state_dict[plain_name(module, name)] = values.view(buffer.shape).cpu()
-    counters = [(name, buffer) for name, buffer in shards.persistent_buffers() if name not in dict(shards.buffers())]
+    averaged = dict(shards.buffers())
+    counters = [(name, buffer) for name, buffer in shards.persistent_buffers() if name not in averaged]
     for (name, buffer), values in zip(counters, model.counters, strict=True):
         state_dict[plain_name(module, name)] = values.view(buffer.dtype).view(buffer.shape).cpu()
     return state_dict

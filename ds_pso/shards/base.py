@@ -272,7 +272,7 @@ class Shards(ABC):
         shapes = [
             (name, list(getattr(p, "ds_shape", p.shape)), str(p.dtype)) for name, p in self.module.named_parameters()
         ]
-        buffers = [(name, list(buffer.shape)) for name, buffer in self.buffers()]
+        buffers = [(name, list(b.shape), str(b.dtype)) for name, b in self.persistent_buffers()]
         text = json.dumps([type(self.optimizer).__name__, segments, sizes, shapes, buffers])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

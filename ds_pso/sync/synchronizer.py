@@ -300,7 +300,7 @@ class Synchronizer:
     def _all_tensors(self) -> list[Tensor]:
         shards, updater = self.parts.shards, self.parts.updater
         moments = shards.moments() if self.parts.options.optimizer_state == "average" else []
-        buffers = [buffer for _, buffer in shards.buffers()]
+        buffers = [buffer for _, buffer in shards.persistent_buffers()]
         return [*shards.tensors, *buffers, *moments, *shared_state(updater), *residuals(updater)]
 
     def _roll_back(self, snapshot: Snapshot, error: PeerError | None) -> None:
