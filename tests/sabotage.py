@@ -1119,6 +1119,8 @@ def forget_the_swarms_part() -> None:
     engine_calls.save_part = do_nothing
     engine_calls.check_part = do_nothing
     engine_calls.restore_part = do_nothing
+
+
 # -- the job ------------------------------------------------------------------------------------
 
 

@@ -100,7 +100,7 @@ def find(folder: Path, tag: str | None = None) -> Path:
 
 @dataclass(frozen=True)
 class ParticleFolders:
-    """Where the files of one particle lie.
+    """The folders of one particle's files.
 
     Attributes:
         part: holds ``swarm``; the paths in the records of the ranks are relative to it.

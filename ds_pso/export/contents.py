@@ -104,12 +104,12 @@ def check_tensors(tensors: Mapping[str, Tensor], trained: Iterable[str], opened:
         tensors = {name: tensor for name, tensor in tensors.items() if name in wanted}
         expected = {name: shape for name, shape in expected.items() if name in wanted}
     together = {name: names for names in _tied(opened) for name in names}
-    strangers = [name for name in tensors if name not in expected]
+    unknown = [name for name in tensors if name not in expected]
     missing = [name for name in expected if not any(other in tensors for other in together.get(name, [name]))]
-    if strangers or missing:
+    if unknown or missing:
         raise UnsupportedError(
             f"export: from_pretrained would open another model than was trained: {type(opened).__name__} of the "
-            f"config{_listed(' does not know', strangers)}{_listed(' would look in vain for', missing)}; {_REMEDY}"
+            f"config{_listed(' does not know', unknown)}{_listed(' would look in vain for', missing)}; {_REMEDY}"
         )
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != expected[name]:
@@ -188,10 +188,10 @@ def _check_elements(written: Shapes, expected: Shapes, count: int, *, at_least: 
     found = _elements(written)
     if not written or found < count or (found > count and not at_least):
         missing = [name for name in expected if name not in written]
-        strangers = [name for name in written if name not in expected]
+        unknown = [name for name in written if name not in expected]
         raise UnsupportedError(
             f"export: {found} elements were written instead of {count}{_listed('; missing', missing)}"
-            f"{_listed('; added', strangers)}; {_REMEDY}"
+            f"{_listed('; added', unknown)}; {_REMEDY}"
         )
 
 

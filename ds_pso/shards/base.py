@@ -34,7 +34,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Health:
-    """What one rank knows of its part of the model at a sync.
+    """The state of one rank's part of the model at a sync.
 
     Attributes:
         square_norm: sum of the squares of its weights; not finite if one of them is not.
@@ -91,7 +91,7 @@ class Shards(ABC):
         self.segments = self._find_segments()
         self.padding = _gaps(self.segments, [t.numel() for t in self.tensors])
         self.frozen = Frozen(self.module, self.trained_names(), self.persistent_buffers)
-        self._state = OptimizerState(self.optimizer)
+        self._state = OptimizerState(self.optimizer, has_stepped=engine.global_steps > 0)
         self._has_frozen = bool(self.frozen.compared())
         self.odd_by_design = self._look_at_buffers()[1]
         self._lr_factor = 1.0

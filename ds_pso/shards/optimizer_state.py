@@ -27,7 +27,7 @@ _STEP = "step"
 
 
 class _Optimizer(Protocol):
-    """What optimizers and DeepSpeed's wrappers of them have."""
+    """The attributes that optimizers and DeepSpeed's wrappers of them have."""
 
     state: MutableMapping[Any, dict[str, Any]]
     param_groups: list[dict[str, Any]]
@@ -66,20 +66,21 @@ class _Value:
 
 
 class OptimizerState:
-    """The state of an optimizer that has been attached before its first step.
+    """The state of an optimizer, and as what it began.
 
     Args:
         optimizer: DeepSpeed's, or the one that trains where there is no other.
+        has_stepped: whether its state is that of a training, so that it is not known what it began as.
     """
 
-    def __init__(self, optimizer: _Optimizer) -> None:
+    def __init__(self, optimizer: _Optimizer, *, has_stepped: bool = False) -> None:
         self._optimizer = optimizer
         # Most optimizers make their state in their first step, when it is missing, and need none to begin anew (and
         # DeepSpeed's wrappers for half precision take a step without gradients). Some make it when they are made.
         self._made = {
             master: {name: _Value.of(value, master) for name, value in state.items()}
             for master, state in optimizer.state.items()
-            if state and not state.get(_STEP, 0) > 0
+            if state and not has_stepped and not state.get(_STEP, 0) > 0
         }
         self._counts_in_groups = any(_STEP in group for group in optimizer.param_groups)
 

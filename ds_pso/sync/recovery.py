@@ -28,7 +28,7 @@ class Numbers(Protocol):
 
 
 class Progress(Protocol):
-    """How far the training of one rank has come."""
+    """The progress of one rank's training."""
 
     @property
     def step(self) -> int:

@@ -146,8 +146,8 @@ def lose_one(job: Job) -> Any:
             tensor.data.view(-1)[1] += value
         job.train(swarm, engine, 2)
     swarm.finish_pending()
+    model.norm.running_mean[:] = (1.0, 2.0, 7.0)[me]
     if me == 2:
-        model.norm.running_mean[:] = 7.0
         model.norm.running_var[0] = torch.nan
     mine = model.norm.running_mean.numpy().copy()
     swarm.sync()

@@ -176,6 +176,14 @@ def test_a_step_without_gradients_is_none():
     assert not optimizer.state
 
 
+def test_what_training_has_left_is_not_how_it_began():
+    params = weights()
+    optimizer = torch.optim.SGD(params, lr=0.1, momentum=0.9)
+    take_steps(optimizer, params, range(2))
+    OptimizerState(optimizer, has_stepped=True).reset()
+    assert not optimizer.state
+
+
 WITHOUT_MEAN = {
     "Rprop": {"prev", "step_size"},
     "ASGD": {"ax"},

@@ -122,7 +122,7 @@ class OneShard(Shards):
     ) -> None:
         optimizer = kind(module.parameters(), **options)
         self.flat = torch.full((sum(p.numel() + 2 for p in module.parameters()),), torch.nan)
-        engine = {"optimizer": optimizer, "basic_optimizer": optimizer, "module": module}
+        engine = {"optimizer": optimizer, "basic_optimizer": optimizer, "module": module, "global_steps": 0}
         super().__init__(type("Engine", (), engine)())
         for segment in self.segments:
             self.flat[segment.shard_start : segment.shard_start + segment.numel] = 1.0
