@@ -124,7 +124,9 @@ def test_every_particle_executes_it_anew(pool: Pool, tmp_path: Path):
         """,
     )
     end = end_of(pool, script, "word")
-    assert (end.code, end.err, end.restored) == (0, "", True)
+    assert (end.code, end.restored) == (0, True)
+    assert end.err.count("Warning") == 1, end.err
+    assert "no engine was attached" in end.err
     assert sorted(end.out.splitlines()) == [f"{particle} 3 word 3" for particle in range(3)]
 
 

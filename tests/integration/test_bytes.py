@@ -14,6 +14,8 @@ from .jobs import Case, one_after_the_other, swarm_of, train
 from .test_agreement import Losses
 
 BUFFER_BYTES = 4 * 10  # running mean and variance of five features
+DIGESTS = 8 * 2  # of these two, by which particles know whether they have them alike
+COUNTER = 8  # of batches, an integer
 SCALARS = 13 * 8  # the eleven of a report, and later the distances, two numbers
 
 
@@ -56,10 +58,11 @@ def test_bytes_of_a_sync_point(pool: Pool, case: Case, size: int, sync_mode: str
         particle, n = number // size, rank.shard_bytes
         all_reduce = 2 * (num_particles - 1) / num_particles
         moved = all_reduce * n if sync_mode != "pso" else n * (particle != best)
-        expected = moved + all_reduce * buffers + SCALARS * (num_particles - 1)
+        numbers = SCALARS + (DIGESTS if case.batch_norm else 0)
+        expected = moved + all_reduce * buffers + numbers * (num_particles - 1)
         num_buckets = 2 + n * 2**20 // case.swarm["bucket_mb"] / 2**40 if case.swarm else 2
         assert rank.per_sync == pytest.approx(expected, abs=0 if num_particles != 3 else num_buckets)
-        assert rank.at_attach == (n + buffers) * (particle != 0)
+        assert rank.at_attach == (n + buffers + (COUNTER if case.batch_norm else 0)) * (particle != 0)
         assert rank.total == sum(other.per_sync for other in ranks)
 
 
@@ -112,7 +115,7 @@ def test_bytes_of_the_later_rules(pool: Pool, stage: int, particles: int, size: 
                 a * all_reduce * n + b * n * (rank // size != 1) + 8 * c * peers + all_reduce * BUFFER_BYTES
                 for a, b, c in parts
             ]
-            assert received == [round(value) + SCALARS * peers for value in expected], name
+            assert received == [round(value) + (SCALARS + DIGESTS) * peers for value in expected], name
 
 
 @pytest.mark.parametrize(("particles", "size"), [(2, 2), (4, 1)])
