@@ -14,9 +14,11 @@ import torch.distributed as dist
 from pool import Pool
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from variants import slow_but
 
 import ds_pso
 from ds_pso.errors import PeerError, SwarmError
+from ds_pso.session.attach import check_engine
 
 from .jobs import Case, Weights, assert_equal, config, place, rank_batches, swarm_of, train, working_weights
 
@@ -68,7 +70,10 @@ def train_on(case: Case, how: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("how", "is_said"),
-    [("torch's", True), ("no", True), ("the swarm's", False), pytest.param("one's own", False, marks=pytest.mark.slow)],
+    slow_but(
+        [("torch's", True), ("the swarm's", False)],
+        [("torch's", True), ("no", True), ("the swarm's", False), ("one's own", False)],
+    ),
 )
 def test_particles_that_train_on_the_same_samples(pool: Pool, how: str, is_said: bool) -> None:
     leader, *others = pool.run(train_on, CASE, how)
@@ -113,7 +118,7 @@ def give_deepspeed_the_data(case: Case, iterated: bool) -> tuple[list[str], list
         return found, [i for batch in seen for i in batch], len(loader), swarm.session.samplers[0].state_dict()
 
 
-@pytest.mark.parametrize("iterated", [False, True])
+@pytest.mark.parametrize("iterated", slow_but([False], [False, True]))
 def test_data_that_deepspeed_was_given_is_shared_out(pool: Pool, iterated: bool) -> None:
     ranks = pool.run(give_deepspeed_the_data, CASE, iterated)
     assert [warned for warned, *_ in ranks] == [[]] * 4
@@ -131,7 +136,7 @@ def use_another_batch_size(case: Case, of_loader: int) -> list[str]:
     return said(body)
 
 
-@pytest.mark.parametrize(("of_loader", "is_said"), [(12, True), (2, True), (4, False)])
+@pytest.mark.parametrize(("of_loader", "is_said"), slow_but([(12, True)], [(12, True), (2, True), (4, False)]))
 def test_a_loader_with_another_batch_size(pool: Pool, of_loader: int, is_said: bool) -> None:
     leader, *others = pool.run(use_another_batch_size, CASE, of_loader)
     assert others == [[]] * 3
@@ -160,7 +165,7 @@ def forget(case: Case, what: str) -> list[str]:
         ("that training is short", 100, "the particles never synced: training had 4 steps"),
         ("engine.backward", 2, "the swarm has seen no loss before its first sync"),
         ("nothing", 100, None),
-        ("nothing", 2, None),
+        pytest.param("nothing", 2, None, marks=pytest.mark.slow),
     ],
 )
 def test_a_call_that_was_forgotten(pool: Pool, what: str, interval: int, text: str | None) -> None:
@@ -171,23 +176,14 @@ def test_a_call_that_was_forgotten(pool: Pool, what: str, interval: int, text: s
         assert text in leader[0]
 
 
-def attach_something(case: Case, what: str) -> str:
-    things = {"module": nn.Linear(2, 2), "tuple": (1, 2, 3, 4), "None": None}
-    with ds_pso.init(config(case, place(case)[2])) as swarm:
-        try:
-            swarm.attach(things[what])
-        except SwarmError as error:
-            return str(error)
-    return ""
-
-
 @pytest.mark.parametrize(
-    ("what", "text"),
-    [("module", "a Linear, which is no"), ("tuple", "the first is the engine"), ("None", "a NoneType")],
+    ("given", "text"),
+    [(nn.Linear(2, 2), "a Linear, which is no"), ((1, 2, 3, 4), "the first is the engine"), (None, "a NoneType")],
+    ids=["module", "tuple", "None"],
 )
-def test_attaching_what_is_no_engine(pool: Pool, what: str, text: str) -> None:
-    (found,) = pool.run(attach_something, Case(particles=1), what, world_size=1)
-    assert text in found
+def test_attaching_what_is_no_engine(given: object, text: str) -> None:
+    with pytest.raises(SwarmError, match=text):
+        check_engine(given)
 
 
 def take_unequally_many_steps(case: Case) -> tuple[str, int]:
@@ -224,7 +220,7 @@ def end_both(case: Case, first: str) -> bool:
     return dist.is_initialized()
 
 
-@pytest.mark.parametrize("first", ["swarm", "torch"])
+@pytest.mark.parametrize("first", slow_but(["swarm"], ["swarm", "torch"]))
 def test_swarm_and_torchs_world_end_in_either_order(pool: Pool, first: str) -> None:
     assert pool.run(end_both, CASE, first) == [False] * 4
 
@@ -246,9 +242,7 @@ def save_with_the_engine(case: Case, folder: Path, stop: int | None, tag: str | 
         return working_weights(engine)
 
 
-@pytest.mark.parametrize(
-    ("stage", "tag"), [(2, None), pytest.param(3, "mine", marks=pytest.mark.slow), pytest.param(0, None)]
-)
+@pytest.mark.parametrize(("stage", "tag"), slow_but([(2, None)], [(0, None), (2, None), (3, "mine")]))
 def test_the_engines_own_checkpoints_resume_bit_for_bit(pool: Pool, tmp_path: Path, stage: int, tag: str) -> None:
     case = Case(stage=stage, sync_mode="diloco", interval=3, steps=8, swarm={"wire": "int8"})
     expected = pool.run(save_with_the_engine, case, tmp_path / "none", None, None)
