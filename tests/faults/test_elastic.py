@@ -252,7 +252,7 @@ def stall(case: Case, stalled: int, for_s: float, folder: Path) -> Any:
         return records, working_weights(engine), data.state_dict()
 
 
-@pytest.mark.parametrize(("for_s", "left_out"), [pytest.param(0.5, False, marks=SLOW), (5.0, True)])
+@pytest.mark.parametrize(("for_s", "left_out"), [(0.5, False), pytest.param(5.0, True, marks=SLOW)])
 def test_a_stalled_particle(pool: Pool, url: str, tmp_path: Path, for_s: float, left_out: bool) -> None:
     case = replace(CASE, steps=24)
     ranks = pool.run(stall, case, 1, for_s, tmp_path, world_size=3, env=places(url, 3, 1), timeout=LIMIT_S)
@@ -434,7 +434,8 @@ def train_slowly(case: Case, folder: Path) -> Any:
         return records, working_weights(engine)
 
 
-@pytest.mark.parametrize("comes_back", [True, pytest.param(False, marks=SLOW)])
+@pytest.mark.parametrize("comes_back", [True, False])
+@SLOW
 def test_the_lighthouse_is_lost(pool: Pool, tmp_path: Path, comes_back: bool) -> None:
     port = free_port()
     case = replace(CASE, steps=16)

@@ -152,6 +152,7 @@ def load_each(case: Case, folders: list[Path]) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_killed_while_writing(pool: Pool, tmp_path: Path) -> None:
     case = Case(sync_mode="pso", options=RULE, swarm={"timeout_s": 20})
     folders = [tmp_path / moment for moment in MOMENTS]
