@@ -182,6 +182,8 @@ def _serve(end: Connection, folder: Path, rank: int, environment: dict[str, str]
         os.dup2(log.fileno(), 2)
     stack = (folder / f"stack_{rank}").open("w")  # stays open as long as the process
     faulthandler.register(signal.SIGUSR1, file=stack)
+    for sign, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        signal.signal(sign, handler)  # whoever runs the tests in the background may have them ignored
     os.environ.update(environment)
     import deepspeed
     import torch
