@@ -58,7 +58,7 @@ class EngineCheckpoints:
         """
         session = self._session
         own = self._own(load_dir)
-        if own is None:
+        if own is None or session.loads_engine:
             return self._load(load_dir, tag, *args, **kwargs)
         if session.world.membership.can_fail:
             raise ConfigError("engine.load_checkpoint: an elastic swarm resumes with swarm.load; use that")

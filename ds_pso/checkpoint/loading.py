@@ -133,7 +133,11 @@ def _read_part(session: Session, folder: Path) -> tuple[RankRecord, dict[str, Te
 
 def _load_engine(session: Session, folder: Path, tag: str | None, strict: bool = True) -> None:
     with weights_only():
-        path, _ = session.engine.load_checkpoint(str(folder), tag=tag, load_module_strict=strict)
+        session.loads_engine = True
+        try:
+            path, _ = session.engine.load_checkpoint(str(folder), tag=tag, load_module_strict=strict)
+        finally:
+            session.loads_engine = False
         if path is None:
             raise CheckpointError(f"{folder}: DeepSpeed found nothing to load; the folder is incomplete")
 

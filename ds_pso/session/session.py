@@ -34,6 +34,7 @@ class Session:
         writer: the checkpoint that is being written in the background.
         synchronizer: None: not attached, or only one particle.
         is_merged: whether ``Swarm.merge`` has made the particles one.
+        loads_engine: whether ds_pso itself is calling ``engine.load_checkpoint``, with a folder that it has chosen.
         lock: of ``run_dir``, on the rank that writes there.
     """
 
@@ -51,6 +52,7 @@ class Session:
     synchronizer: Synchronizer | None = None
     attached_engine: Any = None
     is_merged: bool = False
+    loads_engine: bool = False
     lock: FolderLock | None = None
 
     @classmethod
