@@ -91,6 +91,12 @@ def pids_in(folder: Path) -> list[int]:
     return [int(path.read_text()) for path in folder.glob("pid_*")]
 
 
+def hear_signals() -> None:
+    """Undo what a shell sets for jobs in the background: what is ignored at its start, a program leaves so."""
+    for sign in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(sign, signal.SIG_DFL)
+
+
 # torchrun says 1 whatever its ranks say. deepspeed passes their code on, but no signal: its group must get it, as from
 # a terminal, and then it ends at once.
 @pytest.mark.timeout(500)
@@ -120,6 +126,7 @@ def test_a_signal_saves_and_the_next_run_goes_on(launcher: str, to: str, sign: i
             stderr=subprocess.STDOUT,
             env=environment(),
             start_new_session=True,
+            preexec_fn=hear_signals,
         )
         try:
             pids = pids_in(folder)
