@@ -227,7 +227,7 @@ def test_the_first_error_wins_and_ends_all(pool: Pool):
                 assert len(ends) == 2, "the others heard of it"
     assert found["SystemExit"] == ("SystemExit", "3", [])
     assert found["KeyboardInterrupt"] == ("KeyboardInterrupt", "in a particle", [])
-    assert found["all"] == ("ValueError", "number 0", []), "it was the first to run"
+    assert found["all"] == ("ValueError", "number 2", []), "it is the first to run, as the last to join"
     assert found["then"] == [[0.0, 1.0, 2.0]] * 3, "the next simulation knows nothing of it"
 
 
