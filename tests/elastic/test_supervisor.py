@@ -141,8 +141,12 @@ while True: time.sleep(1)
                 time.sleep(0.05)
             os.kill(os.getpid(), signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
     threading.Thread(target=stop, daemon=True).start()
-    code, _ = supervise(tmp_path, text, grace_s=1000.0)
+    try:
+        code, _ = supervise(tmp_path, text, grace_s=1000.0)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert code == 128 + signal.SIGKILL
     assert "ending the particles at once" in capfd.readouterr().out
     assert nobody_left(tmp_path)
