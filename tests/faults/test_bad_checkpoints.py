@@ -256,7 +256,7 @@ def save_and_fail(case: Case, folder: Path, where: str, background: bool) -> str
     return "saved"
 
 
-@pytest.mark.parametrize("background", [False, True], ids=["", "background"])
+@pytest.mark.parametrize("background", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "background"])
 @pytest.mark.parametrize(
     ("where", "text"),
     [

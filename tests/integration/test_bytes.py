@@ -46,7 +46,7 @@ def traffic(case: Case, losses: tuple[float, ...]) -> Traffic:
     ],
     ids=lambda value: str(value) if isinstance(value, int) else f"{value}-{value.particles}particles",
 )
-@pytest.mark.parametrize("sync_mode", ["local_sgd", "diloco", "pso"])
+@pytest.mark.parametrize("sync_mode", slow_but(["local_sgd", "pso"], ["local_sgd", "diloco", "pso"]))
 def test_bytes_of_a_sync_point(pool: Pool, case: Case, size: int, sync_mode: str) -> None:
     case = replace(case, sync_mode=sync_mode, interval=1, batch_norm=case.precision == "fp32")
     num_particles, best = int(case.particles), 1

@@ -47,7 +47,7 @@ def test_allreduce_is_one_world(pool: Pool, case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES[:5], ids=str)
-@pytest.mark.parametrize("sync_mode", ["local_sgd", "pso"])
+@pytest.mark.parametrize("sync_mode", slow_but(["pso"], ["local_sgd", "pso"]))
 def test_one_particle(pool: Pool, case: Case, sync_mode: str) -> None:
     assert_same(pool, replace(case, sync_mode=sync_mode, particles=1, interval=1), world_size=2)
 

@@ -96,7 +96,9 @@ def probe_of_nan(case: Case, mad: tuple[int, ...]) -> Any:
         return records, working_weights(engine)
 
 
-@pytest.mark.parametrize("mad", [(3,), (0, 1, 2, 3)], ids=["one rank", "all ranks"])
+@pytest.mark.parametrize(
+    "mad", [(3,), pytest.param((0, 1, 2, 3), marks=pytest.mark.slow)], ids=["one rank", "all ranks"]
+)
 @pytest.mark.parametrize("sync_mode", ["swarm", "line_search"])
 def test_scores_that_are_not_finite_choose_nothing(pool: Pool, sync_mode: str, mad: tuple[int, ...]) -> None:
     case = replace(SWARM_CASE if sync_mode == "swarm" else SEARCH_CASE, stage=2)
@@ -128,7 +130,7 @@ def lose_the_weights(case: Case, mad: int) -> Any:
         return records[0], after, all(bool(torch.isfinite(value).all()) for value in state), working_weights(engine)
 
 
-@pytest.mark.parametrize("mad", [0, 1])
+@pytest.mark.parametrize("mad", slow_but([0], [0, 1]))
 @pytest.mark.parametrize("stage", slow_but([3], [0, 3]))
 @pytest.mark.parametrize("sync_mode", ["swarm", "line_search"])
 def test_a_particle_of_nan_starts_again_from_the_consensus(pool: Pool, sync_mode: str, stage: int, mad: int) -> None:
