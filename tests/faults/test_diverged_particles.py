@@ -77,7 +77,7 @@ def assert_sane(ranks: list[Any]) -> None:
 
 @pytest.mark.parametrize("sync_mode", RULES)
 @pytest.mark.parametrize("mad", [0, 1], ids=["particle 0 mad", "particle 1 mad"])
-@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2, 3])
+@pytest.mark.parametrize("stage", slow_but([2, 3], [0, 1, 2, 3]))
 def test_a_nan_loss(pool: Pool, stage: int, mad: int, sync_mode: str) -> None:
     """In pure fp32 at stage 0 the NaN reaches the weights, at the other stages the step is skipped."""
     case = Case(stage=stage, sync_mode=sync_mode, options=RULES[sync_mode])
