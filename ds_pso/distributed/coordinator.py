@@ -243,52 +243,47 @@ class StoreCoordinator:
         if lost is not None:
             raise PeerError(lost.decode())
 
-    def wait(self, keys: Sequence[str], ranks: Sequence[int], label: str, timeout_s: float | None = None) -> None:
-        """Wait for keys of the store, one of each of ``ranks``.
-
-        Args:
-            timeout_s: instead of the coordinator's.
-
-        Raises:
-            PeerError: they did not come; it names whose.
-        """
-        store, limit_s = self.store, self.timeout_s if timeout_s is None else timeout_s
-        assert store is not None
-        try:
-            self._await(keys, keys, ranks, label, limit_s)
-        except PeerError:
-            raise
-        except (dist.DistError, RuntimeError, TimeoutError) as error:
-            text = f"{self._who_is_missing(keys, ranks, label, limit_s)} ({type(error).__name__})"
-            if self.is_leader:
-                time.sleep(min(LINGER_S, limit_s))  # those who give up a little later ask this rank's store
-            raise PeerError(text) from error
-
-    def _await(
-        self, keys: Sequence[str], signs: Sequence[str], ranks: Sequence[int], label: str, limit_s: float
+    def wait(
+        self,
+        keys: Sequence[str],
+        ranks: Sequence[int],
+        label: str,
+        timeout_s: float | None = None,
+        signs: Sequence[str] | None = None,
     ) -> None:
         """Wait for keys of the store.
 
         Args:
-            signs: that each of ``ranks`` is there.
+            ranks: who sets them, one each.
+            timeout_s: instead of the coordinator's.
+            signs: keys that show which of ``ranks`` are there, where that are not ``keys`` themselves.
 
         Raises:
-            PeerError: one of ``ranks`` is not there, and has closed.
-            DistError, RuntimeError, TimeoutError: as the store does, after ``limit_s``.
+            PeerError: they did not come; it names whose. At once if one of them has closed.
         """
-        store, end = self.store, time.monotonic() + limit_s
+        store, limit_s = self.store, self.timeout_s if timeout_s is None else timeout_s
+        signs, end = keys if signs is None else signs, time.monotonic() + limit_s
         assert store is not None
         while True:
             left_s = max(0.001, end - time.monotonic())
             slice_s = min(_LOOK_S, left_s)
             try:
-                self._ask(lambda s=slice_s: store.wait(list(keys), timedelta(seconds=s)), left_s)  # type: ignore[misc]
-            except (dist.DistError, RuntimeError, TimeoutError):
+                return self._ask(lambda s=slice_s: store.wait(list(keys), timedelta(seconds=s)), left_s)  # type: ignore[misc]
+            except (dist.DistError, RuntimeError, TimeoutError) as error:
                 if self._frozen or left_s <= _LOOK_S:
-                    raise
-            else:
-                return
-            self._raise_if_closed(keys, signs, ranks, label)
+                    raise self._lost(signs, ranks, label, limit_s, error) from error
+            try:
+                self._raise_if_closed(keys, signs, ranks, label)
+            except (dist.DistError, TimeoutError) as error:
+                raise self._lost(signs, ranks, label, limit_s, error) from error
+
+    def _lost(
+        self, signs: Sequence[str], ranks: Sequence[int], label: str, limit_s: float, error: Exception
+    ) -> PeerError:
+        text = f"{self._who_is_missing(signs, ranks, label, limit_s)} ({type(error).__name__})"
+        if self.is_leader:
+            time.sleep(min(LINGER_S, limit_s))  # those who give up a little later ask this rank's store
+        return PeerError(text)
 
     def _raise_if_closed(self, keys: Sequence[str], signs: Sequence[str], ranks: Sequence[int], label: str) -> None:
         store = self.store
@@ -373,12 +368,7 @@ class StoreCoordinator:
             for item in [*keys, f"gather/{label}/{turn - 1}/all"]:  # who is here has read the last turn's
                 self.store.delete_key(item)
             return everything
-        try:
-            self._await([f"{key}/all"], keys, ranks, label, self.timeout_s)
-        except PeerError:
-            raise
-        except (dist.DistError, RuntimeError, TimeoutError) as error:
-            raise PeerError(self._who_is_missing(keys, ranks, label, self.timeout_s)) from error
+        self.wait([f"{key}/all"], ranks, label, signs=keys)
         return list(json.loads(self.store.get(f"{key}/all")))
 
     def agree(self, label: str) -> contextlib.AbstractContextManager[None]:

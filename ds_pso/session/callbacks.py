@@ -19,7 +19,7 @@ def own_callbacks(session: Session) -> list[Callable[[SyncRecord], None]]:
     """Return the callbacks of a swarm with an engine; those that print and write are the leader's."""
     own: list[Callable[[SyncRecord], None]] = [_write_log] if log.isEnabledFor(logging.DEBUG) else []
     if session.world.is_leader:
-        own += [_warn_of_new(), _warn_at_first(session), _write_metrics(session)]
+        own += [_warn_of_new(session), _write_metrics(session)]
         if session.engine.monitor.enabled:
             own.append(_write_monitor(session))
     return own
@@ -32,28 +32,17 @@ def _write_log(record: SyncRecord) -> None:
     )
 
 
-def _warn_of_new() -> Callable[[SyncRecord], None]:
-    """Warn of particles that are left out, and were not at the sync before."""
+def _warn_of_new(session: Session) -> Callable[[SyncRecord], None]:
+    """Warn of particles that are left out, and were not at the sync before; at the first one of pointless training."""
     before: SyncRecord | None = None
 
     def warn(record: SyncRecord) -> None:
         nonlocal before
+        pointless = _pointless(record, session) if before is None else None
         text, before = warning(record, before), record
-        if text:
-            warnings.warn(text, stacklevel=2)
-
-    return warn
-
-
-def _warn_at_first(session: Session) -> Callable[[SyncRecord], None]:
-    """Warn of what makes training pointless, and what only the first sync can tell; once."""
-    is_first = True
-
-    def warn(record: SyncRecord) -> None:
-        nonlocal is_first
-        text, is_first = _pointless(record, session) if is_first else None, False
-        if text:
-            warnings.warn(f"{text}; see docs/troubleshooting.md", stacklevel=2)
+        for line in (pointless, text):
+            if line:
+                warnings.warn(line, stacklevel=2)
 
     return warn
 
@@ -72,7 +61,7 @@ def _pointless(record: SyncRecord, session: Session) -> str | None:
         return (
             f"the batches of particles {who} were the same so far: they train on the same samples, and so learn the "
             "same. Give the DataLoader sampler=swarm.sampler(dataset), or split the data by swarm.world.layout.rank "
-            "and .world_size: torch's DistributedSampler and RANK know one particle only"
+            "and .world_size: torch's DistributedSampler and RANK know one particle only; see docs/troubleshooting.md"
         )
     if losses and all(map(math.isnan, losses)) and session.step > 0:
         return (

@@ -169,8 +169,8 @@ class Shards(ABC):
         return Health(self.square_norm(), square_norm, max(0, odd - self.odd_by_design), frozen)
 
     def _look_at_buffers(self) -> tuple[float, int]:
-        buffers = [buffer for _, buffer in self.buffers()]
-        return look_at(buffers) if buffers else (0.0, 0)
+        buffers = [buffer for _, buffer in self.persistent_buffers()]
+        return look_at(buffers) if buffers else (0.0, 0)  # of those that are averaged
 
     def remember_start(self) -> None:
         """Take the model as it is for the one that all particles begin with."""

@@ -174,8 +174,8 @@ class ParticleReport:
             loss_is_finite=not count or math.isfinite(loss),
             buffers_norm=math.sqrt(sum(rank.buffers_square_norm for rank in ranks)),
             odd_buffer_values=int(sum(rank.odd_buffer_values for rank in ranks)),
-            frozen=join_digests(rank.frozen for rank in ranks) if any(rank.frozen for rank in ranks) else 0.0,
-            samples=join_digests(rank.samples for rank in ranks) if all(rank.samples for rank in ranks) else 0.0,
+            frozen=join_digests([rank.frozen for rank in ranks]) if any(rank.frozen for rank in ranks) else 0.0,
+            samples=join_digests([rank.samples for rank in ranks]) if all(rank.samples for rank in ranks) else 0.0,
         )
 
     def to_row(self) -> list[float]:
