@@ -39,7 +39,8 @@ def _warn_of_new(session: Session) -> Callable[[SyncRecord], None]:
     def warn(record: SyncRecord) -> None:
         nonlocal before
         pointless = _pointless(record, session) if before is None else None
-        text, before = warning(record, before), record
+        text = warning(record, before) if record.left_out or record.restored else None
+        before = record
         for line in (pointless, text):
             if line:
                 warnings.warn(line, stacklevel=2)

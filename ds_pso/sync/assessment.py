@@ -118,11 +118,6 @@ class Assessor:
         """
         return self._point(ParticleReport.from_rows(self.exchange.all_gather(mine.to_row())), done)
 
-    def assess(self, window: FitnessWindow, done: float | None) -> SyncPoint:
-        """Report on this particle, and gather the reports of all."""
-        rows = self.exchange.all_gather(self.report(window).to_row())
-        return self._point(ParticleReport.from_rows(rows), done)
-
     def alone(self, mine: ParticleReport, done: float | None) -> SyncPoint:
         """Assess this particle alone, where nobody waits for the others: their losses are NaN."""
         table = [ParticleReport.unknown()] * self.exchange.num_particles

@@ -184,11 +184,8 @@ class Synchronizer:
             attempt.note = self.gossip.sync(point)
             attempt.distances = parts.updater.take_distance()  # of this particle alone
             return
-        if recovers:
-            point = parts.assessor.gather(ParticleReport.of_recovering(), done)
-        else:
-            point = parts.assessor.assess(window, done)
-        attempt.point = point
+        mine = ParticleReport.of_recovering() if recovers else parts.assessor.report(window)
+        point = attempt.point = parts.assessor.gather(mine, done)
         if parts.assessor.frozen_differs:
             attempt.restored = self._restore_frozen()
         if any(point.alive):
