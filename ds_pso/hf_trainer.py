@@ -346,7 +346,7 @@ def _as_meant(resume: str | bool | None) -> str | bool | None:
 
 
 def _leave_to_the_leader(swarm: Swarm, trainer: Trainer) -> None:
-    """Leave to it what is told once: progress, tables of metrics, INFO lines of transformers."""
+    """Leave to it what is said once: progress, tables of metrics, INFO lines of transformers."""
     if swarm.particle > 0:
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)

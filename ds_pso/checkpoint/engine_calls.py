@@ -49,7 +49,7 @@ class EngineCheckpoints:
     def load_checkpoint(self, load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> _Loaded:
         """Do what the engine's does, from ``load_dir/particle_<i>`` if ``save_checkpoint`` has made one.
 
-        A checkpoint without the swarm's part, or of which not all is loaded, is a new beginning: all particles take
+        A checkpoint of plain DeepSpeed, or one of which only a part is loaded, is a new beginning: all particles take
         the weights of particle 0.
 
         Raises:
