@@ -19,6 +19,7 @@ import pytest
 import torch
 from integration.jobs import Case, optimizer_state, swarm_of, train, working_weights
 from pool import Pool
+from variants import slow_but
 
 from ds_pso import CheckpointError
 from ds_pso.checkpoint import writer
@@ -210,7 +211,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", slow_but(["rule", "particles", "turns", "stage", "model"], OTHERS))
 def test_a_checkpoint_of_another_swarm_is_refused(pool: Pool, good: Path, name: str) -> None:
     other = OTHERS[name]
     ranks = pool.run(try_to_load, other.case, [good], None, other.data, world_size=other.world_size)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -76,8 +77,9 @@ def assert_sane(ranks: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("sync_mode", RULES)
-@pytest.mark.parametrize("mad", [0, 1], ids=["particle 0 mad", "particle 1 mad"])
-@pytest.mark.parametrize("stage", slow_but([2, 3], [0, 1, 2, 3]))
+@pytest.mark.parametrize(
+    ("stage", "mad"), slow_but([(2, 0), (3, 1)], product([0, 1, 2, 3], [0, 1])), ids=lambda value: f"{value}"
+)
 def test_a_nan_loss(pool: Pool, stage: int, mad: int, sync_mode: str) -> None:
     """In pure fp32 at stage 0 the NaN reaches the weights, at the other stages the step is skipped."""
     case = Case(stage=stage, sync_mode=sync_mode, options=RULES[sync_mode])
@@ -95,8 +97,13 @@ def assert_recovered(ranks: list[Any], case: Case, mad: int) -> None:
         assert ranks[0][0][1]["best"] != mad
 
 
-@pytest.mark.parametrize(("stage", "mad"), [pytest.param(0, 1, marks=pytest.mark.slow), (3, 0)])
-@pytest.mark.parametrize("rule", LATER_RULES)
+@pytest.mark.parametrize(
+    ("rule", "stage", "mad"),
+    slow_but(
+        [(rule, 3, 0) for rule in list(LATER_RULES)[::2]],
+        [(rule, *other) for rule in LATER_RULES for other in ((0, 1), (3, 0))],
+    ),
+)
 def test_a_nan_loss_under_the_later_rules(pool: Pool, rule: str, stage: int, mad: int) -> None:
     case = replace(LATER_RULES[rule], stage=stage)
     ranks = pool.run(job, case, Spoil(math.nan, mad))
@@ -112,8 +119,10 @@ def test_nan_on_one_rank_is_the_whole_particle(pool: Pool) -> None:
     assert [list(rank[0][1]["alive"]) for rank in ranks] == [[True, False]] * 4
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2, 3])
-@pytest.mark.parametrize("sync_mode", ["local_sgd", "pso"])
+@pytest.mark.parametrize(
+    ("sync_mode", "stage"),
+    slow_but([("pso", 0), ("local_sgd", 2), ("pso", 3)], product(["local_sgd", "pso"], [0, 1, 2, 3])),
+)
 def test_an_fp16_overflow(pool: Pool, stage: int, sync_mode: str) -> None:
     """The step is skipped, the loss is finite: the particle counts, with the weights it had."""
     swarm = {"quarantine_loss": None}  # what overflows here is the loss that is reported
@@ -140,9 +149,14 @@ def diverged_weights(case: Case, mad: int, what: float) -> Any:
         return before, after, optimizer_state(engine), working_weights(engine)
 
 
-@pytest.mark.parametrize("what", [math.nan, math.inf], ids=str)
-@pytest.mark.parametrize("sync_mode", ["local_sgd", "pso"])
-@pytest.mark.parametrize("stage", slow_but([3], [0, 2, 3]))
+@pytest.mark.parametrize(
+    ("stage", "sync_mode", "what"),
+    slow_but(
+        [(3, "local_sgd", math.inf), (3, "pso", math.nan)],
+        product([0, 2, 3], ["local_sgd", "pso"], [math.nan, math.inf]),
+    ),
+    ids=str,
+)
 def test_bad_weights(pool: Pool, stage: int, sync_mode: str, what: float) -> None:
     case = Case(stage=stage, interval=100, sync_mode=sync_mode)
     ranks = pool.run(diverged_weights, case, 0, what)
@@ -159,11 +173,10 @@ def everybody_mad(case: Case) -> Any:
         return swarm.totals.count, working_weights(engine)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [*(Case(sync_mode=name, options=options) for name, options in RULES.items()), *LATER_RULES.values()],
-    ids=lambda case: case.sync_mode,
-)
+EVERY_RULE = [*(Case(sync_mode=name, options=options) for name, options in RULES.items()), *LATER_RULES.values()]
+
+
+@pytest.mark.parametrize("case", slow_but(EVERY_RULE[::3], EVERY_RULE), ids=lambda case: case.sync_mode)
 def test_a_swarm_diverged_hangs_nobody(pool: Pool, case: Case) -> None:
     """With no particle alive a sync point changes nothing; at stage 2 the steps were skipped."""
     ranks = pool.run(everybody_mad, case)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from integration.jobs import Case, assert_equal, master_pieces, one_after_the_other, place, train, working_weights
 from pool import Pool
+from variants import slow_but
 
 from .test_diverged_particles import APART, LATER_RULES, Spoil
 
@@ -133,7 +134,7 @@ def flip_bits(case: Case) -> Any:
     return found
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", slow_but([3], [0, 2, 3]))
 def test_a_flipped_bit_in_memory(pool: Pool, stage: int) -> None:
     """The top bit of the exponent makes it huge and is noticed; no other takes a weight below 2 above 2."""
     ranks = pool.run(flip_bits, Case(stage=stage, interval=1000))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from pool import Pool
 from torch import nn
+from variants import slow_but
 
 import ds_pso
 from ds_pso.metrics.log import read_metrics
@@ -77,8 +78,10 @@ def average_buffers(case: Case) -> Any:
         return float(engine.module.norm.running_mean[0])
 
 
-@pytest.mark.parametrize("sync_mode", ["local_sgd", "diloco", "pso"])
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize(
+    ("stage", "sync_mode"),
+    slow_but([(0, "pso"), (3, "diloco")], [(s, mode) for s in (0, 3) for mode in ("local_sgd", "diloco", "pso")]),
+)
 def test_buffers_become_the_mean_of_the_peers(pool: Pool, stage: int, sync_mode: str) -> None:
     case = Case(stage=stage, batch_norm=True, sync_mode=sync_mode)
     assert pool.run(average_buffers, case) == [1.0, 2.0, 1.0, 2.0]  # ranks 0 and 2, ranks 1 and 3
@@ -99,7 +102,11 @@ def attach_other_model(case: Case, what: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "what"), [(0, "name"), (1, "groups"), (2, "shape"), (2, "name"), (2, "buffer"), (3, "shape")]
+    ("stage", "what"),
+    slow_but(
+        [(0, "name"), (1, "groups"), (2, "buffer")],
+        [(0, "name"), (1, "groups"), (2, "shape"), (2, "name"), (2, "buffer"), (3, "shape")],
+    ),
 )
 def test_different_models_are_an_error_everywhere(pool: Pool, stage: int, what: str) -> None:
     for outcome in pool.outcomes(attach_other_model, Case(stage=stage), what):
@@ -214,7 +221,7 @@ def attach_refused(name: str) -> None:
         swarm.attach(engine)
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", slow_but(["experts", "quantised weights", "unknown optimizer"], REFUSED))
 def test_unsupported_features_are_refused(pool: Pool, name: str) -> None:
     for outcome in pool.outcomes(attach_refused, name):
         assert outcome.kind == "UnsupportedError", outcome

@@ -35,15 +35,18 @@ def traffic(case: Case, losses: tuple[float, ...]) -> Traffic:
         return Traffic(at_attach, swarm.totals.bytes_received, shard_bytes, swarm.total_bytes())
 
 
+SIZES = [
+    *((Case(stage=stage), 2) for stage in (0, 1, 2, 3)),
+    (Case(stage=2, precision="bf16"), 2),  # what travels is fp32 all the same
+    (Case(stage=2, particles=4), 1),
+    (Case(stage=2, particles=3), 1),
+    (Case(stage=3, swarm={"bucket_mb": 40 / 2**20}), 2),
+]
+
+
 @pytest.mark.parametrize(
     ("case", "size"),
-    [
-        *((Case(stage=stage), 2) for stage in (0, 1, 2, 3)),
-        (Case(stage=2, precision="bf16"), 2),  # what travels is fp32 all the same
-        (Case(stage=2, particles=4), 1),
-        (Case(stage=2, particles=3), 1),
-        (Case(stage=3, swarm={"bucket_mb": 40 / 2**20}), 2),
-    ],
+    slow_but(SIZES[::2] + SIZES[-1:], SIZES),
     ids=lambda value: str(value) if isinstance(value, int) else f"{value}-{value.particles}particles",
 )
 @pytest.mark.parametrize("sync_mode", slow_but(["local_sgd", "pso"], ["local_sgd", "diloco", "pso"]))
@@ -118,8 +121,13 @@ def test_bytes_of_the_later_rules(pool: Pool, stage: int, particles: int, size: 
             assert received == [round(value) + (SCALARS + DIGESTS) * peers for value in expected], name
 
 
-@pytest.mark.parametrize(("particles", "size"), [(2, 2), (4, 1)])
-@pytest.mark.parametrize("wire", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("wire", "particles", "size"),
+    slow_but(
+        [("bf16", 2, 2), ("int4", 4, 1)],
+        [(wire, *sizes) for wire in ("bf16", "int8", "int4") for sizes in ((2, 2), (4, 1))],
+    ),
+)
 def test_bytes_of_differences(pool: Pool, particles: int, size: int, wire: str) -> None:
     """Two phases for a mean, one for the best; whole blocks of 256, for each particle in a mean."""
     cases = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from pool import Pool
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from variants import slow_but
 
 import ds_pso
 
@@ -47,8 +49,10 @@ def read(folder: Path) -> Weights:
     return {name: tensor.float().numpy() for name, tensor in load_file(folder / "model.safetensors").items()}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    slow_but([(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")], product([0, 1, 2, 3], ["fp32", "bf16"])),
+)
 def test_mean_and_best(pool: Pool, tmp_path: Path, stage: int, precision: str) -> None:
     case = Case(stage=stage, precision=precision, sync_mode="pso", batch_norm=precision == "fp32")
     ranks = pool.run(export_both, case, tmp_path)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from variants import slow_but
 
 import ds_pso
 
@@ -45,7 +46,7 @@ def train_adapter(stage, folder):
         return working_weights(engine)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", slow_but([0, 3], [0, 1, 2, 3]))
 def test_frozen_tied_and_integer_state(pool, tmp_path, stage):
     weights = pool.run(train_adapter, stage, tmp_path / "model")
     torch.manual_seed(0)

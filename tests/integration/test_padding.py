@@ -10,6 +10,7 @@ import pytest
 import torch
 from pool import Pool
 from torch import Tensor
+from variants import slow_but
 
 from ds_pso.shards import find_shards
 from ds_pso.swarm import Swarm
@@ -56,7 +57,13 @@ def job(case: Case, poison: bool) -> Any:
 
 @pytest.mark.parametrize(
     ("case", "sync_mode"),
-    [*((case, "pso") for case in CASES), *((case, rule) for case in CASES[::4] for rule in ("local_sgd", "diloco"))],
+    slow_but(
+        [(case, "pso") for case in CASES[::3]],
+        [
+            *((case, "pso") for case in CASES),
+            *((case, rule) for case in CASES[::4] for rule in ("local_sgd", "diloco")),
+        ],
+    ),
     ids=lambda value: f"{value}-groups{value.groups}" if isinstance(value, Case) else value,
 )
 def test_corrupted_padding_changes_nothing(pool: Pool, case: Case, sync_mode: str) -> None:

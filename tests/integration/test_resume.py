@@ -180,7 +180,10 @@ def test_resume_of_the_later_rules(pool: Pool, tmp_path: Path, rule: str, stage:
     [
         pytest.param(replace(HALF, stage=0, precision="bf16"), marks=pytest.mark.slow),
         replace(HALF, stage=0, precision="fp16", fused=True),
-        replace(HALF, stage=1, precision="bf16", deepspeed={"data_types": {"grad_accum_dtype": "fp32"}}),
+        pytest.param(
+            replace(HALF, stage=1, precision="bf16", deepspeed={"data_types": {"grad_accum_dtype": "fp32"}}),
+            marks=pytest.mark.slow,
+        ),
         replace(HALF, stage=2, precision="fp16", groups=2),
         pytest.param(replace(HALF, stage=3, precision="bf16"), marks=pytest.mark.slow),
         replace(

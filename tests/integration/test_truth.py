@@ -150,7 +150,7 @@ def test_every_rule_at_every_stage(launches: Launches, rule: str, stage: int) ->
     launches.assert_true(RULES, rule, stage, particles=2)
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", slow_but([2], [0, 2]))
 @pytest.mark.parametrize("rule", RULES_FOR_FOUR)
 def test_four_particles_of_one_rank(launches: Launches, rule: str, stage: int) -> None:
     launches.assert_true(RULES_FOR_FOUR, rule, stage, particles=4)
@@ -172,21 +172,24 @@ def test_other_numbers_of_ranks(pool: Pool, rule: str, stage: int, particles: in
     assert_truth(pool, replace(RULES_FOR_FOUR[rule], stage=stage, particles=particles), size)
 
 
+ODD = [
+    Case(stage=1, groups=3, sync_mode="pso"),
+    Case(stage=2, groups=2, deepspeed={"zero_optimization": {"round_robin_gradients": True}}),
+    Case(stage=3, groups=2, deepspeed={"zero_optimization": {"sub_group_size": 20}}),
+    Case(stage=0, groups=3),
+    Case(stage=2, accumulate=2),
+    Case(stage=3, accumulate=2, sync_mode="pso"),
+    Case(stage=2, swarm={"bucket_mb": 28 / 2**20}),  # seven fp32 numbers
+    Case(stage=3, swarm={"bucket_mb": 4 / 2**20}),  # one
+    Case(stage=0, swarm={"bucket_mb": 28 / 2**20}),
+    Case(stage=2, interval=1, optimizer="SGD"),
+    Case(stage=3, deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}}),
+]
+
+
 @pytest.mark.parametrize(
     "case",
-    [
-        Case(stage=1, groups=3, sync_mode="pso"),
-        Case(stage=2, groups=2, deepspeed={"zero_optimization": {"round_robin_gradients": True}}),
-        Case(stage=3, groups=2, deepspeed={"zero_optimization": {"sub_group_size": 20}}),
-        Case(stage=0, groups=3),
-        Case(stage=2, accumulate=2),
-        Case(stage=3, accumulate=2, sync_mode="pso"),
-        Case(stage=2, swarm={"bucket_mb": 28 / 2**20}),  # seven fp32 numbers
-        Case(stage=3, swarm={"bucket_mb": 4 / 2**20}),  # one
-        Case(stage=0, swarm={"bucket_mb": 28 / 2**20}),
-        Case(stage=2, interval=1, optimizer="SGD"),
-        Case(stage=3, deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}}),
-    ],
+    slow_but(ODD[::2], ODD),
     ids=lambda case: f"{case}-groups{case.groups}-accumulate{case.accumulate}",
 )
 def test_groups_buckets_and_micro_batches(pool: Pool, case: Case) -> None:

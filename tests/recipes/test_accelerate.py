@@ -15,6 +15,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from pool import free_port
 from torch.utils.data import DataLoader
+from variants import slow_but
 
 from ds_pso.config.load import load_config
 
@@ -65,7 +66,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", slow_but(["as_it_is", "accumulation", "progress"], CONFIGS))
 def test_auto_is_filled_and_every_sample_is_seen_once(pool, tmp_path, name):
     changes, steps = CONFIGS[name]
     config = json.loads((ROOT / "recipes/local_sgd.json").read_text())

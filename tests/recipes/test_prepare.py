@@ -15,6 +15,7 @@ import pytest
 import torch
 from pool import Pool
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
+from variants import slow_but
 
 SAMPLES, BATCH, EPOCHS = 103, 4, 2
 CONFIG = {
@@ -268,7 +269,7 @@ def train_and_save(folder: Path, resume: bool, how: str) -> dict[str, Any]:
         }
 
 
-@pytest.mark.parametrize("how", ["named", "numbered", "swarm.save"])
+@pytest.mark.parametrize("how", slow_but(["numbered"], ["named", "numbered", "swarm.save"]))
 def test_a_run_goes_on_bit_for_bit(pool, tmp_path, how):
     whole = pool.run(train_and_save, tmp_path, False, how, env=DEEPSPEED, timeout=120)
     if how != "swarm.save":
