@@ -15,7 +15,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ds_pso.comm.compression import wire_names
+from ds_pso.comm.compression import wire_names, wire_options
 from ds_pso.config.presets import sync_modes
 from ds_pso.config.schema import SwarmConfig
 from ds_pso.distributed.transports import TRANSPORTS
@@ -38,12 +38,14 @@ _BY_VALIDATOR = {
 
 
 def tables() -> str:
-    """One table for the section itself, then one for each rule."""
+    """One table for the section itself, then one for each rule, and for each wire that has options."""
     parts = ["### `swarm`\n", _table(SwarmConfig), "### `swarm.schedule`\n", _table(ScheduleConfig)]
     parts += ["### `swarm.elastic`\n", _table(ElasticConfig)]
     for name, rule in RULES.items():
         parts.append(f"### `swarm.{name}`\n")
         parts.append(_table(rule.Config) if rule.Config.model_fields else "No options.\n")
+    for name, options in wire_options().items():
+        parts += [f"### `swarm.{name}`\n", _table(options)]
     return "\n".join(parts)
 
 

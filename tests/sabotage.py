@@ -134,9 +134,9 @@ def lose_the_residual() -> None:
 @sabotage("integration/test_wire.py")
 def agree_on_nothing() -> None:
     """Differences stay relative to the last mean, where the rule has moved on from it."""
-    from ds_pso.comm.compression import Differences
+    from ds_pso.sync.update import Updater
 
-    Differences.agree_on = do_nothing
+    Updater._settle = do_nothing
 
 
 @sabotage("integration/test_delay.py")

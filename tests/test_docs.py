@@ -24,6 +24,7 @@ import pytest
 import ds_pso
 from ds_pso.cli import launch
 from ds_pso.cli import main as cli
+from ds_pso.comm.compression import wire_options
 from ds_pso.config import checks
 from ds_pso.config.load import load_config
 from ds_pso.config.presets import PRESETS, sync_modes
@@ -355,7 +356,7 @@ def test_example_table_agrees_with_the_files():
         assert swarm.sync_mode == (PRESETS[mode].rule if mode in PRESETS else mode)
         assert interval == ("" if mode == ALLREDUCE else str(swarm.sync_interval))
         assert config["scheduler"]["params"]["decay_ratio"] == 0.2
-        assert config["optimizer"]["params"]["lr"] == 0.002
+        assert config["optimizer"]["params"]["lr"] == (0.02 if config["optimizer"]["type"] == "Muon" else 0.002)
         assert config["train_micro_batch_size_per_gpu"] == 4
 
 
@@ -385,7 +386,7 @@ def test_api_page_names_the_calls_as_they_are():
 def test_attributes_of_the_swarm_that_are_named_exist(path):
     swarm = ds_pso.init({"swarm": {"particles": 1}})
     try:
-        attributes, keys = set(dir(swarm)), {*SwarmConfig.model_fields, *RULES, "pull", "py", "svg"}
+        attributes, keys = set(dir(swarm)), {*SwarmConfig.model_fields, *RULES, *wire_options(), "pull", "py", "svg"}
     finally:
         swarm.close()
     text = TEXT[path] if short(path) != "CONTRIBUTING.md" else prose(TEXT[path])  # its tests have another swarm

@@ -19,6 +19,7 @@ from torch import Tensor
 from ds_pso.checkpoint.reader import ModelStates, SavedParticle
 from ds_pso.errors import CheckpointError
 from ds_pso.shards import Engine, SavedPartition, Shards
+from ds_pso.shards.optimizer_state import MUON_MOMENTUM
 from ds_pso.utils.wrappers import without_wrapper_parts
 
 
@@ -118,13 +119,19 @@ class _Repartition:
         for shard, group in enumerate(groups):
             like = self._states[0].masters_in_group(group)[0]
             for name, value in saved[0].get(like, {}).items():
+                if name == MUON_MOMENTUM and self._keeps_whole_matrices(group):
+                    found.setdefault(shard, {})[name] = self._momentum_of_matrices(shard)
+                    continue
                 if isinstance(value, Tensor) and value.dim():
                     self._check_size(name, value, like)
                 else:  # a count of steps, equal on all ranks; each shard must have its own
                     value = copy.deepcopy(value)
                 found.setdefault(shard, {})[name] = value
+        whole = {shard for shard, group in enumerate(groups) if self._keeps_whole_matrices(group)}
         for name in {name for state in found.values() for name in state}:
             divided = {k: v for k, s in found.items() if isinstance(v := s.get(name), Tensor) and v.dim()}
+            if name == MUON_MOMENTUM:
+                divided = {shard: value for shard, value in divided.items() if shard not in whole}
             if not divided:
                 continue
 
@@ -138,6 +145,33 @@ class _Repartition:
             for shard in divided:
                 found[shard][name] = parts[shard]
         return found
+
+    def _keeps_whole_matrices(self, group: int) -> bool:
+        """Return true if Muon has a group: below ZeRO 3 a rank keeps the momentum of all matrices it has a part of."""
+        return self._saved.stage < 3 and bool(self._states[0].base["param_groups"][group].get("use_muon"))
+
+    def _momentum_of_matrices(self, shard: int) -> Tensor:
+        """Return what this rank keeps for a shard: the momentum of each matrix, whole, one behind the other."""
+        segments = [segment for segment in self._shards.segments if segment.shard == shard]
+        names = dict.fromkeys(without_wrapper_parts(segment.name) for segment in segments)
+        return torch.cat([self._saved_momentum(name) for name in names])
+
+    def _saved_momentum(self, name: str) -> Tensor:
+        """Return the momentum of a matrix, flat: any rank that has a part of the matrix has saved it."""
+        piece, start = self._saved.pieces[name][0], 0
+        there = [
+            (other.shard_start, other_name)
+            for other_name, pieces in self._saved.pieces.items()
+            for other in pieces
+            if (other.rank, other.shard) == (piece.rank, piece.shard)
+        ]
+        for _, other_name in sorted(there):
+            if other_name == name:
+                break
+            start += self._saved.numel(other_name)
+        momentum = self._states[piece.rank].base["state"][piece.shard][MUON_MOMENTUM]
+        assert isinstance(momentum, Tensor)
+        return momentum[start : start + self._saved.numel(name)]
 
     def _check_groups(self, mine: SavedPartition) -> None:
         theirs = self._states[0]

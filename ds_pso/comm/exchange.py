@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_pso.comm.collectives import Collectives
-from ds_pso.comm.compression import BLOCK, Differences, Format
+from ds_pso.comm.compression import Differences, Format, PartialFormat
 from ds_pso.distributed.world import World
 from ds_pso.utils.checksums import Added, Copied
 from ds_pso.utils.chunks import in_chunks
@@ -69,6 +69,21 @@ def plan_buckets(numels: Sequence[int], bucket_numel: int) -> list[list[Piece]]:
 def wire_dtype(tensor: Tensor) -> torch.dtype:
     """Return the dtype in which such tensors travel: fp32 at least, in which they can be summed, and bytes as bytes."""
     return torch.uint8 if tensor.dtype == torch.uint8 else torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _withhold(rest: Tensor, pieces: Sequence[Piece], differences: Differences, scale: float) -> None:
+    """Keep what has not been sent of a bucket.
+
+    Args:
+        rest: what is left of the bucket; it is overwritten.
+        scale: from what is sent to weights.
+    """
+    rest.nan_to_num_(0.0, 0.0, 0.0)  # what overflowed would stay in it for ever
+    if differences.in_weights:
+        differences.rest = rest * scale
+        return
+    for piece in pieces:
+        piece.of(differences.residual[piece.tensor]).copy_(piece.in_bucket(rest))
 
 
 class Exchange:
@@ -126,35 +141,68 @@ class Exchange:
     def mean_by_differences(
         self, tensors: Sequence[Tensor], weights: Sequence[float], differences: Differences, *, feedback: bool
     ) -> Iterator[tuple[Piece, Tensor]]:
-        """``weighted_mean`` in few bytes: the same bits on every peer, up to what ``differences.format`` rounds.
+        """``weighted_mean`` in few bytes: the same bits on every peer, up to what ``differences.format`` withholds.
 
         Two phases: each peer sends every other one its part of the weighted differences to ``differences.common``,
-        sums the parts that it got, and sends the sum to all. So the bytes do not grow with P.
+        sums the parts that it got, and sends the sum to all. So the bytes do not grow with P. In a ``PartialFormat``
+        each peer sends the differences to all others, and the mean of each element is over those who have sent it.
 
         Args:
             weights: sum to one.
-            feedback: what is rounded away here goes with the next message, and what is yielded is common knowledge
+            feedback: what is withheld here goes with the next message, and what is yielded is common knowledge
                 from then on; false for a mean that may be thrown away.
         """
-        weight, form = weights[self.particle], differences.format
-        for pieces, values in self._blocks(tensors):
+        form, weight = differences.format, weights[self.particle]
+        partial_format = form if isinstance(form, PartialFormat) else None
+        scale = weight if partial_format is None else float(weight != 0)
+        unit = len(self.present) * form.block if partial_format is None else form.block
+        for pieces, values in self._blocks(tensors, unit):
             for piece in pieces:
                 here, common = piece.of(tensors[piece.tensor]), piece.of(differences.common[piece.tensor])
-                residual = piece.of(differences.residual[piece.tensor])
-                for part, x, c, e in in_chunks(piece.in_bucket(values), here, common, residual):
+                for part, x, c in in_chunks(piece.in_bucket(values), here, common):
                     if weight != 0:
-                        torch.sub(x, c.to(x), out=part).mul_(weight)
-                    if feedback:
-                        part.add_(e.to(part))
-            encoded = self._sum_rounded(values, form)
-            if feedback:
-                for piece in pieces:
+                        torch.sub(x, c.to(x), out=part).mul_(scale)
+                if feedback and differences.residual and (weight != 0 or partial_format is None):
                     residual = piece.of(differences.residual[piece.tensor])
-                    # What overflowed would stay in it for ever.
-                    residual.copy_(piece.in_bucket(values).nan_to_num_(0.0, 0.0, 0.0))
-            for part, row in zip(values.chunk(len(self.present)), self._gather_parts(encoded), strict=True):
-                form.decode(row, part)
-            yield from self._add_common(values, pieces, differences, become_common=feedback)
+                    for part, e in in_chunks(piece.in_bucket(values), residual):
+                        part.add_(e.to(part), alpha=differences.decay)
+            if partial_format is None:
+                mean = self._mean_of_sums(values, pieces, differences, weight, feedback=feedback)
+            else:
+                mean = self._mean_of_sent(values, pieces, differences, weights, partial_format, feedback=feedback)
+            yield from self._add_common(mean, pieces, differences, become_common=feedback)
+
+    def _mean_of_sums(
+        self, values: Tensor, pieces: list[Piece], differences: Differences, weight: float, *, feedback: bool
+    ) -> Tensor:
+        """Return the mean of the weighted differences in ``values``, in its memory."""
+        encoded = self._sum_rounded(values, differences.format)
+        if feedback:
+            _withhold(values, pieces, differences, 1 / weight if weight else 0.0)
+        for part, row in zip(values.chunk(len(self.present)), self._gather_parts(encoded), strict=True):
+            differences.format.decode(row, part)
+        return values
+
+    def _mean_of_sent(
+        self,
+        values: Tensor,
+        pieces: list[Piece],
+        differences: Differences,
+        weights: Sequence[float],
+        form: PartialFormat,
+        *,
+        feedback: bool,
+    ) -> Tensor:
+        """Return the mean of the differences in ``values`` over those who have sent an element."""
+        encoded = torch.empty(form.nbytes(len(values)), dtype=torch.uint8, device=values.device)
+        form.encode_and_subtract(values, encoded)
+        if feedback and (weights[self.particle] or differences.in_weights):
+            _withhold(values, pieces, differences, 1.0)
+        total, senders = torch.zeros_like(values), torch.zeros_like(values)
+        for particle, row in zip(self.present, self._gather_parts(encoded), strict=True):
+            if weights[particle] != 0:
+                form.add_sent(row, weights[particle], total, senders)
+        return total.div_(senders.masked_fill_(senders == 0, 1))
 
     def from_one_by_differences(
         self, tensors: Sequence[Tensor], source: int, differences: Differences
@@ -163,7 +211,7 @@ class Exchange:
 
         What is rounded away is part of the next difference, whoever sends it.
         """
-        for pieces, values in self._blocks(tensors):
+        for pieces, values in self._blocks(tensors, len(self.present) * differences.format.block):
             encoded = torch.empty(differences.format.nbytes(len(values)), dtype=torch.uint8, device=values.device)
             if self.particle == source:
                 for piece in pieces:
@@ -271,9 +319,8 @@ class Exchange:
         self.collectives.run("all-gather", "allgather", ([rows], [mine]), (len(rows) - 1) * mine.nbytes, moved=moved)
         return rows
 
-    def _blocks(self, tensors: Sequence[Tensor]) -> Iterator[tuple[list[Piece], Tensor]]:
-        """Yield buckets of fp32 zeros, as large as a whole number of blocks for each particle."""
-        unit = len(self.present) * BLOCK
+    def _blocks(self, tensors: Sequence[Tensor], unit: int) -> Iterator[tuple[list[Piece], Tensor]]:
+        """Yield buckets of fp32 zeros, of a multiple of ``unit`` elements."""
         capacity = max(1, self.bucket_bytes // (4 * unit)) * unit
         numels = [t.numel() for t in tensors]
         buffer = torch.empty(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ds_pso.comm.compression import UNCOMPRESSED
+from ds_pso.comm.compression import UNCOMPRESSED, is_partial
 from ds_pso.config.schema import SwarmConfig, total_num_steps
 from ds_pso.errors import ConfigError
 from ds_pso.rules import Rule
@@ -119,6 +119,19 @@ def cuts(c: Combination) -> bool:
 
 def compresses(c: Combination) -> bool:
     return c.swarm.wire != UNCOMPRESSED
+
+
+def sends_a_part(c: Combination) -> bool:
+    return is_partial(c.swarm.wire)
+
+
+def leaves_residual_in_weights(c: Combination) -> bool:
+    return c.swarm.residual == "weights"
+
+
+def settles_on_one_mean(c: Combination) -> bool:
+    """True of a rule after which all particles are where the mean of their weights put them, tried by no score."""
+    return c.rule.ends_equal and c.rule.receives_the_mean and not c.rule.uses_probe
 
 
 def places_state(c: Combination) -> bool:
@@ -261,6 +274,32 @@ EXCLUSIONS: list[Exclusion] = [
         'swarm.wire = "{swarm.wire}": with swarm.optimizer_state = "average" the moments would travel in fp32, and be '
         "more than what was saved",
         'use "keep" or "reset"',
+    ),
+    Exclusion(
+        sends_a_part,
+        lambda c: not settles_on_one_mean(c),
+        'swarm.wire = "{swarm.wire}": what it withholds reaches the others later, and with these options '
+        "swarm.{swarm.sync_mode} goes on from something else than the mean of all that was sent",
+        'use "int4", or the sync_mode "local_sgd" or "diloco"',
+    ),
+    Exclusion(
+        leaves_residual_in_weights,
+        lambda c: not compresses(c),
+        'swarm.residual = "weights": the wire "fp32" withholds nothing',
+        "remove the key, or set swarm.wire",
+    ),
+    Exclusion(
+        leaves_residual_in_weights,
+        lambda c: not settles_on_one_mean(c),
+        'swarm.residual = "weights": with these options swarm.{swarm.sync_mode} does not end with the same weights on '
+        "all particles, to which a residual could be added",
+        'use "wire", or the sync_mode "local_sgd" or "diloco"',
+    ),
+    Exclusion(
+        lambda c: c.swarm.residual_decay < 1,
+        lambda c: not compresses(c) or leaves_residual_in_weights(c),
+        "swarm.residual_decay = {swarm.residual_decay}: there is no residual in the wire",
+        'remove the key, or set swarm.wire, and swarm.residual to "wire"',
     ),
     Exclusion(
         places_state,

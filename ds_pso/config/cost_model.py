@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ds_pso.comm.compression import UNCOMPRESSED, bytes_per_element, wire_names
+from ds_pso.comm.compression import UNCOMPRESSED, bytes_per_element, is_partial, mean_bytes, wire_names
 from ds_pso.config.load import is_allowed
 from ds_pso.config.schema import SwarmConfig
 from ds_pso.rules import Rule, RuleMemory, SyncPoint
@@ -99,12 +99,14 @@ def sync_cost(cluster: Cluster, swarm: SwarmConfig, wire: str | None = None) -> 
     per_rank = parameters / cluster.ranks
     num_buckets = max(1, math.ceil(4 * per_rank / (swarm.bucket_mb * 2**20)))
     received, sent, messages = 0.0, 0.0, float(_MESSAGES_OF_A_SYNC)
+    options = swarm.options_of(wire)
     for kind, sources in _exchanges(rule, P, swarm.sync_interval):
-        nbytes = parameters * (4.0 if kind == "newest" else bytes_per_element(wire))
         if kind == "mean":
-            received, sent = received + 2 * nbytes * (P - 1) / P, sent + 2 * nbytes * (P - 1) / P
-            messages += num_buckets * (2 * (P - 1) if wire == UNCOMPRESSED else 2)
+            nbytes = parameters * mean_bytes(wire, P, options)
+            received, sent = received + nbytes, sent + nbytes
+            messages += num_buckets * (2 * (P - 1) if wire == UNCOMPRESSED else 1 if is_partial(wire) else 2)
         else:
+            nbytes = parameters * (4.0 if kind == "newest" else bytes_per_element(wire, options))
             # Who sends to all is the root of a tree; in a ring each sends to those who follow it.
             copies = math.ceil(math.log2(P)) if len(set(sources)) == 1 else max(map(sources.count, sources), default=1)
             received, sent = received + nbytes, sent + nbytes * copies
@@ -143,16 +145,17 @@ def memory(cluster: Cluster, swarm: SwarmConfig) -> Memory:
     rough = 2 if swarm.state_dtype == "bf16" else 4
     state = sum(rough if name in rule.rough_state else 4 for name in rule.state_names)
     if swarm.wire != UNCOMPRESSED:
-        state += 4 + rough
+        state += 4 + (rough if swarm.residual == "wire" else 0)
     if rule.max_staleness is not None:
         return Memory((state + 4 * (2 * (P - 1) + 1)) * shard, 0.0, 0.0)
     part = 4 * min(shard, cluster.parameters / swarm.turns)
-    bucket, wire = min(part, swarm.bucket_mb * 2**20), bytes_per_element(swarm.wire) / 4
+    bucket, wire = min(part, swarm.bucket_mb * 2**20), bytes_per_element(swarm.wire, swarm.wire_options) / 4
     exchange = 0.0
     for kind, sources in _exchanges(rule, P, swarm.sync_interval):
         buckets = 1.0
         if kind == "mean" and swarm.wire != UNCOMPRESSED:
-            buckets += wire * (2 - 1 / P)
+            buckets += 2 + wire * (1 + P) if is_partial(swarm.wire) else wire * (2 - 1 / P)  # sums, and their weights
+            buckets += swarm.residual == "weights"
         elif kind == "one" and swarm.wire != UNCOMPRESSED:
             buckets += wire
         elif len(set(sources)) > 1:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from ds_pso.comm.compression import wire_options
 from ds_pso.config.checks import check_consistent
 from ds_pso.config.presets import ALLREDUCE, PRESETS, apply_preset, rule_of
 from ds_pso.config.schema import SwarmConfig
@@ -86,7 +87,10 @@ def load_config(source: ConfigSource) -> tuple[DeepSpeedConfig, SwarmConfig]:
     apply_preset(section)
     modes = [*RULES, *PRESETS, *([mode] if ":" in mode else [])]
     given = {name: section.pop(name) for name in modes if name in section}
-    swarm = _validate(SwarmConfig, section, f"{where}: swarm", known=[*SwarmConfig.model_fields, *RULES, *PRESETS])
+    wires = {name: kind for name, kind in wire_options().items() if name in section}
+    given_wires = {name: section.pop(name) for name in wires}
+    known = [*SwarmConfig.model_fields, *RULES, *PRESETS, *wire_options()]
+    swarm = _validate(SwarmConfig, section, f"{where}: swarm", known=known)
     if swarm.sync_mode != ALLREDUCE:
         given.setdefault(swarm.sync_mode, {})
     options = {
@@ -96,6 +100,9 @@ def load_config(source: ConfigSource) -> tuple[DeepSpeedConfig, SwarmConfig]:
     if mode in PRESETS and mode in options:  # its own subsection goes before that of its rule
         options[swarm.sync_mode] = options[mode]
     swarm._rule_options = {name: value for name, value in options.items() if name not in PRESETS}
+    swarm._wire_options = {
+        name: _validate(kind, given_wires[name], f"{where}: swarm.{name}") for name, kind in wires.items()
+    }
     check_consistent(config, swarm, where)
     return config, swarm
 

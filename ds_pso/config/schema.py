@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, field_validator
 
-from ds_pso.comm.compression import UNCOMPRESSED, wire_names
+from ds_pso.comm.compression import UNCOMPRESSED, wire_names, wire_options
 from ds_pso.config.presets import ALLREDUCE, sync_modes
 from ds_pso.distributed.transports import TRANSPORTS
 from ds_pso.elastic.config import ElasticConfig
@@ -24,7 +24,7 @@ def total_num_steps(ds_config: Mapping[str, object]) -> object:
 
 
 class SwarmConfig(StrictModel):
-    """The ``swarm`` section. Options of a rule lie in a subsection with the name of the rule."""
+    """The ``swarm`` section. Options of a rule, or of a wire, lie in a subsection with its name."""
 
     particles: int | Literal["node"] = Field(default="node", description="Number of particles P, or one per node.")
     sync_mode: str = Field(
@@ -83,8 +83,19 @@ class SwarmConfig(StrictModel):
     )
     wire: str = Field(
         default=UNCOMPRESSED,
-        description="How weights travel: as they are, or as differences to the last common state, rounded, and what "
-        "rounding loses sent with the next ones.",
+        description="How weights travel: as they are, or as differences to the last common state, rounded or only the "
+        "largest of them, and what is withheld sent with the next ones.",
+    )
+    residual: Literal["wire", "weights"] = Field(
+        default="wire",
+        description="Where what a wire withholds waits for the next sync: in a tensor of the wire, and is taken from "
+        "the weights; or in the weights of the particle that withholds it.",
+    )
+    residual_decay: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="What waits in the wire is multiplied by this at each sync.",
     )
     state_device: Literal["auto", "cpu"] = Field(
         default="auto",
@@ -120,6 +131,7 @@ class SwarmConfig(StrictModel):
     seed: int = Field(default=0, ge=0, description="Seed of the random factors of the rules.")
 
     _rule_options: dict[str, RuleConfig] = PrivateAttr(default_factory=dict)
+    _wire_options: dict[str, StrictModel] = PrivateAttr(default_factory=dict)
 
     @field_validator("particles", mode="before")
     @classmethod
@@ -158,6 +170,16 @@ class SwarmConfig(StrictModel):
         return self._rule_options[self.sync_mode]
 
     @property
+    def wire_options(self) -> StrictModel | None:
+        """Validated options of the wire; None where it has none."""
+        return self.options_of(self.wire)
+
+    def options_of(self, wire: str) -> StrictModel | None:
+        """Return the options that a wire would have in this section; None where it has none."""
+        classes = wire_options()
+        return self._wire_options.get(wire) or classes[wire]() if wire in classes else None
+
+    @property
     def turns(self) -> int:
         """Number of parts into which an interval is divided, each with a sync point for a part of the model."""
         return self.fragments if self.streaming else 1
@@ -183,4 +205,6 @@ class SwarmConfig(StrictModel):
             del section["elastic"]
         if self.rule_options is not None:
             section[self.sync_mode] = self.rule_options.model_dump(mode="json")
+        if self.wire_options is not None:
+            section[self.wire] = self.wire_options.model_dump(mode="json")
         return section

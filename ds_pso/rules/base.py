@@ -218,6 +218,11 @@ class Rule(ABC):
         return self.max_staleness is None
 
     @property
+    def receives_the_mean(self) -> bool:
+        """True if all that particles ever receive is the mean of the shards."""
+        return False
+
+    @property
     def max_staleness(self) -> int | None:
         """If not None, particles do not wait for each other: see ``Plan.receive`` = "newest".
 

@@ -54,6 +54,10 @@ class DiLoCo(Rule):
         return True
 
     @property
+    def receives_the_mean(self) -> bool:
+        return True
+
+    @property
     def initial_state(self) -> Mapping[str, StateInit]:
         if self.options.outer_momentum > 0:
             return {"anchor": copy_of, "momentum": zeros_like}

@@ -21,6 +21,10 @@ class LocalSGD(Rule):
     def ends_equal(self) -> bool:
         return True
 
+    @property
+    def receives_the_mean(self) -> bool:
+        return True
+
     def plan(self, sync: SyncPoint, memory: RuleMemory) -> Plan:
         return Plan(receive="mean", weights=sync.mean_weights(), alive=sync.alive)
 

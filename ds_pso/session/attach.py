@@ -13,6 +13,7 @@ from ds_pso.rules import Rule
 from ds_pso.session.progress import TrainingProgress
 from ds_pso.session.session import Session
 from ds_pso.shards import Shards, check_precision, find_shards
+from ds_pso.shards.engine import cautions
 from ds_pso.sync.assessment import Probe
 from ds_pso.sync.health import Limits
 from ds_pso.sync.parts import SyncOptions, SyncParts
@@ -73,17 +74,23 @@ def build_synchronizer(session: Session, engine: Any, probe: Probe | None) -> Sy
     with session.world.coordinator.agree("attaching the engine"):
         shards: Shards = find_shards(engine)
         check_precision(shards)
+    if session.world.is_leader:
+        for caution in cautions(engine):
+            warnings.warn(f"swarm.attach: {caution}", stacklevel=3)
     options = SyncOptions(
-        probe,
-        config.fitness == "probe",
-        config.optimizer_state,
-        config.wire,
-        config.delay,
-        config.fragments,
-        config.streaming,
-        Offload(config.state_device, config.state_dtype),
-        Limits(config.quarantine_loss, config.quarantine_norm),
-        config.resolved(),
+        probe=probe,
+        ranks_by_probe=config.fitness == "probe",
+        optimizer_state=config.optimizer_state,
+        wire=config.wire,
+        wire_options=config.wire_options,
+        residual=config.residual,
+        residual_decay=config.residual_decay,
+        delay=config.delay,
+        fragments=config.fragments,
+        streaming=config.streaming,
+        offload=Offload(config.state_device, config.state_dtype),
+        limits=Limits(config.quarantine_loss, config.quarantine_norm),
+        section=config.resolved(),
     )
     parts = SyncParts(session.world, session.exchange, rule, shards, schedule, options)
     return Synchronizer(parts, TrainingProgress(engine, session.samplers))

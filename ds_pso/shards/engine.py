@@ -69,6 +69,7 @@ class Engine(Protocol):
     def zero_elastic_checkpoint(self) -> bool: ...
     def is_deepcompile_enabled(self) -> bool: ...
     def gradient_accumulation_steps(self) -> int: ...
+    def gradient_clipping(self) -> float: ...
     def train_batch_size(self) -> int: ...
     def train_micro_batch_size_per_gpu(self) -> int: ...
     def save_checkpoint(self, save_dir: str, tag: str | None = None, *, save_latest: bool = True) -> object: ...
@@ -117,3 +118,20 @@ def why_unsupported(engine: Engine) -> str | None:
         ),
     ]
     return next((reason for wrong, reason in checks if wrong), None)
+
+
+def cautions(engine: Engine) -> list[str]:
+    """Return what is allowed, and hardly ever meant, each with a remedy."""
+    found = []
+    if uses_muon(engine) and engine.gradient_clipping() > 0 and engine.zero_optimization_stage() > 0:
+        found.append(
+            f"gradient_clipping = {engine.gradient_clipping():g}: with Muon at ZeRO 1 to 3 DeepSpeed clips the update "
+            "that Newton-Schulz has made, whose norm says nothing of the gradients, and training nearly stands still; "
+            "set it to 0"
+        )
+    return found
+
+
+def uses_muon(engine: Engine) -> bool:
+    """Return true if DeepSpeed's Muon trains the matrices."""
+    return any(group.get("use_muon") for group in engine.basic_optimizer.param_groups)

@@ -20,6 +20,7 @@ _MOMENTS = frozenset(
     {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "exp_avg_slow", "momentum_buffer", "square_avg"}
     | {"grad_avg", "acc_delta", "sum", "variance"}
 )
+MUON_MOMENTUM = "momentum_buffer"
 # A schedule's, or the script's: a new optimizer would get them, too.
 _SCHEDULED = frozenset(("params", "lr", "initial_lr", "max_lr", "min_lr", "weight_decay", "betas", "momentum"))
 _MODE = "train_mode"  # schedule-free: whether evaluation has changed the weights
@@ -129,10 +130,8 @@ class OptimizerState:
 
 
 def _is_moment(name: str, value: object, master: object) -> bool:
-    return (
-        name in _MOMENTS
-        and isinstance(value, Tensor)
-        and isinstance(master, Tensor)
-        and value.is_floating_point()
-        and value.shape == master.shape
-    )
+    if name not in _MOMENTS or not isinstance(value, Tensor) or not isinstance(master, Tensor):
+        return False
+    # At ZeRO 1 and 2 Muon needs whole matrices: its momentum is that of all of which the rank has a part.
+    of_whole_matrices = name == MUON_MOMENTUM and value.dim() == master.dim() == 1
+    return value.is_floating_point() and (value.shape == master.shape or of_whole_matrices)

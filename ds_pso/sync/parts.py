@@ -20,6 +20,7 @@ from ds_pso.sync.health import USUAL, Limits
 from ds_pso.sync.schedule import Observed, Schedule
 from ds_pso.sync.update import Updater
 from ds_pso.utils.offload import NO_OFFLOAD, Offload
+from ds_pso.utils.strict_model import StrictModel
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class SyncOptions:
         ranks_by_probe: whether that is the fitness.
         optimizer_state: what becomes of the optimizer's moments at a sync.
         wire: how weights travel.
+        wire_options: of a wire that has some.
+        residual: where what the wire withholds waits.
+        residual_decay: what waits in the wire is multiplied by it.
         delay: optimizer steps until the result of a sync is applied; 0: training waits.
         fragments: into how many pieces a delayed sync is cut.
         streaming: whether each of them syncs by itself, in its turn.
@@ -43,6 +47,9 @@ class SyncOptions:
     ranks_by_probe: bool = False
     optimizer_state: Literal["keep", "average", "reset"] = "keep"
     wire: str = UNCOMPRESSED
+    wire_options: StrictModel | None = None
+    residual: Literal["wire", "weights"] = "wire"
+    residual_decay: float = 1.0
     delay: int = 0
     fragments: int = 1
     streaming: bool = False
@@ -102,7 +109,13 @@ class SyncParts:
         offload = options.offload
         differences = None
         if options.wire != UNCOMPRESSED:
-            differences = Differences(find_format(options.wire), shards.tensors, offload)
+            differences = Differences(
+                find_format(options.wire, options.wire_options),
+                shards.tensors,
+                offload,
+                in_weights=options.residual == "weights",
+                decay=options.residual_decay,
+            )
         state = [
             {name: offload.keep(value, rough=name in rule.rough_state) for name, value in found.items()}
             for found in (rule.init_state(offload.near(x)) for x in shards.tensors)

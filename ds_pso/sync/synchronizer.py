@@ -223,8 +223,6 @@ class Synchronizer:
                 parts.shards.publish()
                 plan = parts.rule.proceed(plan, parts.assessor.score())
                 note |= updater.carry_out(plan, x)
-            if updater.differences is not None:
-                updater.agree_on(x)
             parts.memories[number] = plan.memory
             distances.append(updater.take_distance())
         if plan.lr_factors:

@@ -65,6 +65,8 @@ class Updater:
         for piece, received in self._arriving(plan, shards, message):
             for chunk, name in self._chunks(piece, shards):
                 self._update(shards, chunk, received[_within(piece, chunk)], plan, name)
+                if self.differences is not None:
+                    self._settle(self.differences, plan, piece, chunk, shards)
         return self._note(plan)
 
     def displace(self, plan: Plan, shards: Sequence[Tensor], *, alive: bool) -> dict[str, Any]:
@@ -78,16 +80,26 @@ class Updater:
                 x = chunk.of(shards[piece.tensor])
                 before = x.clone()
                 self._update(shards, chunk, received[_within(piece, chunk)], plan, name)
-                if self.differences is not None and self.rule.ends_equal:
-                    chunk.of(self.differences.common[piece.tensor]).copy_(x)
+                if self.differences is not None:
+                    self._settle(self.differences, plan, piece, chunk, shards)
                 if alive:
                     x.sub_(before)
         return self._note(plan)
 
-    def agree_on(self, shards: Sequence[Tensor]) -> None:
-        """Take the shards for what all peers know alike, where the rule leaves all particles equal."""
-        if self.differences is not None and self.rule.ends_equal:
-            self.differences.agree_on(shards)
+    def _settle(
+        self, differences: Differences, plan: Plan, piece: Piece, chunk: Piece, shards: Sequence[Tensor]
+    ) -> None:
+        """Take an updated chunk for what all know alike, if the rule leaves all particles equal; add what was not sent.
+
+        What is scored is not settled yet.
+        """
+        if not self.rule.ends_equal or plan.score:
+            return
+        x = chunk.of(shards[chunk.tensor])
+        chunk.of(differences.common[chunk.tensor]).copy_(x)
+        if differences.in_weights and plan.receive == "mean":
+            assert differences.rest is not None
+            x.add_(piece.in_bucket(differences.rest)[_within(piece, chunk)].to(x))
 
     def _chunks(self, piece: Piece, shards: Sequence[Tensor]) -> Iterator[tuple[Piece, str]]:
         """A piece in chunks, and the parameter of each if the rule asks for that."""

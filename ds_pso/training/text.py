@@ -57,12 +57,18 @@ class Corpus:
 
 
 def load_corpus(
-    swarm: Swarm, dataset: str, folder: Path, seq_length: int, tokenizer: PreTrainedTokenizerBase | None = None
+    swarm: Swarm,
+    dataset: str,
+    folder: Path,
+    seq_length: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    vocabulary: int = VOCABULARY,
 ) -> Corpus:
     """Tokenise ``dataset`` into ``folder``, once per disk, and map it into memory on every rank.
 
     Args:
         tokenizer: the model's own; if None, a byte-level BPE is trained on the training documents.
+        vocabulary: tokens of that one.
 
     Raises:
         ConfigError: the dataset cannot be found or is too small.
@@ -72,7 +78,7 @@ def load_corpus(
     leads = swarm.world.coordinator.leads_disk(folder)
     with swarm.world.coordinator.agree("preparing the data"):
         if leads:
-            _prepare_once(dataset, folder, tokenizer)
+            _prepare_once(dataset, folder, tokenizer, vocabulary)
     splits = []
     with swarm.world.coordinator.agree("reading the data"):
         for name in ("train", "held_out"):
@@ -86,12 +92,12 @@ def load_corpus(
     return Corpus(tokenizer or AutoTokenizer.from_pretrained(folder / "tokenizer"), *splits)
 
 
-def _prepare_once(dataset: str, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+def _prepare_once(dataset: str, folder: Path, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int) -> None:
     """Prepare the data, or find it prepared from the same source when a run is resumed."""
-    source = {"dataset": dataset, "tokenizer": tokenizer.name_or_path if tokenizer else f"BPE {VOCABULARY}"}
+    source = {"dataset": dataset, "tokenizer": tokenizer.name_or_path if tokenizer else f"BPE {vocabulary}"}
     done = folder / "source.json"
     if not done.exists():
-        _prepare(dataset, folder, tokenizer)
+        _prepare(dataset, folder, tokenizer, vocabulary)
         write_atomically(done, json.dumps(source))
         log.info("%s: prepared from %s", folder, source)
         return
@@ -105,7 +111,7 @@ def _prepare_once(dataset: str, folder: Path, tokenizer: PreTrainedTokenizerBase
     log.info("%s: was prepared before", folder)
 
 
-def _prepare(dataset: str, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+def _prepare(dataset: str, folder: Path, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int) -> None:
     documents = list(read_documents(dataset))
     parts: dict[str, list[str]] = {"train": [], "held_out": []}
     for name, text in documents:
@@ -116,7 +122,7 @@ def _prepare(dataset: str, folder: Path, tokenizer: PreTrainedTokenizerBase | No
         parts = _split_by_length([text for _, text in documents])
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer is None:
-        tokenizer = train_tokenizer(parts["train"])
+        tokenizer = train_tokenizer(parts["train"], vocabulary)
         tokenizer.save_pretrained(folder / "tokenizer")
     for name in ("train", "held_out"):
         tokens = tokenize(tokenizer, parts[name])
@@ -170,7 +176,7 @@ def _read_hub(dataset: str) -> Iterator[tuple[str, str]]:
         yield str(index), text
 
 
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerBase:
+def train_tokenizer(texts: list[str], vocabulary: int = VOCABULARY) -> PreTrainedTokenizerBase:
     """Train a byte-level BPE on the training documents alone."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -179,7 +185,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerBase:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

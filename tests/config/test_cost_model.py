@@ -205,6 +205,11 @@ def test_what_sync_point_takes_is_bounded_by_the_bucket() -> None:
     share = 7.5e6 / 4
     assert (shared.kept, shared.pending) == (8 * share, 4 * share)
     assert shared.exchange == pytest.approx(share * (4 + (1 / 2 + 1 / 64) * (2 - 1 / 2)))
+    chunk = 4 + 64 * 14 / 8  # bytes: two sizes, and 64 of 4,096 elements
+    sparse = memory(CLUSTER, section(bucket_mb=4096, wire="sparse", residual="weights"))
+    assert sparse.kept == 4 * 7.5e6, "what all know; the residual is in the weights"
+    # What is sent and then left, sums, the weights of those who sent, the residual; and what goes and comes.
+    assert sparse.exchange == pytest.approx(4 * 7.5e6 * 4 + 7.5e6 / 4096 * chunk * (1 + 2))
     turns = {"streaming": True, "fragments": 8, "delay": 1, "sync_interval": 8}
     for ranks, most in ((1, 7.5e6 / 8), (4, 7.5e6 / 8), (16, share / 4)):
         in_turns = memory(replace(CLUSTER, ranks=ranks), section(bucket_mb=4096, **turns))
@@ -230,13 +235,24 @@ def test_what_is_printed(tmp_path, capsys):
     assert "2 particles of 1, 7.5 M parameters, 0.43 s a step, 100 Mbit/s into each particle" in out
     assert "30 MB into each particle at a sync point, in 2.4 s" in out
     assert "compute share 85.1 %" in out
-    assert [line.split()[0] for line in out.splitlines()[-4:]] == ["fp32", "bf16", "int8", "int4"]
+    assert [line.split()[0] for line in out.splitlines()[-5:]] == ["fp32", "bf16", "int8", "int4", "sparse"]
+
+
+def test_a_sparse_mean_grows_with_the_particles():
+    """Each hears from every other one."""
+    for particles in (2, 4, 17):
+        cluster = replace(CLUSTER, particles=particles)
+        swarm = load_config({"swarm": {"particles": particles, "wire": "sparse", "sparse": {"density": 1 / 128}}})[1]
+        assert sync_cost(cluster, swarm).megabytes * 1e6 == pytest.approx(
+            (particles - 1) * (4 + 32 * 14 / 8) / 4096 * cluster.parameters
+        )
 
 
 @pytest.mark.parametrize("mode", ["swarm", "line_search"])
 def test_only_delays_that_the_rule_can_use(tmp_path, capsys, mode):
     assert cli.main(["plan", write(tmp_path, sync_mode=mode, sync_interval=16), *ARGUMENTS]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[-4:]]
+    assert [row[0] for row in rows] == ["fp32", "bf16", "int8", "int4"], "of a sparse mean they would not go on"
     assert [row[-1] for row in rows] == ["-", "-", "-", "0"]  # without any delay int4 is small enough
 
 
@@ -247,8 +263,8 @@ def test_what_is_printed_of_streaming(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "local_sgd every 32 steps, 1/4 of the model every 8, wire int4, delay 1:" in lines
     assert "  45 MB of memory on each rank, and " in "\n".join(lines), "4 + 2 bytes of 7.5 M"
-    rows = [line.split() for line in lines[-4:]]
-    assert [(row[0], row[-1]) for row in rows] == [(wire, "1") for wire in ("fp32", "bf16", "int8", "int4")]
+    rows = [line.split() for line in lines[-5:]]
+    assert [(row[0], row[-1]) for row in rows] == [(wire, "1") for wire in ("fp32", "bf16", "int8", "int4", "sparse")]
 
 
 def test_only_formats_that_the_rule_can_use(tmp_path, capsys):

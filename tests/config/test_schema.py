@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ds_pso.comm.compression.sparse_options import SparseOptions
 from ds_pso.config.load import find_config, load_config, name_of, read_config
 from ds_pso.config.presets import PRESETS, Preset, sync_modes
 from ds_pso.config.schema import ALLREDUCE, SwarmConfig
@@ -63,6 +64,8 @@ def test_defaults():
         "state_dtype": "fp32",
         "optimizer_state": "keep",
         "wire": "fp32",
+        "residual": "wire",
+        "residual_decay": 1.0,
         "total_steps": None,
         "bucket_mb": 64.0,
         "peer_backend": "auto",
@@ -190,7 +193,10 @@ BAD_VALUES = [
     *[("streaming", value, "must be a valid boolean") for value in (1, "true", None)],
     *[("state_device", value, "must be 'auto' or 'cpu'") for value in ("cuda", None, 0)],
     *[("state_dtype", value, "must be 'fp32' or 'bf16'") for value in ("fp16", None, 16)],
-    *[("wire", value, "must be 'fp32', 'bf16', 'int8' or 'int4'") for value in ("fp16", "INT8", "", 8, None)],
+    *[("residual", value, "must be 'wire' or 'weights'") for value in ("none", None, 1)],
+    *[("residual_decay", value, "must be greater than 0") for value in (0, -1)],
+    ("residual_decay", 1.01, "must be less than or equal to 1"),
+    *[("wire", value, "must be 'fp32', 'bf16', 'int8', 'int4' or 'sparse'") for value in ("fp16", "INT8", "", 8, None)],
     *[("total_steps", value, "must be greater than or equal to 1") for value in (0, -320)],
     *[("total_steps", value, "must be a valid integer") for value in (320.0, "320", True, math.inf)],
     *[("bucket_mb", value, "must be greater than 0") for value in (0, -1, 0.0)],
@@ -637,7 +643,7 @@ def test_the_others_may_be_late(section, delay):
     assert load(section | {"total_steps": 64, "delay": delay}).delay == delay
 
 
-@pytest.mark.parametrize("wire", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("wire", ["bf16", "int8", "int4", "sparse"])
 @pytest.mark.parametrize(
     ("section", "said"),
     [
@@ -660,6 +666,69 @@ def test_what_cannot_travel_as_differences_is_refused(wire, section, said):
 @pytest.mark.parametrize("mode", [*RULES, ALLREDUCE])
 def test_every_mode_travels_in_every_format(wire, mode):
     assert load({"sync_mode": mode, "total_steps": 64, "wire": wire, "optimizer_state": "reset"}).wire == wire
+
+
+# -- a wire with options --------------------------------------------------------------------
+
+
+def test_options_of_a_wire():
+    swarm = load({"wire": "sparse", "sparse": {"density": 0.004, "bits": 1}})
+    assert swarm.wire_options == SparseOptions(density=0.004, bits=1)
+    assert swarm.resolved()["sparse"] == {"density": 0.004, "bits": 1}
+    assert load({"wire": "sparse"}).wire_options == SparseOptions()
+    other = load({"wire": "int4", "sparse": {"bits": 16}})
+    assert other.wire_options is None
+    assert other.options_of("sparse") == SparseOptions(bits=16)
+    assert "sparse" not in other.resolved()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("density", 0, "must be greater than 0"),
+        ("density", 0.51, "must be less than or equal to 0.5"),
+        ("density", math.nan, "must be a finite number"),
+        ("bits", 3, "must be 1, 2 or 16"),
+        ("bits", None, "must be 1, 2 or 16"),
+    ],
+)
+def test_a_bad_option_of_a_wire_is_named_even_when_another_is_active(key, value, allowed):
+    assert message_of({"swarm": {"sparse": {key: value}}}).startswith(
+        f"config: swarm.sparse.{key} = {value!r}: {allowed}"
+    )
+
+
+def test_an_unknown_option_of_a_wire():
+    assert message_of({"swarm": {"sparse": {"densty": 1}}}).startswith(
+        'config: swarm.sparse.densty: unknown key; did you mean "density"?'
+    )
+    assert message_of({"swarm": {"sparse": 3}}) == "config: swarm.sparse = 3: must be an object"
+
+
+@pytest.mark.parametrize("mode", [mode for mode in RULES if mode not in ("local_sgd", "diloco")])
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [({"wire": "sparse"}, 'swarm.wire = "sparse": '), ({"wire": "int4", "residual": "weights"}, "swarm.residual = ")],
+)
+def test_what_needs_one_mean_is_refused_to_rules_that_have_more(mode, section, said):
+    message = message_of({"swarm": {"sync_mode": mode, "total_steps": 64, **section}})
+    assert message.startswith(f"config: {said}")
+    assert 'the sync_mode "local_sgd" or "diloco"' in message
+    for good in ("local_sgd", "diloco", "delayed"):
+        load({"sync_mode": good, **section})
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"residual": "weights"},
+        {"residual_decay": 0.9},
+        {"residual_decay": 0.9, "wire": "int4", "residual": "weights"},
+    ],
+)
+def test_a_residual_that_there_is_not_is_refused(section):
+    assert message_of({"swarm": section}).startswith("config: swarm.residual")
+    load({"wire": "sparse", "residual_decay": 0.9})
 
 
 def test_all_mistakes_of_a_section_are_said_at_once():

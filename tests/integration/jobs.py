@@ -117,8 +117,8 @@ def place(case: Case) -> tuple[int, int, int]:
 
 def config(case: Case, particle_size: int) -> dict[str, Any]:
     optimizer: dict[str, Any] = {"type": case.optimizer, "params": {"lr": case.lr}}
-    if case.optimizer == "AdamW":
-        optimizer["params"]["torch_adam"] = True
+    if case.optimizer in ("AdamW", "Muon"):
+        optimizer["params"]["torch_adam"] = True  # Muon's Adam, too: DeepSpeed's own would have to be compiled
     if case.momentum:
         optimizer["params"]["momentum"] = case.momentum
     result: dict[str, Any] = {
@@ -134,6 +134,8 @@ def config(case: Case, particle_size: int) -> dict[str, Any]:
         result[case.precision] = {"enabled": True}
     if case.precision == "fp16":
         result["fp16"] |= {"initial_scale_power": 4, "hysteresis": 1}
+    if case.optimizer == "Muon":
+        result["zero_optimization"]["reduce_scatter"] = False  # at ZeRO 3 DeepSpeed refuses it
     for key, value in case.deepspeed.items():
         result[key] = {**result[key], **value} if isinstance(value, dict) and key in result else value
     result["swarm"] = {
@@ -154,6 +156,8 @@ def build_engine(case: Case, ds_config: dict[str, Any], model: nn.Module | None 
     if case.precision == "fp16":
         # DeepSpeed asks whether the CPU is fast at it; slow is good enough here.
         deepspeed.get_accelerator().is_fp16_supported = lambda: True
+    if case.optimizer == "Muon":
+        torch.compiler.set_stance("force_eager")  # it would compile for half a minute
     if case.fused:
         deepspeed.runtime.engine.FusedAdam = torch.optim.AdamW  # the real one needs a compiler and a GPU
     engine, *_ = deepspeed.initialize(model=model, model_parameters=parameter_groups(case, model), config=ds_config)
@@ -247,7 +251,7 @@ def master_pieces(swarm: Swarm) -> list[tuple[str, int, np.ndarray]]:
 
 
 def optimizer_state(engine: Any) -> dict[str, np.ndarray]:
-    """Adam's moments of this rank, in the optimizer's own order."""
+    """The moments of this rank, in the optimizer's own order."""
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     return {
         f"{i}.{key}": torch.as_tensor(value).detach().float().numpy().copy()

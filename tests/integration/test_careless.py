@@ -158,6 +158,24 @@ def forget(case: Case, what: str) -> list[str]:
     return said(body)
 
 
+@pytest.mark.parametrize(("stage", "clip", "warns"), [(2, 1.0, True), (0, 1.0, False), (2, 0.0, False)])
+def test_muon_whose_update_would_be_clipped(pool: Pool, stage: int, clip: float, warns: bool) -> None:
+    """At stage 0 gradients are clipped, and not what Muon has made of them."""
+    case = Case(stage=stage, interval=1, steps=1, optimizer="Muon", deepspeed={"gradient_clipping": clip})
+    leader, *others = pool.run(attached, case, world_size=2)
+    assert others == [[]]
+    assert [text for text in leader if "gradient_clipping" in text] == leader
+    assert len(leader) == warns
+
+
+def attached(case: Case) -> list[str]:
+    def body() -> None:
+        with swarm_of(case):
+            pass
+
+    return [text for text in said(body) if "synced" not in text]
+
+
 @pytest.mark.parametrize(
     ("what", "interval", "text"),
     [

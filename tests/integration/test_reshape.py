@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pool import Pool
 
 import ds_pso
 from ds_pso.shards import find_shards
+from ds_pso.shards.fragments import trained_numels
 
 from .jobs import (
     Case,
@@ -40,6 +42,7 @@ CASES = [
     Case(stage=3, sync_mode="diloco", swarm={"wire": "int8"}, deepspeed={"zero_optimization": {"sub_group_size": 20}}),
     Case(stage=1, precision="bf16", sync_mode="easgd", optimizer="SGD", momentum=0.9),
     Case(stage=0, sync_mode="pso", options=PSO, swarm={"wire": "int4"}),
+    Case(stage=2, optimizer="Muon", momentum=0.9, layers=2, swarm={"wire": "sparse", "residual": "weights"}),
 ]
 MORE = [
     Case(stage=1, precision="bf16", deepspeed={"data_types": {"grad_accum_dtype": "fp32"}}, groups=2),
@@ -51,6 +54,8 @@ MORE = [
     Case(stage=1, deepspeed={"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}}}),
     Case(stage=0, precision="bf16", sync_mode="diloco", groups=2),
     Case(stage=0, precision="fp16", fused=True),
+    *(Case(stage=s, optimizer="Muon", momentum=0.9, layers=2) for s in (0, 3)),
+    Case(stage=1, optimizer="Muon", momentum=0.9, precision="bf16", groups=2),
     # At step 3 a sync point is pending, and half of it has been applied.
     *(
         Case(stage=s, sync_mode="easgd", optimizer="SGD", momentum=0.5, swarm={"delay": 2, "fragments": 2})
@@ -64,10 +69,12 @@ MORE = [
 def pieces(swarm: Any) -> list[tuple[str, int, np.ndarray]]:
     """All that this rank keeps of the parameters: (what and of which parameter, offset in it, values)."""
     synchronizer, shards = swarm.session.synchronizer, find_shards(swarm.engine)
-    moments, count = shards.moments(), len(shards.tensors)
     kinds = {"x": shards.tensors}
-    each = len(moments) // count
-    kinds |= {f"moment {j}": [moments[i * each + j] for i in range(count)] for j in range(each)}
+    of_matrices = swarm.engine.basic_optimizer.__class__.__name__.startswith("Muon")
+    if not of_matrices:
+        moments, count = shards.moments(), len(shards.tensors)
+        each = len(moments) // count
+        kinds |= {f"moment {j}": [moments[i * each + j] for i in range(count)] for j in range(each)}
     if synchronizer is not None:
         kinds |= {
             f"rule {name}": [s[name] for s in synchronizer.parts.updater.state]
@@ -75,12 +82,34 @@ def pieces(swarm: Any) -> list[tuple[str, int, np.ndarray]]:
         }
         differences = synchronizer.parts.updater.differences
         if differences is not None:
-            kinds |= {"common": differences.common, "residual": differences.residual}
-    return [
+            kinds |= {"common": differences.common}
+            kinds |= {"residual": differences.residual} if differences.residual else {}
+    found = [
         (f"{kind} of {s.name}", s.param_start, tensors[s.shard][s.shard_start :][: s.numel].float().numpy().copy())
         for kind, tensors in kinds.items()
         for s in shards.segments
     ]
+    return found + (list(muon_pieces(shards)) if of_matrices else [])
+
+
+def muon_pieces(shards: Any) -> Iterator[tuple[str, int, np.ndarray]]:
+    """The moments of Muon and of its Adam. A rank may keep the momentum of whole matrices of which it has a part."""
+    moments = iter(shards.moments())
+    numels = trained_numels(shards)
+    matrices = {name for name, p in shards.module.named_parameters() if getattr(p, "use_muon", False)}
+    for number, shard in enumerate(shards.tensors):
+        mine = [s for s in shards.segments if s.shard == number]
+        for kind in ["momentum"] if mine[0].name in matrices else ["exp_avg", "exp_avg_sq"]:
+            values, start = next(moments).float().numpy().copy(), 0
+            if kind == "momentum" and len(values) == sum(numels[name] for name in {s.name for s in mine}):
+                for s in mine:  # what it keeps of other ranks' parts shows in the steps that follow
+                    yield f"{kind} of {s.name}", s.param_start, values[start + s.param_start :][: s.numel]
+                    start += numels[s.name]
+            else:
+                assert len(values) == len(shard)
+                for s in mine:
+                    yield f"{kind} of {s.name}", s.param_start, values[s.shard_start :][: s.numel]
+    assert next(moments, None) is None
 
 
 def numbers(swarm: Any) -> dict[str, Any]:

@@ -42,6 +42,12 @@ LATER_RULES: dict[str, Case] = {
     "delay-diloco": Case(sync_mode="diloco", swarm={"delay": 1}),
     "int4": Case(sync_mode="diloco", swarm={"wire": "int4"}),
     "bf16": Case(sync_mode="easgd", swarm={"wire": "bf16"}),
+    "sparse": Case(sync_mode="diloco", swarm={"wire": "sparse", "sparse": {"density": 0.002}, "residual_decay": 0.9}),
+    "muon": Case(
+        optimizer="Muon",
+        momentum=0.9,
+        swarm={"wire": "sparse", "sparse": {"density": 0.002}, "residual": "weights", "delay": 1},
+    ),
     "rough-state": Case(sync_mode="diloco", swarm={"wire": "int4", "state_dtype": "bf16"}),
     "streaming": Case(
         sync_mode="pso",

@@ -14,15 +14,18 @@ from ds_pso.comm.compression.registry import (
     FormatEntry,
     bytes_per_element,
     find_format,
+    is_partial,
+    mean_bytes,
     wire_names,
+    wire_options,
 )
 
 if TYPE_CHECKING:
-    from ds_pso.comm.compression.base import Differences, Format
+    from ds_pso.comm.compression.base import Differences, Format, PartialFormat
 else:
 
     def __getattr__(name: str) -> object:
-        if name not in ("Differences", "Format"):
+        if name not in ("Differences", "Format", "PartialFormat"):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from ds_pso.comm.compression import base
 
@@ -36,7 +39,11 @@ __all__ = [
     "Differences",
     "Format",
     "FormatEntry",
+    "PartialFormat",
     "bytes_per_element",
     "find_format",
+    "is_partial",
+    "mean_bytes",
     "wire_names",
+    "wire_options",
 ]

@@ -1,0 +1,93 @@
+"""What is compared: a size of the experiment, and the settings, each a ``swarm`` section and an inner optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+PARTICLES = 4
+SEEDS = (1, 2, 3)  # the rate is found with the first
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model, and how it is trained: 12 tokens per parameter, about 2,000 at each step.
+
+    Attributes:
+        model: ``llama:<layers>x<width>``.
+        steps: optimizer steps.
+        batch: sequences per particle and step.
+        text: see ``ds_pso.training.text.read_documents``.
+    """
+
+    model: str
+    steps: int
+    batch: int
+    text: str = "python"
+
+
+SEQ_LENGTH = 128
+VOCABULARY = 1024
+HELD_OUT = 512  # sequences on which rates are chosen, and as many others on which the table reports
+SIZES = {
+    "small": Size("llama:4x64", steps=1600, batch=4),  # 0.25 million parameters
+    "medium": Size("llama:4x128", steps=2600, batch=8),  # 0.88 million
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A row of the table.
+
+    Attributes:
+        name: what is compared.
+        inner: optimizer of the particles.
+        section: keys of ``swarm``, beside ``particles``.
+    """
+
+    name: str
+    inner: Literal["AdamW", "Muon"]
+    section: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.inner}: {self.name}"
+
+
+def _local(interval: int, **keys: Any) -> dict[str, Any]:
+    return {"sync_mode": "local_sgd", "sync_interval": interval, **keys}
+
+
+def _sparse(interval: int, residual: str, density: float = 1 / 64, **keys: Any) -> dict[str, Any]:
+    return _local(interval, wire="sparse", residual=residual, sparse={"density": density}, **keys)
+
+
+_EVERY: dict[str, dict[str, Any]] = {
+    "every step": {"sync_mode": "allreduce"},
+    "fp32, n = 32": _local(32),
+    "int4, n = 4": _local(4, wire="int4"),
+    "sparse 1/64, n = 4": _sparse(4, "wire"),
+    "sparse 1/64, n = 4, residual in weights": _sparse(4, "weights"),
+    "sparse 1/64, n = 1": _sparse(1, "wire"),
+    "sparse 1/64, n = 1, residual in weights": _sparse(1, "weights"),
+    "sparse 1/256, n = 1, residual in weights": _sparse(1, "weights", 1 / 256),
+}
+SETTINGS = [
+    Setting(name, inner, section)
+    for inner in ("Muon", "AdamW")
+    for name, section in _EVERY.items()  # type: ignore[arg-type]
+]
+FIRST_RATE = {"AdamW": 0.004, "Muon": 0.02}
+
+
+def optimizer_of(inner: str, lr: float) -> tuple[dict[str, Any], float | list[float], float]:
+    """Return DeepSpeed's ``optimizer``, the rates of its groups for the schedule, and ``gradient_clipping``.
+
+    Muon trains the matrices of the blocks; embeddings and norms are left to Adam at a tenth of its rate. Its update is
+    not clipped: DeepSpeed would clip what Newton-Schulz made, whose norm has nothing to do with the gradient's.
+    """
+    if inner == "AdamW":
+        params = {"lr": lr, "betas": [0.9, 0.95], "weight_decay": 0.1, "torch_adam": True}
+        return {"type": "AdamW", "params": params}, lr, 1.0
+    params = {"lr": lr, "momentum": 0.95, "weight_decay": 0.01, "betas": [0.9, 0.95]}
+    return {"type": "Muon", "params": params}, [lr, lr / 10], 0.0

@@ -1,0 +1,114 @@
+"""One run: a swarm of four particles in one process, or one world that sees what all of them see."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler
+
+import ds_pso
+from benchmarks.levers.results import Outcome, Run
+from benchmarks.levers.settings import HELD_OUT, PARTICLES, SEQ_LENGTH, VOCABULARY, Setting, Size, optimizer_of
+from benchmarks.table import machine, versions
+from ds_pso import Swarm
+from ds_pso.errors import ConfigError
+from ds_pso.training.model import build_model, causal_loss
+from ds_pso.training.text import Blocks, Corpus, load_corpus
+
+CACHE = Path(__file__).resolve().parents[1] / ".cache"
+_EVALUATION_BATCH = 32
+
+
+def config_of(size: Size, setting: Setting, lr: float) -> dict[str, Any]:
+    """DeepSpeed's JSON of a run."""
+    optimizer, rates, clipping = optimizer_of(setting.inner, lr)
+    worlds = 1 if setting.section["sync_mode"] == "allreduce" else PARTICLES
+    schedule = {
+        "total_num_steps": size.steps,
+        "warmup_num_steps": size.steps // 20,
+        "warmup_min_lr": 0.0 if isinstance(rates, float) else [0.0] * len(rates),
+        "warmup_max_lr": rates,
+        "decay_ratio": 0.2,
+    }
+    return {
+        "train_micro_batch_size_per_gpu": size.batch * PARTICLES // worlds,
+        "optimizer": optimizer,
+        "scheduler": {"type": "WarmupHoldDecayLR", "params": schedule},
+        "gradient_clipping": clipping,
+        "zero_optimization": {"stage": 0},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        "swarm": {"particles": worlds, **setting.section},
+    }
+
+
+def simulate(size: Size, setting: Setting, run: Run) -> Outcome:
+    """Train and evaluate."""
+    return ds_pso.simulate(config_of(size, setting, run.lr), lambda swarm: _train(swarm, size, run))[0]
+
+
+def load(swarm: Swarm, size: Size) -> Corpus:
+    """The text, prepared once per disk."""
+    name = f"levers_{Path(size.text).name}_{VOCABULARY}"
+    return load_corpus(swarm, size.text, CACHE / name, SEQ_LENGTH, vocabulary=VOCABULARY)
+
+
+def _train(swarm: Swarm, size: Size, run: Run) -> Outcome:
+    begin = time.perf_counter()
+    corpus = load(swarm, size)
+    torch.manual_seed(run.seed)
+    model = build_model(size.model, corpus.tokenizer, SEQ_LENGTH, {})
+    parameters = sum(p.numel() for p in model.parameters())
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=swarm.ds_config)
+    engine = swarm.attach(engine)
+    batch = engine.train_micro_batch_size_per_gpu()
+    batches = BatchSampler(swarm.sampler(corpus.train, seed=run.seed), batch, drop_last=True)
+    step = 0
+    while step < size.steps:
+        for rows in batches:
+            loss = causal_loss(engine, _stack(corpus.train, rows))
+            engine.backward(loss)
+            engine.step()
+            step += 1
+            if step == size.steps:
+                break
+    if swarm.config.sync_mode == "allreduce":  # a ring all-reduce of fp32 gradients, at every step
+        received = size.steps * 2 * (PARTICLES - 1) / PARTICLES * 4 * parameters
+    else:
+        received = swarm.total_bytes() / PARTICLES
+    order = torch.randperm(len(corpus.held_out), generator=torch.Generator().manual_seed(0)).tolist()
+    try:
+        with swarm.consensus():
+            found = [
+                _evaluate(engine, corpus.held_out, rows) for rows in (order[:HELD_OUT], order[HELD_OUT:][:HELD_OUT])
+            ]
+    except ConfigError:  # no particle has finite weights
+        found = [math.nan, math.nan]
+    return Outcome(
+        *found,
+        megabytes=received / 1e6,
+        parameters=parameters,
+        seconds=time.perf_counter() - begin,
+        machine=machine(),
+        versions=versions(),
+    )
+
+
+def _stack(blocks: Blocks, rows: list[int]) -> Tensor:
+    return torch.stack([blocks[i] for i in rows])
+
+
+@torch.no_grad()
+def _evaluate(engine: Any, blocks: Blocks, rows: list[int]) -> float:
+    engine.eval()
+    parts = [rows[start : start + _EVALUATION_BATCH] for start in range(0, len(rows), _EVALUATION_BATCH)]
+    total = sum(float(causal_loss(engine, _stack(blocks, part))) * len(part) for part in parts)
+    engine.train()
+    return total / len(rows)
