@@ -89,5 +89,5 @@ def optimizer_of(inner: str, lr: float) -> tuple[dict[str, Any], float | list[fl
     if inner == "AdamW":
         params = {"lr": lr, "betas": [0.9, 0.95], "weight_decay": 0.1, "torch_adam": True}
         return {"type": "AdamW", "params": params}, lr, 1.0
-    params = {"lr": lr, "momentum": 0.95, "weight_decay": 0.01, "betas": [0.9, 0.95]}
+    params = {"lr": lr, "momentum": 0.95, "weight_decay": 0.01, "betas": [0.9, 0.95], "torch_adam": True}
     return {"type": "Muon", "params": params}, [lr, lr / 10], 0.0
