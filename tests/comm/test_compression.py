@@ -63,6 +63,38 @@ def test_whole_numbers_err_by_half_a_step_of_their_block(which, values):
 
 @relaxed
 @given(numbers())
+def test_two_bits_are_the_means_of_two_groups(values):
+    arrived, _ = through(find_format("int2"), values)
+    for before, after in zip(values.view(-1, BLOCK).double(), arrived.view(-1, BLOCK).double(), strict=True):
+        size = before.abs()
+        border = size.square().mean().sqrt()
+        for large in (True, False):
+            # What is next to the border may be in either group.
+            group = (size > border * (1 + 1e-4)) if large else (size < border * (1 - 1e-4))
+            both = (size > border * (1 - 1e-4)) if large else (size < border * (1 + 1e-4))
+            if group.sum() == both.sum() > 0 and size[group].mean() > 1e-35:
+                expected = size[group].mean().float().bfloat16().double()
+                torch.testing.assert_close(after[group].abs(), expected.expand(int(group.sum())), rtol=2**-7, atol=0)
+        assert not ((after * before) < 0).any(), "a sign was lost"
+
+
+@relaxed
+@given(numbers())
+def test_powers_of_two_are_the_nearest(values):
+    arrived, _ = through(find_format("e3m0"), values)
+    for before, after in zip(values.view(-1, BLOCK).double(), arrived.view(-1, BLOCK).double(), strict=True):
+        largest = float(before.abs().max())
+        if largest < 1e-36:
+            continue
+        levels = torch.tensor([0.0, *(largest / 2**e for e in range(7))], dtype=torch.float64)
+        levels = torch.cat([-levels, levels])
+        nearest = (before[:, None] - levels).abs().min(1).values
+        torch.testing.assert_close((before - after).abs(), nearest, rtol=0, atol=1e-5 * largest)
+        assert set(np.round(np.log2(largest / after.abs()[after != 0].numpy()), 5)) <= set(range(7))
+
+
+@relaxed
+@given(numbers())
 def test_bf16_is_torchs_own(values):
     arrived, _ = through(find_format("bf16"), values)
     assert torch.equal(arrived, values.bfloat16().float())
@@ -106,7 +138,7 @@ def test_more_blocks_than_are_worked_on_at_a_time(name):
     assert encoded.numel() == sum(part.numel() for _, part in parts)
 
 
-@pytest.mark.parametrize(("name", "times"), [("bf16", 2), ("int8", 3.9), ("int4", 7)])
+@pytest.mark.parametrize(("name", "times"), [("bf16", 2), ("int8", 3.9), ("int4", 7), ("e3m0", 7), ("int2", 15)])
 def test_how_small_it_is(name, times):
     assert times * find_format(name).nbytes(BLOCK) <= 4 * BLOCK
 
@@ -165,5 +197,5 @@ def test_a_format_is_added_by_one_line(monkeypatch):
     assert swarm.wire == "fp16"
     cluster = Cluster(1e6, particles=2, ranks=1, step_s=1.0, bandwidth=1e9)
     assert sync_cost(cluster, swarm).megabytes == 2.0
-    with pytest.raises(ConfigError, match="must be 'fp32', 'bf16', 'int8', 'int4', 'sparse' or 'fp16'"):
+    with pytest.raises(ConfigError, match="must be 'fp32', 'bf16', 'int8', 'int4', 'e3m0', 'int2', 'sparse' or 'fp16'"):
         load_config({"swarm": {"wire": "fp8"}})

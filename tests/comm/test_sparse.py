@@ -21,7 +21,9 @@ from ds_pso.sync.update import Updater
 
 relaxed = settings(deadline=None, max_examples=30)
 any_options = st.builds(
-    SparseOptions, density=st.sampled_from([0.0001, 0.004, 1 / 64, 0.1, 0.5]), bits=st.sampled_from([1, 2, 16])
+    SparseOptions,
+    density=st.sampled_from([0.0001, 0.004, 1 / 64, 0.1, 0.5]),
+    bits=st.sampled_from([1, 2, 16]),
 )
 
 

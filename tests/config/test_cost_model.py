@@ -220,6 +220,7 @@ def test_what_sync_point_takes_is_bounded_by_the_bucket() -> None:
 
 # -- the command ------------------------------------------------------------------------------
 
+WIRES = ["fp32", "bf16", "int8", "int4", "e3m0", "int2", "sparse"]
 ARGUMENTS = ["--parameters", "7.5M", "--bandwidth", "100M", "--step-seconds", "0.43"]
 
 
@@ -235,7 +236,7 @@ def test_what_is_printed(tmp_path, capsys):
     assert "2 particles of 1, 7.5 M parameters, 0.43 s a step, 100 Mbit/s into each particle" in out
     assert "30 MB into each particle at a sync point, in 2.4 s" in out
     assert "compute share 85.1 %" in out
-    assert [line.split()[0] for line in out.splitlines()[-5:]] == ["fp32", "bf16", "int8", "int4", "sparse"]
+    assert [line.split()[0] for line in out.splitlines()[-7:]] == WIRES
 
 
 def test_a_sparse_mean_grows_with_the_particles():
@@ -251,9 +252,9 @@ def test_a_sparse_mean_grows_with_the_particles():
 @pytest.mark.parametrize("mode", ["swarm", "line_search"])
 def test_only_delays_that_the_rule_can_use(tmp_path, capsys, mode):
     assert cli.main(["plan", write(tmp_path, sync_mode=mode, sync_interval=16), *ARGUMENTS]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-4:]]
-    assert [row[0] for row in rows] == ["fp32", "bf16", "int8", "int4"], "of a sparse mean they would not go on"
-    assert [row[-1] for row in rows] == ["-", "-", "-", "0"]  # without any delay int4 is small enough
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-6:]]
+    assert [row[0] for row in rows] == WIRES[:-1], "of a sparse mean they would not go on"
+    assert [row[-1] for row in rows] == ["-", "-", "-", "0", "0", "0"]  # without any delay int4 is small enough
 
 
 def test_what_is_printed_of_streaming(tmp_path, capsys):
@@ -263,8 +264,8 @@ def test_what_is_printed_of_streaming(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "local_sgd every 32 steps, 1/4 of the model every 8, wire int4, delay 1:" in lines
     assert "  45 MB of memory on each rank, and " in "\n".join(lines), "4 + 2 bytes of 7.5 M"
-    rows = [line.split() for line in lines[-5:]]
-    assert [(row[0], row[-1]) for row in rows] == [(wire, "1") for wire in ("fp32", "bf16", "int8", "int4", "sparse")]
+    rows = [line.split() for line in lines[-7:]]
+    assert [(row[0], row[-1]) for row in rows] == [(wire, "1") for wire in WIRES]
 
 
 def test_only_formats_that_the_rule_can_use(tmp_path, capsys):
@@ -284,7 +285,7 @@ def test_only_formats_that_the_rule_can_use(tmp_path, capsys):
         ({}, ["--parameters", "0"], "--parameters = 0.0: must be at least 1"),
         ({}, ["--bandwidth", "0"], "--bandwidth = 0: must be above 0"),
         ({}, ["--step-seconds", "0"], "--step-seconds = 0: must be above 0"),
-        ({"wire": "int2"}, [], "swarm.wire = 'int2': must be"),
+        ({"wire": "int3"}, [], "swarm.wire = 'int3': must be"),
     ],
 )
 def test_what_makes_no_sense_is_said_in_one_line(tmp_path, capsys, keys, arguments, said):

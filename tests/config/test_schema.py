@@ -196,7 +196,10 @@ BAD_VALUES = [
     *[("residual", value, "must be 'wire' or 'weights'") for value in ("none", None, 1)],
     *[("residual_decay", value, "must be greater than 0") for value in (0, -1)],
     ("residual_decay", 1.01, "must be less than or equal to 1"),
-    *[("wire", value, "must be 'fp32', 'bf16', 'int8', 'int4' or 'sparse'") for value in ("fp16", "INT8", "", 8, None)],
+    *[
+        ("wire", value, "must be 'fp32', 'bf16', 'int8', 'int4', 'e3m0', 'int2' or 'sparse'")
+        for value in ("fp16", "INT8", "", 8, None)
+    ],
     *[("total_steps", value, "must be greater than or equal to 1") for value in (0, -320)],
     *[("total_steps", value, "must be a valid integer") for value in (320.0, "320", True, math.inf)],
     *[("bucket_mb", value, "must be greater than 0") for value in (0, -1, 0.0)],
@@ -643,7 +646,7 @@ def test_the_others_may_be_late(section, delay):
     assert load(section | {"total_steps": 64, "delay": delay}).delay == delay
 
 
-@pytest.mark.parametrize("wire", ["bf16", "int8", "int4", "sparse"])
+@pytest.mark.parametrize("wire", ["bf16", "int8", "int4", "e3m0", "int2", "sparse"])
 @pytest.mark.parametrize(
     ("section", "said"),
     [
@@ -662,7 +665,7 @@ def test_what_cannot_travel_as_differences_is_refused(wire, section, said):
     load(section | {"wire": "fp32"})
 
 
-@pytest.mark.parametrize("wire", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("wire", ["fp32", "bf16", "int8", "int4", "e3m0", "int2"])
 @pytest.mark.parametrize("mode", [*RULES, ALLREDUCE])
 def test_every_mode_travels_in_every_format(wire, mode):
     assert load({"sync_mode": mode, "total_steps": 64, "wire": wire, "optimizer_state": "reset"}).wire == wire

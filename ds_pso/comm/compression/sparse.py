@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ds_pso.comm.compression.base import PartialFormat
+from ds_pso.comm.compression.packing import pack, read_two_bits, unpack, write_in_two_bits
 from ds_pso.comm.compression.sparse_options import CHUNK, SparseOptions
 from ds_pso.utils.chunks import in_chunks
 
@@ -43,16 +44,12 @@ class Sparse(PartialFormat):
         if self.options.bits == 16:
             values.view(torch.bfloat16).copy_(sent)
             return
-        negative = (sent < 0).to(torch.uint8)
-        if self.options.bits == 1:
-            sizes.copy_(size.mean(1, keepdim=True))
-            _pack(negative, values)
-            return
-        large = size > size.mean(1, keepdim=True)
-        for column, group in enumerate((~large, large)):
-            mean = torch.where(group, size, 0).sum(1).div_(group.sum(1).clamp_(min=1))
-            sizes[:, column].copy_(mean)
-        _pack(negative | large.to(torch.uint8) << 1, values)
+        mean = size.mean(1, keepdim=True)
+        if self.options.bits == 2:
+            write_in_two_bits(sent, size > mean, sizes, values)
+        else:
+            sizes.copy_(mean)
+            pack((sent < 0).to(torch.uint8), values)
 
     def _read(self, blocks: Tensor, *codes: Tensor) -> None:
         where, sent = self._sent(*codes)
@@ -70,25 +67,10 @@ class Sparse(PartialFormat):
         where, bits = _unpack_places(places), self.options.bits
         if bits == 16:
             return where, values.view(torch.bfloat16).float()
-        codes = _unpack(values, bits)
-        size = sizes.float()
-        chosen = size.gather(1, (codes >> 1).long()) if bits == 2 else size.expand(codes.shape)
-        return where, torch.where((codes & 1).bool(), -chosen, chosen)
-
-
-def _pack(codes: Tensor, out: Tensor) -> None:
-    """Write codes, (n, kept) uint8 of so many bits that they fill ``out``, (n, kept bits / 8), one behind the other."""
-    per_byte = codes.shape[1] // out.shape[1]
-    parts = codes.view(len(codes), per_byte, -1)
-    out.copy_(parts[:, 0])
-    for number in range(1, per_byte):
-        out.bitwise_or_(parts[:, number] << number * (8 // per_byte))
-
-
-def _unpack(packed: Tensor, bits: int) -> Tensor:
-    """Undo ``_pack``."""
-    parts = [packed >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)]
-    return torch.cat(parts, dim=1)
+        if bits == 2:
+            return where, read_two_bits(sizes, values)
+        size = sizes.float().expand(where.shape)
+        return where, torch.where(unpack(values, 1).bool(), -size, size)
 
 
 def _pack_places(where: Tensor, out: Tensor) -> None:
