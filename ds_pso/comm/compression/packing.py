@@ -31,8 +31,8 @@ def write_in_two_bits(values: Tensor, large: Tensor, sizes: Tensor, codes: Tenso
     """
     size = values.abs()
     for column, group in enumerate((~large, large)):
-        mean = torch.where(group, size, 0).sum(1).div_(group.sum(1).clamp_(min=1))
-        sizes[:, column].copy_(mean)
+        share = size / group.sum(1, keepdim=True).clamp_(min=1)  # before the sum, which may be beyond fp32
+        sizes[:, column].copy_(torch.where(group, share, 0).sum(1))
     pack((values < 0).to(torch.uint8) | large.to(torch.uint8) << 1, codes)
 
 

@@ -14,7 +14,7 @@ class TwoBits(Format):
     """Sizes above the root mean square of a block are one group and the others another; each becomes its mean size.
 
     Source: the quantiser of A. Sarfi et al., "SparseLoCo", arXiv 2508.15706, which decodes a bin to the mean of what
-    fell into it. For a normal distribution the border lies within 2 % of that of the best quantiser of two bits (J. Max,
+    fell into it. For normal numbers the border lies within 2 % of that of the best quantiser of two bits (J. Max,
     "Quantizing for Minimum Distortion", 1960: 0.98 standard deviations).
     """
 
