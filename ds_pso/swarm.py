@@ -17,6 +17,7 @@ from ds_pso.config.load import ConfigSource, find_config, load_config
 from ds_pso.config.schema import ALLREDUCE, SwarmConfig
 from ds_pso.distributed import logs
 from ds_pso.distributed.preemption import Preemption
+from ds_pso.distributed.extension_locks import warn_of_old_locks
 from ds_pso.distributed.simulated_world import Simulation
 from ds_pso.distributed.transports import find_transport
 from ds_pso.distributed.world import World
@@ -69,6 +70,8 @@ def init(config: ConfigSource | None = None, *, run_dir: str | Path | None = Non
     if ds_config.get("train_batch_size") == "auto":
         del ds_config["train_batch_size"]  # DeepSpeed multiplies it out, over the ranks of the particle
     lr_schedule.register()
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        warn_of_old_locks()
     particles = 1 if swarm_config.sync_mode == ALLREDUCE else swarm_config.particles
     is_new = world is None
     if world is None:
