@@ -16,8 +16,8 @@ from ds_pso.checkpoint.engine_calls import EngineCheckpoints
 from ds_pso.config.load import ConfigSource, find_config, load_config
 from ds_pso.config.schema import ALLREDUCE, SwarmConfig
 from ds_pso.distributed import logs
-from ds_pso.distributed.preemption import Preemption
 from ds_pso.distributed.extension_locks import warn_of_old_locks
+from ds_pso.distributed.preemption import Preemption
 from ds_pso.distributed.simulated_world import Simulation
 from ds_pso.distributed.transports import find_transport
 from ds_pso.distributed.world import World
