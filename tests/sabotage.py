@@ -139,6 +139,50 @@ def agree_on_nothing() -> None:
     Updater._settle = do_nothing
 
 
+@sabotage("integration/test_sparse_ranks.py")
+def send_the_first() -> None:
+    """Not the largest elements of a chunk are sent, but the first ones."""
+    import torch
+
+    from ds_pso.comm.compression.sparse import Sparse
+
+    real = Sparse._write
+
+    def write(self: Any, blocks: Any, *codes: Any) -> None:
+        first = torch.zeros_like(blocks)
+        first[:, : self.kept] = blocks[:, : self.kept]
+        real(self, first, *codes)
+
+    Sparse._write = write
+
+
+@sabotage("integration/test_sparse_ranks.py")
+def count_the_silent() -> None:
+    """Who has not sent an element counts in its mean, as zero."""
+    from ds_pso.comm.compression.sparse import Sparse
+
+    real = Sparse.add_sent
+
+    def add_sent(self: Any, encoded: Any, weight: float, total: Any, weights: Any) -> None:
+        real(self, encoded, weight, total, weights)
+        weights.fill_(1.0)
+
+    Sparse.add_sent = add_sent
+
+
+@sabotage("integration/test_sparse_ranks.py")
+def keep_nothing_in_the_weights() -> None:
+    """What is not sent is taken from the weights, and kept nowhere."""
+    from ds_pso.comm import exchange
+
+    real = exchange._withhold
+
+    def withhold(rest: Any, pieces: Any, differences: Any, scale: float) -> None:
+        real(rest, pieces, differences, 0.0 if differences.in_weights else scale)
+
+    exchange._withhold = withhold
+
+
 @sabotage("integration/test_delay.py")
 def forget_the_steps_meanwhile() -> None:
     """A delayed result replaces what was learned since the sync began."""
@@ -892,6 +936,14 @@ def leave_the_moments() -> None:
     from ds_pso.checkpoint.deepspeed_reshard import _Repartition
 
     _Repartition._moments = lambda *_: {}
+
+
+@sabotage("integration/test_reshape.py")
+def divide_the_momentum_of_matrices() -> None:
+    """Muon's momentum is divided like the weights, where a rank needs that of whole matrices."""
+    from ds_pso.checkpoint.deepspeed_reshard import _Repartition
+
+    _Repartition._keeps_whole_matrices = lambda *_: False
 
 
 @sabotage("integration/test_reshape.py")

@@ -495,7 +495,7 @@ def train_and_take_the_best(
 @pytest.mark.parametrize(
     ("config", "every", "evaluate_consensus"),
     [
-        pytest.param(APART, "steps", True, id="consensus"),
+        pytest.param(APART, "steps", True, id="consensus", marks=pytest.mark.slow),
         pytest.param(APART, "steps", False, id="own", marks=pytest.mark.slow),
         # When it is stopped a sync point is pending, and the rule keeps the model in its state.
         pytest.param(changed(APART, sync_mode="easgd", sync_interval=2), "epoch", True, id="easgd"),

@@ -129,8 +129,9 @@ def weights_of(alive: list[bool]) -> tuple[float, ...]:
 class Oracle:
     """P particles that sync by the equations of the docs, in float64."""
 
-    def __init__(self, num_particles: int, options: SparseOptions, decay: float, *, in_weights: bool) -> None:
-        numel = sum(SIZES)
+    def __init__(
+        self, num_particles: int, options: SparseOptions, decay: float, *, in_weights: bool, numel: int = sum(SIZES)
+    ) -> None:
         self.common = np.zeros(numel)
         self.residual = [np.zeros(numel) for _ in range(num_particles)]
         self.options, self.decay, self.in_weights = options, decay, in_weights

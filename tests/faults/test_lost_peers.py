@@ -115,10 +115,7 @@ def test_a_peer_lost_before_a_sync_point(pool: Pool, lost: int, how: str) -> Non
 
 @pytest.mark.parametrize(
     ("lost", "how"),
-    [
-        (2, "killed"),
-        *(pytest.param(*p, marks=pytest.mark.slow) for p in [(0, "stopped"), (0, "killed"), (2, "stopped")]),
-    ],
+    [pytest.param(lost, how, marks=pytest.mark.slow) for lost in (0, 2) for how in ("stopped", "killed")],
 )
 def test_a_rank_lost_before_a_gathering_of_all(pool: Pool, lost: int, how: str) -> None:
     silent = (lost,) if how == "stopped" else ()
@@ -164,7 +161,9 @@ GUARDED = Case(sync_mode="swarm", probe=True, options={"fitness_steps": 1}, part
 
 
 @pytest.mark.parametrize(
-    ("case", "where", "how"), [(RING, "from_each", "killed"), (GUARDED, "score", "stopped")], ids=["ring", "score"]
+    ("case", "where", "how"),
+    [(RING, "from_each", "killed"), pytest.param(GUARDED, "score", "stopped", marks=pytest.mark.slow)],
+    ids=["ring", "score"],
 )
 def test_a_peer_lost_between_the_plans_of_a_sync_point(pool: Pool, case: Case, where: str, how: str) -> None:
     lost, size = 1, int(case.particles)

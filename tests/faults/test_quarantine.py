@@ -172,7 +172,11 @@ def test_it_can_be_switched_off(pool: Pool) -> None:
 
 @pytest.mark.parametrize(
     "swarm",
-    [{"delay": 1}, {"delay": 2, "fragments": 2}, {"delay": 1, "fragments": 2, "streaming": True}],
+    [
+        pytest.param({"delay": 1}, marks=pytest.mark.slow),
+        {"delay": 2, "fragments": 2},
+        {"delay": 1, "fragments": 2, "streaming": True},
+    ],
     ids=["delay", "fragments", "streaming"],
 )
 def test_in_the_background(pool: Pool, swarm: dict[str, Any]) -> None:

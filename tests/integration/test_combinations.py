@@ -175,7 +175,7 @@ def check_weights(lives: list[Life], swarm: dict[str, Any], expected: list[Life]
     stage=st.sampled_from([0, 1, 2]),
     swarm=keys,
 )
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_combination(
     pool: Pool, rule: str, particles: int, interval: int, stage: int, swarm: dict[str, Any]
 ) -> None:

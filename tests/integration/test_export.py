@@ -138,7 +138,7 @@ def train_llama(case: Case, tied: bool, folder: Path) -> np.ndarray:
             return engine(input_ids=torch.arange(30).view(2, 15)).logits.float().numpy()
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["tied", "untied"])
 @pytest.mark.parametrize(
     "case",
     [

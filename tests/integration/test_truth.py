@@ -144,7 +144,7 @@ def launches(pool: Pool) -> Launches:
     return Launches(pool)
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2, 3])
+@pytest.mark.parametrize("stage", slow_but([0, 3], [0, 1, 2, 3]))
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule_at_every_stage(launches: Launches, rule: str, stage: int) -> None:
     launches.assert_true(RULES, rule, stage, particles=2)

@@ -168,7 +168,7 @@ def plain(pool: Pool, world_size: int) -> list[list[float]]:
     return ranks[0]
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", slow_but([2], [1, 2]))
 def test_rates_and_data_are_those_of_accelerate_alone(pool, size):
     """With a schedule by epochs, on all P x S ranks; with one by steps, on the S ranks of a particle."""
     ranks = pool.run(swarm_runs, world_size=2 * size, env=DEEPSPEED, timeout=120)
