@@ -30,6 +30,8 @@ _SIGNS = {Ge: ("ge", "at least"), Gt: ("gt", "above"), Le: ("le", "at most"), Lt
 _BY_VALIDATOR = {
     "elastic": "object",
     "particles": 'whole number, at least 1, or `"node"`',
+    "outer_lr": 'number, above 0, or `"auto"`',
+    "outer_momentum": 'number, at least 0 and below 1, or `"auto"`',
     "schedule": "object",
     "sync_mode": ", ".join(f'`"{name}"`' for name in sync_modes()) + ', `"my_module:MyRule"`',
     "wire": ", ".join(f'`"{name}"`' for name in wire_names()),

@@ -36,7 +36,7 @@ STAGES = (0, 2, 3)
 MODES: dict[str, dict[str, Any]] = {  # the rule's options
     "local_sgd": {},
     "delayed": {},
-    "diloco": {},
+    "diloco": {"outer_lr": 0.7, "outer_momentum": 0.6},
     "easgd": {"beta": 0.8},
     "nosync": {"pressure": 0.2, "final_pressure": 0.9},
     "pso": {"inertia": 0.3, "cognitive": 0.5, "social": 0.8, "randomness": "per_tensor"},

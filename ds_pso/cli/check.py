@@ -111,13 +111,15 @@ def warnings(ds_config: Mapping[str, object], swarm: SwarmConfig, given: Mapping
         swarm: the swarm section.
         given: the swarm section as it was written.
     """
+    from ds_pso.comm.compression import UNCOMPRESSED, wire_options
     from ds_pso.config.schema import ALLREDUCE, SwarmConfig, total_num_steps
     from ds_pso.rules import RULES
 
     mode, n = swarm.sync_mode, swarm.sync_interval
-    for name in RULES:
-        if name in given and name != mode:
-            yield f'swarm.{name} is not used: swarm.sync_mode is "{mode}"'
+    for key, value, names in (("sync_mode", mode, RULES), ("wire", swarm.wire, wire_options())):
+        for name in names:
+            if name in given and name != value:
+                yield f'swarm.{name} is not used: swarm.{key} is "{value}"'
     if swarm.timeout_s < 60:
         yield (
             f"swarm.timeout_s = {swarm.timeout_s:g}: a rank that loads data, compiles or evaluates for longer "
@@ -135,7 +137,7 @@ def warnings(ds_config: Mapping[str, object], swarm: SwarmConfig, given: Mapping
     steps = swarm.total_steps or total_num_steps(ds_config)
     if isinstance(steps, int) and steps < n // swarm.turns:
         yield f"swarm.sync_interval = {n}: training ends after {steps} steps, before the particles sync"
-    if n == 1 and swarm.schedule.type == "fixed":
+    if n == 1 and swarm.schedule.type == "fixed" and swarm.wire == UNCOMPRESSED:
         yield (
             'swarm.sync_interval = 1: the particles sync at every step, and move fp32 weights where "allreduce" moves '
             "gradients in the working precision"

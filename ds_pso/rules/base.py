@@ -182,6 +182,10 @@ class Rule(ABC):
         self.options = options
         self.seed = seed
 
+    def inside(self, optimizer: str) -> Rule:
+        """Return the rule for particles that such an optimizer trains, named by its class."""
+        return self
+
     @property
     def uses_fitness(self) -> bool:
         """True if plans depend on losses: a first sync point without any is an error; later ones reuse the last."""

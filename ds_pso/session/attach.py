@@ -77,6 +77,7 @@ def build_synchronizer(session: Session, engine: Any, probe: Probe | None) -> Sy
     if session.world.is_leader:
         for caution in cautions(engine):
             warnings.warn(f"swarm.attach: {caution}", stacklevel=3)
+    rule = rule.inside(type(engine.basic_optimizer).__name__)
     options = SyncOptions(
         probe=probe,
         ranks_by_probe=config.fitness == "probe",

@@ -40,7 +40,7 @@ def test_settings_are_resolved_and_defaults_are_marked(tmp_path: Path, capsys: A
     config = write(tmp_path, sync_mode="diloco", diloco={"outer_lr": 0.5}, schedule={"warmup_steps": 3})
     found = check(capsys, config)
     assert found["swarm"]["particles"] == 2
-    assert found["swarm"]["diloco"] == {"outer_lr": 0.5, "outer_momentum": 0.6}
+    assert found["swarm"]["diloco"] == {"outer_lr": 0.5, "outer_momentum": "auto"}
     assert found["swarm"]["sync_interval"] == 32
     assert {"sync_interval", "wire", "diloco.outer_momentum", "schedule.type"} <= set(found["defaults"])
     assert not {"particles", "sync_mode", "diloco.outer_lr", "schedule.warmup_steps"} & set(found["defaults"])
@@ -116,6 +116,7 @@ def test_without_sync_points(tmp_path: Path, capsys: Any, keys: dict[str, Any]) 
 
 WARNINGS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"pso": {"inertia": 0.5}}, {}, 'swarm.pso is not used: swarm.sync_mode is "local_sgd"'),
+    ({"sparse": {"bits": 1}}, {}, 'swarm.sparse is not used: swarm.wire is "fp32"'),
     ({"particles": 1}, {}, "swarm.particles = 1: plain DeepSpeed"),
     ({"sync_mode": "allreduce"}, {}, "and ignores particles"),
     ({"sync_interval": 1}, {}, "swarm.sync_interval = 1: the particles sync at every step"),

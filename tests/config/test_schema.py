@@ -215,12 +215,14 @@ BAD_VALUES = [
     *[("seed", value, "must be a valid integer") for value in (0.0, "0", True, None)],
 ]
 BAD_OPTIONS = [
-    ("diloco", "outer_lr", 0, "must be greater than 0"),
-    ("diloco", "outer_lr", "0.7", "must be a valid number"),
-    ("diloco", "outer_lr", math.nan, "must be a finite number"),
-    ("diloco", "outer_momentum", 1, "must be less than 1"),
-    ("diloco", "outer_momentum", -0.1, "must be greater than or equal to 0"),
-    ("diloco", "outer_momentum", True, "must be a valid number"),
+    *[
+        ("diloco", "outer_lr", v, 'must be a number above 0, or "auto"')
+        for v in (0, "0.7", math.nan, math.inf, None, True)
+    ],
+    *[
+        ("diloco", "outer_momentum", value, 'must be a number of at least 0 and below 1, or "auto"')
+        for value in (1, -0.1, True, "0.9", math.nan)
+    ],
     ("pso", "inertia", 1.0, "must be less than 1"),
     ("pso", "inertia", -0.5, "must be greater than or equal to 0"),
     ("pso", "cognitive", -1, "must be greater than or equal to 0"),

@@ -145,8 +145,9 @@ def config(case: Case, particle_size: int) -> dict[str, Any]:
         "timeout_s": 20,
         **case.swarm,
     }
-    if case.options:
-        result["swarm"][case.sync_mode] = case.options
+    options = {"outer_lr": 0.7, "outer_momentum": 0.6} if case.sync_mode == "diloco" else {}  # those of the oracle
+    if case.options or options:
+        result["swarm"][case.sync_mode] = {**options, **case.options}
     return result
 
 

@@ -6,6 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ds_pso.rules import SyncPoint
+
 from .simulation import Simulation, diloco_rules, make_rule, relaxed, sync_points
 
 
@@ -87,3 +89,40 @@ def test_keeps_momentum_only_when_there_is_any(momentum, names):
     assert state.keys() == names
     x += 1
     assert state["anchor"].tolist() == [1.0] * 3, "the anchor must not move with the weights"
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "particles", "total", "expected"),
+    [
+        ("AdamW", 1, 1000, (0.4, 0.9)),
+        ("AdamW", 2, None, (0.6, 0.9)),
+        ("DeepSpeedCPUAdam", 4, 65, (0.6, 0.9)),
+        ("AdamW", 4, 64, (0.7, 0.6)),
+        ("AdamW", 6, 1000, (0.717, 0.9)),  # 0.6 + 0.2 log(6 / 4) / log(8 / 4)
+        ("AdamW", 100, 1000, (0.8, 0.9)),
+        ("MuonWithAuxAdam", 1, 1000, (0.7, 0.6)),
+        ("MuonWithAuxAdam", 4, 1000, (0.933, 0.833)),  # a third of the way from 2 to 16
+        ("MuonWithAuxAdam", 16, 1000, (1.0, 0.9)),
+        ("MuonWithAuxAdam", 2, 10, (0.7, 0.6)),
+    ],
+)
+def test_auto_is_what_was_published(optimizer, particles, total, expected):
+    rule = make_rule("diloco").inside(optimizer)
+    plan = rule.plan(SyncPoint(0, (0.0,) * particles, (True,) * particles, total), {})
+    assert plan.factors == (expected,) * particles
+    assert plan.note == {"outer_lr": expected[0], "outer_momentum": expected[1]}
+
+
+def test_one_of_the_two_may_be_given():
+    point = SyncPoint(0, (0.0,) * 4, (True,) * 4, 1000)
+    assert make_rule("diloco", outer_lr=0.3).plan(point, {}).factors[0] == (0.3, 0.9)
+    assert make_rule("diloco", outer_momentum=0.2).plan(point, {}).factors[0] == (0.6, 0.2)
+    assert make_rule("diloco", outer_momentum=0.0).initial_state.keys() == {"anchor"}
+    assert make_rule("diloco").initial_state.keys() == {"anchor", "momentum"}
+
+
+def test_a_rule_is_made_for_an_optimizer_without_changing_the_first():
+    first = make_rule("diloco")
+    point = SyncPoint(0, (0.0,) * 2, (True,) * 2)
+    assert first.inside("MuonWithAuxAdam").plan(point, {}).factors[0] == (0.9, 0.8)
+    assert first.plan(point, {}).factors[0] == (0.6, 0.9)
