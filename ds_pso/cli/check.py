@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -172,6 +173,8 @@ def _cost(swarm: SwarmConfig, arguments: argparse.Namespace) -> ModelCost:
 
 
 def _count(model: str) -> int:
+    # Accelerate imports DeepSpeed, which says on stdout that it looks for a GPU. Nothing is computed here.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from ds_pso.export.meta_model import load_model_config, num_parameters, skeleton
 
     if model.startswith("llama:"):

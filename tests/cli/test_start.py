@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -38,6 +39,17 @@ def imported_by(arguments: list[str]) -> str:
 @pytest.mark.parametrize("arguments", COMMANDS.values(), ids=COMMANDS)
 def test_nothing_heavy_is_imported_and_nothing_warned_of(arguments: list[str]) -> None:
     assert imported_by(arguments) == ""
+
+
+def test_json_is_all_that_a_model_adds() -> None:
+    """It takes Accelerate, which imports DeepSpeed, which looks for a GPU and says so on stdout."""
+    environment = {key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"}
+    code = f"{START}; main(['check', {CONFIG!r}, '--model', 'llama:2x64', '--json'])"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert json.loads(done.stdout)["model"]["name"] == "llama:2x64"
 
 
 def test_nor_by_a_report(tmp_path: Path) -> None:
