@@ -30,7 +30,7 @@ from ds_pso.sampler import SwarmSampler
 from ds_pso.session import lr_schedule
 from ds_pso.session.attach import build_synchronizer, check_engine, take_filled_in
 from ds_pso.session.callbacks import own_callbacks
-from ds_pso.session.data_watch import share_out
+from ds_pso.session.data_watch import shard_training_data
 from ds_pso.session.ending import warn_at_end
 from ds_pso.session.engine_hooks import EngineHooks
 from ds_pso.session.session import Session
@@ -244,7 +244,7 @@ class Swarm:
         if synchronizer is not None:
             synchronizer.start(session.window, engine.global_steps)
         session.synchronizer, session.attached_engine = synchronizer, engine
-        share_out(session, engine, self.sampler)
+        shard_training_data(session, engine, self.sampler)
         session.callbacks[:0] = own_callbacks(session)
         self._hooks = EngineHooks(session, engine)
         if session.num_particles > 1:

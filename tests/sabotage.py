@@ -1145,7 +1145,7 @@ def leave_the_data_to_one_particle() -> None:
     """DeepSpeed's own loader is split over the ranks of a particle."""
     from ds_pso import swarm
 
-    swarm.share_out = do_nothing
+    swarm.shard_training_data = do_nothing
 
 
 @sabotage("integration/test_careless.py")

@@ -59,7 +59,7 @@ def _bytes_of(tensor: Tensor) -> bytes:
     return head.view(torch.uint8).numpy().tobytes() if head.numel() else b""
 
 
-def share_out(session: Session, engine: Any, make_sampler: Any) -> None:
+def shard_training_data(session: Session, engine: Any, make_sampler: Any) -> None:
     """Split the data that ``deepspeed.initialize`` was given over all ranks of the swarm.
 
     DeepSpeed splits ``training_data`` over the ranks of its own world, which is one particle: so all particles would
