@@ -466,9 +466,10 @@ def test_from_one_by_differences_closes_in_on_the_source(particles, form, group,
     unit = num_particles * BLOCK
     capacity = max(1, bucket_bytes // (4 * unit)) * unit
     padded = sum(numels) // capacity * capacity + -(-(sum(numels) % capacity) // unit) * unit
+    near = 0.03 if form == "int2" else 1e-6  # two bits take a fifth off the error each time, or more
     for particle, (seen, nbytes) in enumerate(results):
         for t in seen[-1]:
-            torch.testing.assert_close(t, torch.linspace(1, 2, t.numel()), rtol=0, atol=1e-6)
+            torch.testing.assert_close(t, torch.linspace(1, 2, t.numel()), rtol=0, atol=near)
         assert nbytes[0] == (find_format(form).nbytes(padded) if particle != sources[0] else 0)
 
 
