@@ -261,10 +261,10 @@ def save_and_fail(case: Case, folder: Path, where: str, background: bool) -> str
 @pytest.mark.parametrize(
     ("where", "text"),
     [
-        ("all ranks", "cannot write the checkpoint"),
         ("rank 3", "No space left on device"),
         ("leader, at the end", "Permission denied"),
-        ("no folder", "cannot write the checkpoint"),
+        pytest.param("all ranks", "cannot write the checkpoint", marks=pytest.mark.slow),
+        pytest.param("no folder", "cannot write the checkpoint", marks=pytest.mark.slow),
     ],
 )
 def test_a_save_that_fails_leaves_the_last_one(

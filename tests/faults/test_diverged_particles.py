@@ -78,7 +78,7 @@ def assert_sane(ranks: list[Any]) -> None:
 
 @pytest.mark.parametrize("sync_mode", RULES)
 @pytest.mark.parametrize(
-    ("stage", "mad"), slow_but([(2, 0), (3, 1)], product([0, 1, 2, 3], [0, 1])), ids=lambda value: f"{value}"
+    ("stage", "mad"), slow_but([(3, 1)], product([0, 1, 2, 3], [0, 1])), ids=lambda value: f"{value}"
 )
 def test_a_nan_loss(pool: Pool, stage: int, mad: int, sync_mode: str) -> None:
     """In pure fp32 at stage 0 the NaN reaches the weights, at the other stages the step is skipped."""

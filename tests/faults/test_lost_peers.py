@@ -126,8 +126,8 @@ def test_a_rank_lost_before_a_gathering_of_all(pool: Pool, lost: int, how: str) 
 @pytest.mark.parametrize(
     ("lost", "how"),
     [
-        *[(3, "stopped"), (0, "killed")],
-        *(pytest.param(*p, marks=pytest.mark.slow) for p in [(0, "stopped"), (3, "killed")]),
+        (3, "stopped"),
+        *(pytest.param(*p, marks=pytest.mark.slow) for p in [(0, "stopped"), (0, "killed"), (3, "killed")]),
     ],
 )
 def test_a_peer_lost_in_the_middle_of_an_exchange(pool: Pool, lost: int, how: str) -> None:
@@ -137,7 +137,8 @@ def test_a_peer_lost_in_the_middle_of_an_exchange(pool: Pool, lost: int, how: st
     assert_named(outcomes, lost, [(lost + 2) % 4])
 
 
-@pytest.mark.parametrize("how", ["killed", pytest.param("stopped", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["killed", "stopped"])
 def test_a_peer_lost_before_a_sync_point_in_the_background(pool: Pool, how: str) -> None:
     lost, silent = 3, (3,) if how == "stopped" else ()
     outcomes = pool.outcomes(lose_in_the_background, CASE, lost, how, timeout=LIMIT_S, silent=silent)

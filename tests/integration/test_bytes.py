@@ -46,7 +46,7 @@ SIZES = [
 
 @pytest.mark.parametrize(
     ("case", "size"),
-    slow_but(SIZES[::2] + SIZES[-1:], SIZES),
+    slow_but(SIZES[2::2], SIZES),
     ids=lambda value: str(value) if isinstance(value, int) else f"{value}-{value.particles}particles",
 )
 @pytest.mark.parametrize("sync_mode", slow_but(["local_sgd", "pso"], ["local_sgd", "diloco", "pso"]))

@@ -81,7 +81,7 @@ def test_each_rank_has_its_part_of_the_model_s_fragments(pool: Pool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stages", "size"), [((0, 1, 2, 3), 2), ((2,), 1), pytest.param((0, 1, 3), 1, marks=pytest.mark.slow)]
+    ("stages", "size"), [((0, 2, 3), 2), *(pytest.param(s, 1, marks=pytest.mark.slow) for s in [(2,), (0, 1, 3)])]
 )
 @pytest.mark.parametrize(
     "more", [{"delay": 3, "fragments": 3}, {"delay": 1, "fragments": 3, "streaming": True}], ids=str

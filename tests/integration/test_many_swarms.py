@@ -29,7 +29,8 @@ def lives(cases: list[Case]) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 3])
 def test_three_in_one_launch(pool: Pool, stage: int) -> None:
     cases = [replace(case, stage=stage) for case in JOBS.values()]
     together = pool.run(lives, cases)

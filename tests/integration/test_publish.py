@@ -74,7 +74,7 @@ def forward(case: Case, weights: Weights) -> np.ndarray:
     return model.to(case.dtype).eval()(x.to(case.dtype)).detach().float().numpy()
 
 
-@pytest.mark.parametrize("name", slow_but(list(CASES)[1::5], CASES))
+@pytest.mark.parametrize("name", slow_but(list(CASES)[1::8], CASES))
 def test_working_weights_are_the_cast_of_the_masters(pool: Pool, name: str) -> None:
     case = CASES[name].__class__(**{**vars(CASES[name]), "interval": 100})
     ranks = pool.run(around_a_sync, case)

@@ -166,7 +166,16 @@ def test_what_is_compared_there_is_not_the_mean(rule: str, particles: int) -> No
 
 @pytest.mark.parametrize(
     ("rule", "stage", "particles", "size"),
-    [("diloco", 3, 4, 1), ("pso-random", 1, 2, 1), ("swarm", 1, 3, 1), ("pso-ring", 3, 3, 2), ("pso-ring", 0, 3, 2)],
+    slow_but(
+        [("diloco", 3, 4, 1), ("pso-random", 1, 2, 1), ("pso-ring", 0, 3, 2)],
+        [
+            ("diloco", 3, 4, 1),
+            ("pso-random", 1, 2, 1),
+            ("swarm", 1, 3, 1),
+            ("pso-ring", 3, 3, 2),
+            ("pso-ring", 0, 3, 2),
+        ],
+    ),
 )
 def test_other_numbers_of_ranks(pool: Pool, rule: str, stage: int, particles: int, size: int) -> None:
     assert_truth(pool, replace(RULES_FOR_FOUR[rule], stage=stage, particles=particles), size)

@@ -221,7 +221,11 @@ TORCHRUN = """
 
 @pytest.mark.parametrize(
     ("how", "signals", "code", "requeued"),
-    [("saves", 1, 1, True), ("saves", 2, 1, True), ("done", 1, 0, False), ("fails", 0, 1, False)],
+    [
+        ("saves", 2, 1, True),
+        ("fails", 0, 1, False),
+        *(pytest.param(*p, marks=pytest.mark.slow) for p in [("saves", 1, 1, True), ("done", 1, 0, False)]),
+    ],
 )
 def test_slurm_requeues_what_was_asked_to_end(
     tmp_path: Path, how: str, signals: int, code: int, requeued: bool
