@@ -126,8 +126,8 @@ def cautions(engine: Engine) -> list[str]:
     if uses_muon(engine) and engine.gradient_clipping() > 0 and engine.zero_optimization_stage() > 0:
         found.append(
             f"gradient_clipping = {engine.gradient_clipping():g}: with Muon at ZeRO 1 to 3 DeepSpeed clips the update "
-            "that Newton-Schulz has made, whose norm says nothing of the gradients, and training nearly stands still; "
-            "set it to 0"
+            "that Newton-Schulz has made, whose norm says nothing of the gradients, so that steps are far shorter than "
+            "the learning rate says; set it to 0"
         )
     return found
 
