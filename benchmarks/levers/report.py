@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,17 @@ def write_report(size: str, results: Results) -> list[Path]:
         "",
         f"![Loss over bytes]({picture.name})",
         "",
-        f"Made by `python -m benchmarks.levers {size}` on {some.machine} with {some.versions}; {len(rows)} runs. A "
-        f"Llama of {some.parameters / 1e6:.2f} million parameters ({about.model}), {about.steps} steps of "
-        f"{PARTICLES} x {about.batch} sequences, P = {PARTICLES} simulated particles. Learning rates go up over 5 % "
-        "of the steps and down over the last 20 %; each setting has its own, the best of a grid by factors of two that "
-        "has worse ones at both sides, found on other held-out text than is reported. Loss is that of the mean "
-        "particle, in nats per token: mean +- standard deviation over the seeds. MB: what each particle receives in "
-        "the whole training. Gap: to the same inner optimizer with an all-reduce of gradients at every step.",
+        textwrap.fill(
+            f"Made by `python -m benchmarks.levers {size}` on {some.machine} with {some.versions}; {len(rows)} runs. A "
+            f"Llama of {some.parameters / 1e6:.2f} million parameters ({about.model}), {about.steps} steps of "
+            f"{PARTICLES} x {about.batch} sequences, P = {PARTICLES} simulated particles. Learning rates go up over 5 % "
+            "of the steps and down over the last 20 %; each setting has its own, the best of a grid by factors of two that "
+            "has worse ones at both sides, found on other held-out text than is reported. Loss is that of the mean "
+            "particle, in nats per token: mean +- standard deviation over the seeds. MB: what each particle receives in "
+            "the whole training. Gap: to the same inner optimizer with an all-reduce of gradients at every step.",
+            120,
+            break_on_hyphens=False,
+        ),
         "",
         CLAIMS.read_text(encoding="utf-8").strip(),
         "",
