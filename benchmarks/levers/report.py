@@ -32,24 +32,12 @@ def write_report(size: str, results: Results) -> list[Path]:
     if not known:
         return []
     page, picture = results.path.with_suffix(".md"), results.path.with_suffix(".png")
-    some = next(iter(rows.values()))
-    about = SIZES[size]
     lines = [
         f"# Levers: {size}",
         "",
         f"![Loss over bytes]({picture.name})",
         "",
-        textwrap.fill(
-            f"Made by `python -m benchmarks.levers {size}` on {some.machine} with {some.versions}; {len(rows)} runs. A "
-            f"Llama of {some.parameters / 1e6:.2f} million parameters ({about.model}), {about.steps} steps of "
-            f"{PARTICLES} x {about.batch} sequences, P = {PARTICLES} simulated particles. Learning rates go up over 5 % "
-            "of the steps and down over the last 20 %; each setting has its own, the best of a grid by factors of two that "
-            "has worse ones at both sides, found on other held-out text than is reported. Loss is that of the mean "
-            "particle, in nats per token: mean +- standard deviation over the seeds. MB: what each particle receives in "
-            "the whole training. Gap: to the same inner optimizer with an all-reduce of gradients at every step.",
-            120,
-            break_on_hyphens=False,
-        ),
+        textwrap.fill(_about(size, rows), 120, break_on_hyphens=False),
         "",
         CLAIMS.read_text(encoding="utf-8").strip(),
         "",
@@ -67,6 +55,20 @@ def write_report(size: str, results: Results) -> list[Path]:
     write_atomically(page, "\n".join(lines))
     _draw(known, rows, picture)
     return [page, picture]
+
+
+def _about(size: str, rows: Mapping[Run, Outcome]) -> str:
+    """Return how the rows were made, and what they mean."""
+    some, about = next(iter(rows.values())), SIZES[size]
+    return (
+        f"Made by `python -m benchmarks.levers {size}` on {some.machine} with {some.versions}; {len(rows)} runs. A "
+        f"Llama of {some.parameters / 1e6:.2f} million parameters ({about.model}), {about.steps} steps of "
+        f"{PARTICLES} x {about.batch} sequences, P = {PARTICLES} simulated particles. Learning rates go up over 5 % "
+        "of the steps and down over the last 20 %; each setting has its own, the best of a grid by factors of two that "
+        "has worse ones at both sides, found on other held-out text than is reported. Loss is that of the mean "
+        "particle, in nats per token: mean +- standard deviation over the seeds. MB: what each particle receives in "
+        "the whole training. Gap: to the same inner optimizer with an all-reduce of gradients at every step."
+    )
 
 
 def _row(setting: Setting, rows: Mapping[Run, Outcome]) -> str:
