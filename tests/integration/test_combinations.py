@@ -39,8 +39,9 @@ RULES: dict[str, dict[str, Any]] = {
     "swarm guarded": {},
     "line_search": {},
 }
-# How far a round may be from the plain one, where particles begin up to 0.1 apart.
-TOLERANCE = {"fp32": 1e-6, "bf16": 2e-3, "int8": 4e-3, "int4": 0.03, "e3m0": 0.03, "int2": 0.04}
+# How far a round may be from the plain one, where particles begin up to 0.1 apart: any weight; of int2, which cuts off
+# what lies far out, all of them (root mean square).
+TOLERANCE = {"fp32": 1e-6, "bf16": 2e-3, "int8": 4e-3, "int4": 0.03, "e3m0": 0.03, "int2": 0.012}
 
 keys = st.fixed_dictionaries(
     {
@@ -150,22 +151,30 @@ def bytes_of(numels: list[int], rule: str, particles: int, wire: str, bucket_mb:
     return total if rule == "pso" else 2 * (particles - 1) / particles * total
 
 
+def apart(some: np.ndarray, others: np.ndarray, wire: str) -> float:
+    """How far, as ``TOLERANCE`` counts it."""
+    off = some.astype(np.float64) - others
+    return float(np.sqrt(np.mean(off**2)) if wire == "int2" else np.abs(off).max())
+
+
 def check_weights(lives: list[Life], swarm: dict[str, Any], expected: list[Life]) -> None:
     """Against those of plain syncs, where these move everything and leave nothing with a particle."""
-    in_weights = swarm["residual"] == "weights" and swarm["wire"] != "fp32"
-    tolerance = TOLERANCE.get(swarm["wire"], 0.0) + (2e-3 if swarm["state_dtype"] == "bf16" else 0)
-    moved = max(np.abs(life.weights - life.begun).max() for life in lives)
+    wire = swarm["wire"]
+    in_weights = swarm["residual"] == "weights" and wire != "fp32"
+    tolerance = TOLERANCE.get(wire, 0.0) + (2e-3 if swarm["state_dtype"] == "bf16" else 0)
+    moved = max(apart(life.weights, life.begun, wire) for life in lives)
     assert moved > 1.3 * tolerance, "or it would not be seen if nothing had met"
-    if swarm["wire"] == "sparse":  # what it gives: test_sparse.py
+    if wire == "sparse":  # what it gives: test_sparse.py
         for life in lives:
             assert np.isfinite(life.weights).all()
-            assert in_weights or np.array_equal(life.weights, lives[0].weights)
+            if not in_weights:  # nor is what a delay adds to them rounded alike, where they begin apart
+                np.testing.assert_allclose(life.weights, lives[0].weights, rtol=0, atol=1e-7 if swarm["delay"] else 0)
     elif in_weights:  # in the mean of the particles nothing is lost
         mean = np.mean([life.weights for life in lives], axis=0)
-        np.testing.assert_allclose(mean, np.mean([other.weights for other in expected], axis=0), rtol=0, atol=tolerance)
+        assert apart(mean, np.mean([other.weights for other in expected], axis=0), wire) <= tolerance
     else:
         for life, other in zip(lives, expected, strict=True):
-            np.testing.assert_allclose(life.weights, other.weights, rtol=0, atol=tolerance)
+            assert apart(life.weights, other.weights, wire) <= tolerance
 
 
 @given(
