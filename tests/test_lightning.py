@@ -162,7 +162,8 @@ def test_a_fit(pool, tmp_path, size):
     assert (tmp_path / "model/model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
 def test_a_fit_goes_on_bit_for_bit(pool, tmp_path, size):
     """From a checkpoint in the middle of an epoch, with dropout, a rule that has state, and momentum."""
     whole = pool.run(fit, tmp_path / "whole", 2, "step", world_size=2 * size, timeout=120)

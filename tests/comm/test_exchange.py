@@ -436,7 +436,7 @@ def test_a_mean_that_may_be_thrown_away_leaves_no_trace(particles, form):
         assert differences.residual[0].eq(7).all()
 
 
-@relaxed
+@settings(relaxed, max_examples=15)
 @given(
     st.sampled_from(DENSE),
     st.integers(1, 4).flatmap(lambda p: st.lists(st.integers(0, p - 1), min_size=6, max_size=6).map(lambda s: (p, s))),

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from integration.jobs import Case, assert_equal, swarm_of, train, working_weights
 from pool import Pool
+from variants import slow_but
 
 from elastic.swarms import elastic, lighthouse, places
 
 CASES = [
     Case(seed=3, sync_mode="diloco"),
     Case(seed=3, interval=2, steps=6, swarm={"delay": 1}),
-    pytest.param(Case(seed=3, stage=3, sync_mode="pso"), marks=pytest.mark.slow),
+    Case(seed=3, stage=3, sync_mode="pso"),
 ]
 
 
@@ -27,7 +28,7 @@ def job(case: Case) -> Any:
         return working_weights(engine), records, engine.global_steps
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", slow_but(CASES[1:2], CASES), ids=str)
 def test_like_the_static_swarm(pool: Pool, case: Case) -> None:
     static = pool.run(job, case)
     with lighthouse() as url:

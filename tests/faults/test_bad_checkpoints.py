@@ -211,7 +211,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but(["rule", "particles", "turns", "stage", "model"], OTHERS))
+@pytest.mark.parametrize("name", slow_but(["rule", "particles", "model"], OTHERS))
 def test_a_checkpoint_of_another_swarm_is_refused(pool: Pool, good: Path, name: str) -> None:
     other = OTHERS[name]
     ranks = pool.run(try_to_load, other.case, [good], None, other.data, world_size=other.world_size)

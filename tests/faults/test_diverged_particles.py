@@ -76,7 +76,7 @@ def assert_sane(ranks: list[Any]) -> None:
                 assert np.isfinite(value).all(), name
 
 
-@pytest.mark.parametrize("sync_mode", RULES)
+@pytest.mark.parametrize("sync_mode", slow_but(["local_sgd", "pso"], RULES))
 @pytest.mark.parametrize(
     ("stage", "mad"), slow_but([(3, 1)], product([0, 1, 2, 3], [0, 1])), ids=lambda value: f"{value}"
 )

@@ -252,7 +252,8 @@ def stall(case: Case, stalled: int, for_s: float, folder: Path) -> Any:
         return records, working_weights(engine), data.state_dict()
 
 
-@pytest.mark.parametrize(("for_s", "left_out"), [(0.5, False), pytest.param(5.0, True, marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize(("for_s", "left_out"), [(0.5, False), (5.0, True)])
 def test_a_stalled_particle(pool: Pool, url: str, tmp_path: Path, for_s: float, left_out: bool) -> None:
     case = replace(CASE, steps=24)
     ranks = pool.run(stall, case, 1, for_s, tmp_path, world_size=3, env=places(url, 3, 1), timeout=LIMIT_S)

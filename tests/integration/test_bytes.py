@@ -46,7 +46,7 @@ SIZES = [
 
 @pytest.mark.parametrize(
     ("case", "size"),
-    slow_but(SIZES[2::2], SIZES),
+    slow_but(SIZES[2:5:2], SIZES),
     ids=lambda value: str(value) if isinstance(value, int) else f"{value}-{value.particles}particles",
 )
 @pytest.mark.parametrize("sync_mode", slow_but(["local_sgd", "pso"], ["local_sgd", "diloco", "pso"]))
@@ -102,7 +102,7 @@ def traffic_of_each(cases: list[Case], losses: list[tuple[float, ...]]) -> list[
 
 
 @pytest.mark.parametrize(
-    ("stage", "particles", "size"), slow_but([(2, 4, 1), (3, 2, 2)], [(0, 2, 2), (1, 2, 2), (2, 4, 1), (3, 2, 2)])
+    ("stage", "particles", "size"), slow_but([(2, 4, 1)], [(0, 2, 2), (1, 2, 2), (2, 4, 1), (3, 2, 2)])
 )
 def test_bytes_of_the_later_rules(pool: Pool, stage: int, particles: int, size: int) -> None:
     cases = [

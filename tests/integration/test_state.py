@@ -38,7 +38,7 @@ def weights_and_dtypes(cases: list[Case]) -> list[tuple[Weights, dict[str, torch
     return found
 
 
-@pytest.mark.parametrize(("stage", "particles"), slow_but([(0, 2), (3, 2)], [(0, 2), (2, 2), (3, 2), (2, 4)]))
+@pytest.mark.parametrize(("stage", "particles"), slow_but([(3, 2)], [(0, 2), (2, 2), (3, 2), (2, 4)]))
 def test_every_rule_that_keeps_a_movement(pool: Pool, stage: int, particles: int) -> None:
     """As in NumPy, which rounds it, too; but for a few elements that were just between two values of bf16."""
     cases = [replace(case, stage=stage, particles=particles) for case in CASES.values()]

@@ -25,7 +25,7 @@ TWO = {"streaming": True, "fragments": 2}
         pytest.param(0, 2, 4, 2, 2, marks=pytest.mark.slow),
         pytest.param(1, 2, 6, 1, 3, marks=pytest.mark.slow),
         pytest.param(2, 4, 4, 1, 2, marks=pytest.mark.slow),
-        (3, 2, 4, 2, 2),
+        pytest.param(3, 2, 4, 2, 2, marks=pytest.mark.slow),
         pytest.param(2, 2, 6, 2, 3, marks=pytest.mark.slow),
     ],
 )

@@ -198,7 +198,7 @@ ODD = [
 
 @pytest.mark.parametrize(
     "case",
-    slow_but(ODD[::2], ODD),
+    slow_but(ODD[::4], ODD),
     ids=lambda case: f"{case}-groups{case.groups}-accumulate{case.accumulate}",
 )
 def test_groups_buckets_and_micro_batches(pool: Pool, case: Case) -> None:
