@@ -134,6 +134,10 @@ def settles_on_one_mean(c: Combination) -> bool:
     return c.rule.ends_equal and c.rule.receives_the_mean and not c.rule.uses_probe
 
 
+def measures_matrices(c: Combination) -> bool:
+    return c.rule.keeps_lengths_from is not None
+
+
 def places_state(c: Combination) -> bool:
     return c.swarm.state_device != "auto"
 
@@ -256,6 +260,13 @@ EXCLUSIONS: list[Exclusion] = [
         'use "keep" or "reset", or a delay of 0',
     ),
     Exclusion(
+        delays,
+        measures_matrices,
+        'swarm.delay = {swarm.delay}: swarm.{swarm.sync_mode}.merge = "rda" measures whole matrices, and the ranks of '
+        "a particle that hold their parts are busy training",
+        'use "mean", or a delay of 0',
+    ),
+    Exclusion(
         cuts,
         lambda c: c.swarm.fragments > c.swarm.delay,
         "swarm.fragments = {swarm.fragments}: at most one is applied after each step of swarm.delay = {swarm.delay}",
@@ -283,6 +294,13 @@ EXCLUSIONS: list[Exclusion] = [
         'use "int4", or the sync_mode "local_sgd" or "diloco"',
     ),
     Exclusion(
+        sends_a_part,
+        measures_matrices,
+        'swarm.wire = "{swarm.wire}": swarm.{swarm.sync_mode}.merge = "rda" stretches what arrives to the length of '
+        "whole movements, and only a part of each arrives",
+        'use "int4", or the merge "mean"',
+    ),
+    Exclusion(
         leaves_residual_in_weights,
         lambda c: not compresses(c),
         'swarm.residual = "weights": the wire "fp32" withholds nothing',
@@ -294,6 +312,13 @@ EXCLUSIONS: list[Exclusion] = [
         'swarm.residual = "weights": with these options swarm.{swarm.sync_mode} does not end with the same weights on '
         "all particles, to which a residual could be added",
         'use "wire", or the sync_mode "local_sgd" or "diloco"',
+    ),
+    Exclusion(
+        leaves_residual_in_weights,
+        measures_matrices,
+        'swarm.residual = "weights": swarm.{swarm.sync_mode}.merge = "rda" changes how far each particle has moved '
+        "before it sends that, and what it did not send would be no part of its own movement",
+        'use "wire", or the merge "mean"',
     ),
     Exclusion(
         lambda c: c.swarm.residual_decay < 1,

@@ -227,6 +227,14 @@ class Rule(ABC):
         return False
 
     @property
+    def keeps_lengths_from(self) -> str | None:
+        """Name of the state tensor from which the particles moved, if a mean shall be as long as the movements are.
+
+        None: a plain mean, which is shorter. See ``ds_pso.sync.direction_mean``.
+        """
+        return None
+
+    @property
     def max_staleness(self) -> int | None:
         """If not None, particles do not wait for each other: see ``Plan.receive`` = "newest".
 

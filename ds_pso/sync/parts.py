@@ -16,6 +16,7 @@ from ds_pso.rules import Rule, SyncPoint
 from ds_pso.shards import Shards
 from ds_pso.shards.fragments import Fragment, cut
 from ds_pso.sync.assessment import Assessor, Pace, Probe
+from ds_pso.sync.direction_mean import DirectionMean, matrices
 from ds_pso.sync.health import USUAL, Limits
 from ds_pso.sync.schedule import Observed, Schedule
 from ds_pso.sync.update import Updater
@@ -120,7 +121,10 @@ class SyncParts:
             {name: offload.keep(value, rough=name in rule.rough_state) for name, value in found.items()}
             for found in (rule.init_state(offload.near(x)) for x in shards.tensors)
         ]
-        self.updater = Updater(exchange, rule, shards.segments, state, differences)
+        direction_mean = None
+        if rule.keeps_lengths_from is not None:
+            direction_mean = DirectionMean(exchange, world.local, shards.segments, matrices(shards))
+        self.updater = Updater(exchange, rule, shards.segments, state, differences, direction_mean)
         self.memories: list[Mapping[str, Any]] = [{}] * (options.fragments if options.streaming else 1)
         self.totals = SyncTotals()
         self.is_torn = False

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ds_pso.comm.compression import Differences
-from ds_pso.comm.exchange import Exchange, Piece
+from ds_pso.comm.exchange import Exchange, Piece, fill
 from ds_pso.errors import SwarmError
 from ds_pso.rules import Place, Plan, Rule
 from ds_pso.shards import Segment
 from ds_pso.shards.fragments import Fragment, segments_in, states_in
+from ds_pso.sync.direction_mean import DirectionMean
 from ds_pso.utils.chunks import chunk_numel
 from ds_pso.utils.offload import on_device
 
@@ -24,6 +25,7 @@ class Updater:
     Attributes:
         state: tensors like the shards, one dict for each of them.
         differences: what the wire keeps; None where weights travel as they are.
+        direction_mean: makes means as long as what they are the mean of; None: plain means.
     """
 
     def __init__(
@@ -33,18 +35,21 @@ class Updater:
         segments: Sequence[Segment],
         state: list[dict[str, Tensor]],
         differences: Differences | None,
+        direction_mean: DirectionMean | None = None,
     ) -> None:
         self.exchange = exchange
         self.rule = rule
         self.segments = segments
         self.state = state
         self.differences = differences
+        self.direction_mean = direction_mean
         self._squares: Tensor | None = None
         self._measures = False
         self._prepares = type(rule).before_exchange is not Rule.before_exchange
 
     def of(self, fragment: Fragment) -> Updater:
         """One for a fragment, whose ranges it takes for shards. Its state and differences are parts of these."""
+        assert self.direction_mean is None, "it is about whole matrices"
         differences = self.differences
         if differences is not None:
             differences = differences.of([(r.shard, slice(r.start, r.stop)) for r in fragment])
@@ -160,7 +165,7 @@ class Updater:
             return ((piece, piece.of(message[piece.tensor]).to(x)) for piece, x in self.exchange.from_self(shards))
         outgoing = shards if plan.send == "x" else [state[plan.send] for state in self.state]
         if plan.receive == "mean":
-            return self._mean(outgoing, plan)
+            return self._mean(outgoing, plan) if self.direction_mean is None else self._long_mean(outgoing, plan)
         if plan.receive == "one":
             return self._from_each(outgoing, plan.sources)
         return self.exchange.from_self(shards)
@@ -170,6 +175,17 @@ class Updater:
             return self.exchange.weighted_mean(outgoing, plan.weights)
         feedback = not plan.tentative
         return self.exchange.mean_by_differences(outgoing, plan.weights, self.differences, feedback=feedback)
+
+    def _long_mean(self, outgoing: Sequence[Tensor], plan: Plan) -> Iterator[tuple[Piece, Tensor]]:
+        """``_mean``, as long as what it is the mean of; that is known when all of it has come."""
+        assert self.direction_mean is not None
+        assert self.rule.keeps_lengths_from is not None
+        origin = [state[self.rule.keeps_lengths_from] for state in self.state]
+        lengths = self.direction_mean.equalise(outgoing, origin, plan.weights)
+        mean = [torch.empty_like(x) for x in outgoing]
+        fill(mean, self._mean(outgoing, plan))
+        self.direction_mean.stretch(mean, origin, lengths)
+        return self.exchange.from_self(mean)
 
     def _from_each(self, outgoing: Sequence[Tensor], sources: Sequence[int]) -> Iterator[tuple[Piece, Tensor]]:
         if self.differences is None:

@@ -219,6 +219,7 @@ BAD_OPTIONS = [
         ("diloco", "outer_lr", v, 'must be a number above 0, or "auto"')
         for v in (0, "0.7", math.nan, math.inf, None, True)
     ],
+    *[("diloco", "merge", value, "must be 'mean' or 'rda'") for value in ("max", None, 1)],
     *[
         ("diloco", "outer_momentum", value, 'must be a number of at least 0 and below 1, or "auto"')
         for value in (1, -0.1, True, "0.9", math.nan)
@@ -1013,3 +1014,19 @@ def test_what_an_elastic_swarm_cannot_do_is_refused(section, said):
     assert said in message_of({"swarm": {"transport": "elastic", **section}})
     section.pop("elastic", None)
     load(section)  # the static one can
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"delay": 1}, "swarm.delay = 1: swarm.diloco.merge"),
+        ({"wire": "sparse"}, 'swarm.wire = "sparse": swarm.diloco.merge'),
+        ({"wire": "int4", "residual": "weights"}, 'swarm.residual = "weights": swarm.diloco.merge'),
+    ],
+)
+def test_a_merge_that_needs_whole_movements_is_refused_where_there_are_none(section, said):
+    assert message_of({"swarm": {"sync_mode": "diloco", "diloco": {"merge": "rda"}, **section}}).startswith(
+        f"config: {said}"
+    )
+    load({"sync_mode": "diloco", **section})
+    load({"sync_mode": "diloco", "diloco": {"merge": "rda"}, "wire": "int4"})

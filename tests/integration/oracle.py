@@ -73,15 +73,23 @@ class Oracle:
 class DiLoCoOracle(Oracle):
     """a <- a - eta (g + mu u), u <- mu u + g, g = a - mean x."""
 
-    def begin(self, start: np.ndarray, outer_lr: float = 0.7, outer_momentum: float = 0.6) -> None:
+    def begin(self, start: np.ndarray, outer_lr: float = 0.7, outer_momentum: float = 0.6, merge: str = "mean") -> None:
         self.anchor, self.momentum = start, np.zeros_like(start)
-        self.eta, self.mu = outer_lr, outer_momentum
+        self.eta, self.mu, self.merge = outer_lr, outer_momentum, merge
 
     def round(self) -> None:
         self.momentum = in_bf16(self.momentum)
 
     def move(self, x: Particles, losses: list[float]) -> Particles:
-        gradient = self.anchor - np.mean(x, axis=0)
+        gradient = np.mean([self.anchor - own for own in x], axis=0)
+        if self.merge == "rda":
+            bounds = np.cumsum([0, *self.problem.sizes.values()])
+            for name, start, stop in zip(self.problem.sizes, bounds, bounds[1:], strict=False):
+                if name.endswith("weight") and "norm" not in name:
+                    parts = [(self.anchor - own)[start:stop] for own in x]
+                    direction = sum(part / np.linalg.norm(part) for part in parts)
+                    length = np.mean([np.linalg.norm(part) for part in parts])
+                    gradient[start:stop] = length * direction / np.linalg.norm(direction)
         self.momentum = self.mu * self.momentum + gradient
         self.anchor = self.anchor - self.eta * (gradient + self.mu * self.momentum)
         return [self.anchor.copy() for _ in x]
