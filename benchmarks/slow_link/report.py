@@ -17,13 +17,14 @@ from ds_pso.utils.atomic_io import write_atomically
 CLAIMS = Path(__file__).parent / "claims.md"
 GAIN = "100 Mbit/s"  # the link of the picture that the README shows, and what it shows there
 GAINS = {
-    "DeepSpeed ZeRO-2, every step": Run("DeepSpeed", interval=1),
+    "DeepSpeed ZeRO 2, every step": Run("DeepSpeed", interval=1),
     "torchft DiLoCo, every 8 steps": Run("torchft", "diloco", interval=8),
-    "ds_pso, every 8 steps": Run("ds_pso", interval=8),
-    "ds_pso, every 8 steps, int4, delay 2": Run("ds_pso", interval=8, wire="int4", delay=2),
     "torchft DiLoCo, every 32 steps": Run("torchft", "diloco"),
-    "ds_pso, every 32 steps": Run("ds_pso"),
-    "ds_pso, every 32 steps, int4, streaming": Run("ds_pso", wire="int4", delay=1, fragments=4),
+    "torchft DiLoCo, every 32 steps, delay 8": Run("torchft", "diloco", delay=8),
+    "ds_pso ZeRO 2, every 8 steps": Run("ds_pso", interval=8),
+    "ds_pso ZeRO 2, every 8 steps, int4, delay 2": Run("ds_pso", interval=8, wire="int4", delay=2),
+    "ds_pso ZeRO 0, every 8 steps, int4, delay 2": Run("ds_pso", interval=8, wire="int4", delay=2, stage=0),
+    "ds_pso ZeRO 2, every 32 steps, int4, streaming": Run("ds_pso", wire="int4", delay=1, fragments=4),
 }
 _COLOURS: dict[str, Any] = {"ds_pso": "C0", "torchft": "C1", "Accelerate": "C2", "DeepSpeed": "C3"}
 _TOKENS = 2 * MICRO_BATCH * SEQ_LENGTH  # of both ends, in a step
@@ -104,6 +105,11 @@ def shares(table: SlowLinkTable, name: str, bandwidth: str) -> list[float]:
     return [share for share in found if not math.isnan(share)]
 
 
+def tokens_per_s(table: SlowLinkTable, name: str, bandwidth: str) -> list[float]:
+    """Of both ends, one for each repetition."""
+    return [_TOKENS / row.step_s for run, row in table.rows.items() if (run.name, run.bandwidth) == (name, bandwidth)]
+
+
 def _grid(table: SlowLinkTable, value: Callable[[Run, Measured], float], spec: str) -> list[str]:
     talking = {run: row for run, row in table.rows.items() if run.talks}
     lines = [f"| | {' | '.join(BANDWIDTHS)} |", f"| --- |{' --- |' * len(BANDWIDTHS)}"]
@@ -160,15 +166,16 @@ def _draw_gain(table: SlowLinkTable, picture: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    found = {label: shares(table, run.name, GAIN) for label, run in GAINS.items()}
+    found = {label: tokens_per_s(table, run.name, GAIN) for label, run in GAINS.items()}
     if not all(found.values()):
         return
-    figure, panel = plt.subplots(figsize=(7.6, 2.9))
+    figure, panel = plt.subplots(figsize=(7.6, 3.1))
+    longest = max(max(values) for values in found.values())
     for y, (label, values) in enumerate(found.items()):
         panel.barh(y, median(values), color=_COLOURS[label.split()[0].strip(",")], height=0.72)
         panel.plot([min(values), max(values)], [y, y], color="0.2", lw=1)
-        panel.text(max(values) + 1.5, y, f"{median(values):.0f} %", va="center", fontsize=9)
-    panel.set(xlim=(0, 108), xlabel=f"share of the time that is left for training over {GAIN}, %")
+        panel.text(max(values) + 0.015 * longest, y, f"{median(values):,.0f}", va="center", fontsize=9)
+    panel.set(xlim=(0, 1.12 * longest), xlabel=f"tokens/s over {GAIN}, both ends")
     panel.set_yticks(range(len(found)), list(found), fontsize=9)
     panel.invert_yaxis()
     panel.spines[["top", "right"]].set_visible(False)
