@@ -54,7 +54,7 @@ def test_every_rule_of_a_table_is_run_with_every_seed_and_tuned_on_another(table
     assert all(cell.steps >= 1 and cell.seed < TUNING_SEED for cell in cells)
     for cell in cells:
         assert {replace(cell, seed=seed) for seed in SEEDS} <= set(cells)
-    if table not in ("optimizer_state", "slow_network"):
+    if table in ("papers", "transformers", "unequal"):
         assert {cell.rule for cell in cells} >= set(SYNCING)
     tuned = {cell.rate_key for cell in tuning_of(cells)}
     assert tuned == {cell.rate_key for cell in cells}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 from benchmarks.convergence.tasks import TASKS
 
@@ -20,13 +20,20 @@ SITUATIONS = {
     "shuffled_labels": "one particle sees random labels, or tokens in random order",
     "half_speed": "one particle makes one step where the others make two",
     "non_iid": "each particle has labels, or files, of its own",
-    "lr_spread": "learning rates from 1/4 to 4 times the tuned one",
+    "lr_spread": "learning rates from 1/4 to 4 times the usual one",
     "all_low": "all learning rates are 16 times too low",
     "all_high": "all learning rates are 8 times too high",
     "nan": "the weights of one particle become NaN in the middle",
 }
+# About learning rates: all rules start from one rate, that of COMMON, or the better tuned of two would win by it.
+RATE_SITUATIONS = ("high_lr", "lr_spread", "all_low", "all_high")
+COMMON = "local_sgd"
 # With one model in one optimizer, these say nothing, or nothing that "clean" does not say.
 NOT_FOR_ALLREDUCE = ("high_lr", "half_speed", "lr_spread")
+
+FAIRNESS = ("clean", "high_lr", "shuffled_labels", "lr_spread", "all_low")  # situations of the table of that name
+# Of a rule, what is not its default; by the name in the tables.
+VARIANTS: Mapping[str, Mapping[str, Any]] = {"guard only": {"lr_spread": 1.0}, "rates only": {"guard": False}}
 
 WIRES = ("fp32", "bf16", "int8", "int4")
 OPTIMIZER_STATES = ("keep", "average", "reset")
@@ -63,6 +70,9 @@ class Cell:
     streaming: bool = False
     drift: float = 0.0  # of an adaptive schedule; 0: a fixed one
     warmup: int = 0  # steps at each of which all sync
+    variant: str = ""  # of the rule: a key of VARIANTS
+    quarantine: bool = False  # whether a particle whose loss is far above the others' is left out
+    common: float = 0.0  # the learning rate, as a multiple of that of COMMON; 0: the rule has one of its own
 
     @property
     def num_worlds(self) -> int:
@@ -82,6 +92,8 @@ class Cell:
         steps = (
             _steps(self.task, particles, self.scale) if self.eval_every else self.steps * self.particles // particles
         )
+        if self.common or self.situation in RATE_SITUATIONS:
+            return self.task, COMMON, TUNING_INTERVAL, self.steps
         return self.task, self.rule, self.interval if self.interval <= 1 else TUNING_INTERVAL, steps
 
     def __str__(self) -> str:
@@ -95,6 +107,9 @@ class Cell:
         parts += ["streaming"] if self.streaming else []
         parts += [f"drift={self.drift:g}"] if self.drift else []
         parts += [f"warmup={self.warmup}"] if self.warmup else []
+        parts += [self.variant] if self.variant else []
+        parts += ["quarantine"] if self.quarantine else []
+        parts += [f"rate x {self.common:g}"] if self.common else []
         parts += [f"equal steps {self.steps}"] if self.eval_every else []
         parts += [f"lr={self.lr:g}"] if self.split == "validation" else []
         return " ".join([*parts, f"seed={self.seed}"])
@@ -148,7 +163,7 @@ def tuned_rates(scores: Mapping[Cell, float]) -> Rates:
 
 def with_rates(cells: Iterable[Cell], rates: Rates) -> list[Cell]:
     """The cells with their learning rates; those whose rate is not known keep 0."""
-    return [replace(cell, lr=rates.get(cell.rate_key, 0.0)) for cell in cells]
+    return [replace(cell, lr=rates.get(cell.rate_key, 0.0) * (cell.common or 1.0)) for cell in cells]
 
 
 def _tuning_particles(rule: str) -> int:
@@ -198,6 +213,16 @@ def _unequal(scale: float) -> Iterator[Cell]:
                     yield replace(cell, situation=situation)
 
 
+def _fairness(scale: float) -> Iterator[Cell]:
+    """The rules that help where particles are unequal, part by part, each at three rates that all have in common."""
+    rows = [("local_sgd", "", False), ("local_sgd", "", True), ("swarm", "", True)]
+    rows += [("swarm", variant, True) for variant in VARIANTS]
+    seeds = (*SEEDS, 4, 5)
+    for cell in _grid(("mnist",), (4,), (32,), scale, ("local_sgd",), 1 / 4, seeds):
+        for (rule, variant, quarantine), common, situation in product(rows, (0.5, 1.0, 2.0), FAIRNESS):
+            yield replace(cell, rule=rule, variant=variant, quarantine=quarantine, common=common, situation=situation)
+
+
 def _optimizer_state(scale: float) -> Iterator[Cell]:
     for cell in _grid(("gpt_small", "cifar10"), (4,), (32,), scale, ("local_sgd", "swarm")):
         for state in OPTIMIZER_STATES:
@@ -209,7 +234,7 @@ def _slow_network(scale: float) -> Iterator[Cell]:
     plain = [("fp32", n, 0) for n in (32, 16, 8, 4)]
     few_digits = [(wire, 32, 0) for wire in ("bf16", "int8", "int4")]
     equal_bytes = [("bf16", 16, 0), ("int8", 8, 0), ("int4", 4, 0)]
-    late = [("fp32", 32, d) for d in (4, 8, 16, 32)] + [("int4", 4, d) for d in (1, 2, 4)]
+    late = [("fp32", 32, d) for d in (4, 8, 16, 32)] + [("int4", 4, d) for d in (1, 2, 4)] + [("int4", 8, 2)]
     in_fragments = [("fp32", 32, 8, 4), ("fp32", 32, 16, 8), ("fp32", 32, 32, 8), ("int4", 4, 2, 2), ("int4", 4, 4, 4)]
     streaming = [("fp32", 32, d, 4) for d in (1, 4, 8)] + [("int4", 8, 2, 4), ("int4", 4, 1, 2), ("int4", 4, 1, 4)]
     for cell in _grid(("gpt_small",), (4,), (32,), scale, ("allreduce", "local_sgd")):
@@ -231,6 +256,7 @@ _TABLES = {
     "papers": _papers,
     "transformers": _transformers,
     "unequal": _unequal,
+    "fairness": _fairness,
     "optimizer_state": _optimizer_state,
     "slow_network": _slow_network,
 }

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.convergence.cells import OPTIMIZER_STATES, RULES, SITUATIONS, WIRES, Cell
+from benchmarks.convergence.cells import COMMON, OPTIMIZER_STATES, RULES, SITUATIONS, WIRES, Cell
 from benchmarks.convergence.results import Outcome
 from benchmarks.convergence.tasks import TASKS
 
@@ -120,7 +120,7 @@ def main_measure(task: str) -> tuple[Measure, str, str]:
 
 def condition(cell: Cell, table: str) -> str:
     """The column of a cell."""
-    if table == "unequal":
+    if table in ("unequal", "fairness"):
         return cell.situation
     if table == "optimizer_state":
         return cell.optimizer_state
@@ -128,6 +128,8 @@ def condition(cell: Cell, table: str) -> str:
 
 
 def _row(cell: Cell, table: str) -> str:
+    if table == "fairness":
+        return ", ".join([cell.rule, *filter(None, [cell.variant]), *([] if cell.quarantine else ["no quarantine"])])
     if table == "slow_network" and cell.rule != "allreduce":
         name = f"{cell.wire}, d = {cell.delay}"
         if cell.fragments > 1:
@@ -143,10 +145,11 @@ def _place(cell: Cell) -> tuple[float, ...]:
     return situation, state, cell.interval or math.inf
 
 
-def _row_place(cell: Cell) -> tuple[float, ...]:
+def _row_place(cell: Cell) -> tuple[float | str, ...]:
     """Sorts rows."""
     late = (cell.streaming, cell.delay, cell.fragments)
-    return RULES.index(cell.rule), WIRES.index(cell.wire), *late, cell.drift, cell.warmup
+    parts = (cell.quarantine, bool(cell.variant), cell.variant)
+    return RULES.index(cell.rule), WIRES.index(cell.wire), *late, cell.drift, cell.warmup, *parts
 
 
 # -- grids --------------------------------------------------------------------------------------
@@ -226,6 +229,8 @@ def grids_of(table: str, rows: Rows) -> Iterable[Grid]:
 
 def _titles(table: str, cell: Cell) -> list[str]:
     """The grids that a cell belongs to."""
+    if table == "fairness":
+        return [f"{cell.task}, {cell.common:g} times the tuned rate of {COMMON}"]
     if table != "papers":
         return [cell.task]
     if cell.eval_every:

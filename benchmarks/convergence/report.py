@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.convergence.cells import RULES, SITUATIONS
+from benchmarks.convergence.cells import COMMON, FAIRNESS, LR_FACTORS, RATE_SITUATIONS, RULES, SITUATIONS
 from benchmarks.convergence.grids import Grid, Rows, Stat, equal_steps_of, grids_of, main_measure
+from benchmarks.convergence.tasks import TASKS
 from ds_pso.utils.atomic_io import write_atomically
 
 CLAIMS = Path(__file__).parent / "claims"
@@ -39,7 +40,17 @@ _NOTES = {
         "All rules sync every 32 steps, but `allreduce` at every step. The particle in trouble is the same throughout.",
         "\n".join(f"- `{name}`: {meaning}" for name, meaning in SITUATIONS.items()),
         "Learning rates were chosen with all particles well, among five, a factor of two apart, for each task and rule "
-        "by the validation data and with seeds that are not among the table's (MNIST: three, the Llama: one).",
+        "by the validation data and with seeds that are not among the table's (MNIST: three, the Llama: one). In the "
+        f"situations that are about rates ({', '.join(RATE_SITUATIONS)}) all rules start from the same one, that of "
+        f"`{COMMON}`.",
+        _PROBE,
+    ],
+    "fairness": [
+        f"All rows of a grid have one base rate, the tuned one of `{COMMON}` times the number in the title. All sync "
+        "every 32 steps with P = 4, and leave out a particle whose loss is far above the others', as is the default, "
+        "but for those of `no quarantine`. `guard only` is `swarm` without learning rates of its own, `rates only` "
+        "without a guard.",
+        "\n".join(f"- `{name}`: {SITUATIONS[name]}" for name in FAIRNESS),
         _PROBE,
     ],
     "slow_network": [
@@ -71,6 +82,7 @@ def write_report(table: str, csv: Path, rows: Rows, num_cells: int, real: Rows) 
     page, picture = csv.with_suffix(".md"), csv.with_suffix(".png")
     lines = [f"# {csv.stem}", "", f"![The same as a picture]({picture.name})", "", *_head(table, rows, num_cells)]
     lines += [line for note in _NOTES[table] for line in (note, "")]
+    lines += _edges(rows)
     first: dict[str, Grid] = {}  # of each title
     for grid in [*grids, *extra]:
         if grid.title not in first:
@@ -101,6 +113,19 @@ def _head(table: str, rows: Rows, num_cells: int) -> list[str]:
     elif len(rows) < num_cells:
         lines += [f"**Not finished: {num_cells - len(rows)} of {num_cells} runs are missing.**", ""]
     return lines
+
+
+def _edges(rows: Rows) -> list[str]:
+    """Name the rows whose learning rate may not be the best, because none beyond it was tried."""
+    found: dict[str, dict[str, None]] = {}  # an ordered set of rules for each task
+    for cell in rows:
+        tried = [TASKS[cell.task].lr * factor for factor in LR_FACTORS]
+        if not cell.common and not min(tried) < cell.lr < max(tried):
+            found.setdefault(cell.task, {})[cell.rate_key[1]] = None
+    if not found:
+        return []
+    listed = "; ".join(f"{task}: {', '.join(f'`{rule}`' for rule in rules)}" for task, rules in found.items())
+    return [f"**No better rate was tried beyond the best one, at one end, of**: {listed}.", ""]
 
 
 def _confirmed(rows: Rows, real: Rows) -> list[str]:

@@ -13,7 +13,7 @@ import deepspeed
 import torch
 from torch.utils.data import BatchSampler
 
-from benchmarks.convergence.cells import Cell
+from benchmarks.convergence.cells import VARIANTS, Cell
 from benchmarks.convergence.data import Data, Split, load, take
 from benchmarks.convergence.results import Outcome
 from benchmarks.convergence.tasks import TASKS, Task
@@ -54,7 +54,9 @@ def config_of(cell: Cell, world_size: int, zero_stage: int) -> dict[str, Any]:
             "fragments": cell.fragments,
             "streaming": cell.streaming,
             "schedule": _schedule(cell),
-            "quarantine_loss": None,  # what the rules themselves do about unequal particles is the question here
+            # Without it: what the rules themselves do about unequal particles is the question.
+            **({} if cell.quarantine else {"quarantine_loss": None}),
+            **({cell.rule: dict(VARIANTS[cell.variant])} if cell.variant else {}),
         },
     }
 

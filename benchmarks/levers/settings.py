@@ -62,21 +62,40 @@ def _sparse(interval: int, residual: str, density: float = 1 / 64, **keys: Any) 
     return _local(interval, wire="sparse", residual=residual, sparse={"density": density}, **keys)
 
 
+def _diloco(interval: int, options: Mapping[str, Any], **keys: Any) -> dict[str, Any]:
+    return {"sync_mode": "diloco", "sync_interval": interval, "diloco": dict(options), **keys}
+
+
+_PLAIN_RDA = {"outer_lr": 1.0, "outer_momentum": 0.0, "merge": "rda"}
+
+
 _EVERY: dict[str, dict[str, Any]] = {
     "every step": {"sync_mode": "allreduce"},
     "fp32, n = 32": _local(32),
+    # The bytes of fp32 at n = 32.
     "int4, n = 4": _local(4, wire="int4"),
+    "int2, n = 2": _local(2, wire="int2"),
+    "sparse 1/32, n = 1, residual in weights": _sparse(1, "weights", 1 / 32),
+    # About 1/70 of the bytes of every step.
+    "int2, n = 5": _local(5, wire="int2"),
+    "int4, n = 9": _local(9, wire="int4"),
+    "int2, n = 5, outer step": _diloco(5, {}, wire="int2"),
+    "sparse 1/64, n = 1, residual in weights": _sparse(1, "weights"),
+    "sparse 1/64, n = 1": _sparse(1, "wire"),
+    # About 1/300.
+    "int2, n = 20": _local(20, wire="int2"),
     "sparse 1/64, n = 4": _sparse(4, "wire"),
     "sparse 1/64, n = 4, residual in weights": _sparse(4, "weights"),
-    "sparse 1/64, n = 1": _sparse(1, "wire"),
-    "sparse 1/64, n = 1, residual in weights": _sparse(1, "weights"),
     "sparse 1/256, n = 1, residual in weights": _sparse(1, "weights", 1 / 256),
+    # Others at n = 32, and what is lost where nothing is rounded.
+    "fp32, n = 32, RDA": _diloco(32, _PLAIN_RDA),
+    "fp32, n = 32, outer step": _diloco(32, {}),
+    "fp32, n = 32, moments averaged": _local(32, optimizer_state="average"),
+    "fp32, n = 1": _local(1),
+    "fp32, n = 4": _local(4),
 }
-SETTINGS = [
-    Setting(name, inner, section)
-    for inner in ("Muon", "AdamW")
-    for name, section in _EVERY.items()  # type: ignore[arg-type]
-]
+_INNER: tuple[Literal["AdamW", "Muon"], ...] = ("Muon", "AdamW")
+SETTINGS = [Setting(name, inner, section) for name, section in _EVERY.items() for inner in _INNER]
 FIRST_RATE = {"AdamW": 0.004, "Muon": 0.02}
 
 
