@@ -19,7 +19,6 @@ import torch
 from integration.spoiled import Evil, seal
 from pool import Pool
 from safetensors.torch import load_file
-from variants import slow_but
 
 from ds_pso.metrics.log import read_metrics
 
@@ -269,7 +268,8 @@ def train_with_sgd(folder: Path, mode: str, stream: bool) -> tuple[dict[str, np.
         return weights(trainer.model), data.epochs
 
 
-@pytest.mark.parametrize("stream", slow_but([True], [False, True]))
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", [False, True])
 def test_averaging_after_every_step_of_sgd_is_plain_data_parallel_training(
     pool: Pool, tmp_path: Path, stream: bool
 ) -> None:

@@ -155,6 +155,7 @@ def test_a_package_does_not_know_what_is_none_of_its_business(package, outsider)
             assert not [name for name in names_in(file) if f"{name}.".startswith(f"{outsider}.")], file
 
 
+@pytest.mark.slow
 def test_the_script_hides_no_module_of_others():
     """Its folder is the package, whose folders have names such as ``config``."""
     code = "import runpy, sys; runpy.run_path(sys.argv[1]); sys.exit(sys.argv[2] in sys.path)"

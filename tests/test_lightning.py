@@ -253,6 +253,7 @@ def run_page(folder: Path, script: str) -> None:
 
 
 @pytest.mark.skipif("lightning" not in NAMES, reason="the page imports it under this name")
+@pytest.mark.slow
 def test_the_script_of_the_page(pool, tmp_path):
     page = (Path(__file__).parents[1] / "docs/lightning.md").read_text(encoding="utf-8")
     (script,) = re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)

@@ -91,6 +91,7 @@ def run(command: list[str | Path], folder: Path) -> subprocess.CompletedProcess[
 # -- as python would --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_script_finds_what_python_would_give_it(tmp_path: Path):
     """In a true process, started elsewhere than where the script lies."""
     write(tmp_path / "inner" / "helper.py", "VALUE = 42\n")

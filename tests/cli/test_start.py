@@ -41,6 +41,7 @@ def test_nothing_heavy_is_imported_and_nothing_warned_of(arguments: list[str]) -
     assert imported_by(arguments) == ""
 
 
+@pytest.mark.slow
 def test_json_is_all_that_a_model_adds() -> None:
     """It takes Accelerate, which imports DeepSpeed, which looks for a GPU and says so on stdout."""
     environment = {key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"}
@@ -70,6 +71,7 @@ def test_a_missing_name_is_an_attribute_error() -> None:
         _ = ds_pso.Swram
 
 
+@pytest.mark.slow
 def test_a_name_is_a_function_whatever_was_imported_before() -> None:
     code = "from ds_pso.simulation import simulate_script; import ds_pso; assert callable(ds_pso.simulate)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -160,7 +160,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("tag", [None, STEP])
+@pytest.mark.parametrize("tag", slow_but([None], [None, STEP]))
 def test_damaged_checkpoints_are_refused(pool: Pool, good: Path, tmp_path: Path, tag: str | None) -> None:
     folders = []
     for number, (damage, _) in enumerate(DAMAGE.values()):

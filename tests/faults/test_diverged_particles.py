@@ -121,7 +121,7 @@ def test_nan_on_one_rank_is_the_whole_particle(pool: Pool) -> None:
 
 @pytest.mark.parametrize(
     ("sync_mode", "stage"),
-    slow_but([("pso", 0), ("local_sgd", 2), ("pso", 3)], product(["local_sgd", "pso"], [0, 1, 2, 3])),
+    slow_but([("local_sgd", 2)], product(["local_sgd", "pso"], [0, 1, 2, 3])),
 )
 def test_an_fp16_overflow(pool: Pool, stage: int, sync_mode: str) -> None:
     """The step is skipped, the loss is finite: the particle counts, with the weights it had."""

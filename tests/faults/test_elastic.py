@@ -364,6 +364,7 @@ def differ(case: Case) -> Any:
         return working_weights(engine)
 
 
+@pytest.mark.slow
 def test_another_model_is_sent_away(pool: Pool, url: str) -> None:
     outcomes = pool.outcomes(differ, CASE, world_size=3, env=places(url, 3, 1), timeout=LIMIT_S)
     assert outcomes[1].kind == "PeerError"

@@ -69,7 +69,7 @@ def test_best_particle(pool: Pool, losses: tuple[float, ...], best: int) -> None
 
 @pytest.mark.parametrize(
     ("sync_mode", "stage"),
-    slow_but([("diloco", 0), ("local_sgd", 2), ("diloco", 3)], product(["local_sgd", "diloco"], [0, 1, 2, 3])),
+    slow_but([("diloco", 3)], product(["local_sgd", "diloco"], [0, 1, 2, 3])),
 )
 def test_means_are_equal_bits_everywhere(pool: Pool, stage: int, sync_mode: str) -> None:
     ranks = pool.run(decisions, Case(stage=stage, sync_mode=sync_mode), None)

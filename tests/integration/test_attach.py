@@ -104,7 +104,7 @@ def attach_other_model(case: Case, what: str) -> None:
 @pytest.mark.parametrize(
     ("stage", "what"),
     slow_but(
-        [(0, "name"), (1, "groups"), (2, "buffer")],
+        [(1, "groups"), (2, "buffer")],
         [(0, "name"), (1, "groups"), (2, "shape"), (2, "name"), (2, "buffer"), (3, "shape")],
     ),
 )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pool import Pool
+from variants import slow_but
 
 from ds_pso.rules.base import Plan, SyncPoint
 from ds_pso.rules.local_sgd import LocalSGD
@@ -185,7 +186,7 @@ def dies_once(case: Case) -> Any:
     return [record["alive"] for record in records]
 
 
-@pytest.mark.parametrize("delay", [0, 2, 4])
+@pytest.mark.parametrize("delay", slow_but([2], [0, 2, 4]))
 def test_it_dies_only_once(pool: Pool, delay: int) -> None:
     """The losses of its dead weights, until the result is due, are not held against the new ones."""
     case = Case(steps=12, interval=4, swarm={"delay": delay, "total_steps": 12})

@@ -40,7 +40,7 @@ def numbers_of(layers: int, count: int) -> np.ndarray:
         pytest.param(1, 2, 3, 3, marks=pytest.mark.slow),
         pytest.param(2, 4, 2, 2, marks=pytest.mark.slow),
         pytest.param(3, 2, 3, 2, marks=pytest.mark.slow),
-        (2, 2, 3, 3),
+        pytest.param(2, 2, 3, 3, marks=pytest.mark.slow),
     ],
 )
 def test_every_rule_in_fragments(pool: Pool, stage: int, particles: int, delay: int, fragments: int) -> None:
@@ -84,7 +84,12 @@ def test_each_rank_has_its_part_of_the_model_s_fragments(pool: Pool) -> None:
     ("stages", "size"), [((0, 2, 3), 2), *(pytest.param(s, 1, marks=pytest.mark.slow) for s in [(2,), (0, 1, 3)])]
 )
 @pytest.mark.parametrize(
-    "more", [{"delay": 3, "fragments": 3}, {"delay": 1, "fragments": 3, "streaming": True}], ids=str
+    "more",
+    [
+        pytest.param({"delay": 3, "fragments": 3}, marks=pytest.mark.slow),
+        {"delay": 1, "fragments": 3, "streaming": True},
+    ],
+    ids=str,
 )
 def test_the_result_does_not_depend_on_sharding(
     pool: Pool, stages: tuple[int, ...], size: int, more: dict[str, Any]

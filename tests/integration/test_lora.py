@@ -34,7 +34,7 @@ def train_adapters(stage: int, base: Path, folder: Path) -> dict[str, Any]:
         return {"weights": working_weights(engine), "elements": elements, "bytes": swarm.total_bytes()}
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_exported_adapters_are_the_mean_of_the_particles(pool, tmp_path, stage):
     torch.manual_seed(7)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}

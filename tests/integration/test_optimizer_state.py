@@ -104,7 +104,7 @@ def overflow_from_the_start(case: Case) -> Any:
         return applied, optimizer_state(engine), swarm.totals.count
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", slow_but([3], [0, 1, 2, 3]))
 def test_a_particle_without_a_single_step_stops_nobody(pool: Pool, stage: int) -> None:
     """It has no moments yet, at some stages; the next sync point averages."""
     case = Case(stage=stage, precision="fp16", swarm={"optimizer_state": "average"})

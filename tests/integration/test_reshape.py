@@ -254,8 +254,10 @@ def check(pool: Pool, cases: list[Case], folder: Path, before: list[list[Rank]],
     "new",
     [
         (2, 3),
-        (1, 2),
-        *(pytest.param(shape, marks=pytest.mark.slow) for shape in [(4, 1), (2, 1), (3, 2), (1, 1), (1, 4), (3, 1)]),
+        *(
+            pytest.param(shape, marks=pytest.mark.slow)
+            for shape in [(1, 2), (4, 1), (2, 1), (3, 2), (1, 1), (1, 4), (3, 1)]
+        ),
     ],
     ids=str,
 )
@@ -275,6 +277,7 @@ def test_whatever_is_kept_goes_where_it_belongs(pool: Pool, more: Any, new: Shap
     check(pool, MORE, *more, (2, 2), new)
 
 
+@pytest.mark.slow
 def test_fragments_go_on_with_other_numbers_of_ranks(pool: Pool, tmp_path: Path) -> None:
     """At step 4 one of three has been applied, and the next is due; of streaming ones the second is on its way."""
     base = Case(layers=4, sync_mode="easgd", optimizer="SGD", momentum=0.5)
@@ -401,6 +404,7 @@ def other_models(stages: list[int], particles: int, folder: Path, save: bool) ->
     return found
 
 
+@pytest.mark.slow
 def test_parameters_that_are_frozen_or_tied(pool: Pool, tmp_path: Path) -> None:
     before = pool.run(other_models, [0, 2, 3], 2, tmp_path, True, timeout=120)
     for new in ((2, 1), (1, 3)):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pool import Pool
+from variants import slow_but
 
 from .jobs import Case, Weights, assert_equal, swarm_of, train, working_weights
 from .test_delay import RULES
@@ -67,7 +68,7 @@ def common_and_weights(case: Case) -> list[tuple[np.ndarray, Weights]]:
     return found
 
 
-@pytest.mark.parametrize("sync_mode", ["local_sgd", "easgd", "pso"])
+@pytest.mark.parametrize("sync_mode", slow_but(["local_sgd"], ["local_sgd", "easgd", "pso"]))
 def test_with_few_digits_all_know_the_same(pool: Pool, sync_mode: str) -> None:
     case = Case(sync_mode=sync_mode, steps=8, interval=4, swarm={**TWO, "delay": 2, "wire": "int4", "total_steps": 8})
     ranks = pool.run(common_and_weights, case, world_size=4)
@@ -146,7 +147,9 @@ def kinds(rank: Any) -> list[Any]:
 WELL, DEAD = (True, True), (True, False)
 
 
-@pytest.mark.parametrize(("sync_mode", "wire"), [("diloco", "fp32"), ("diloco", "int4"), ("pso", "int8")])
+@pytest.mark.parametrize(
+    ("sync_mode", "wire"), slow_but([("diloco", "int4")], [("diloco", "fp32"), ("diloco", "int4"), ("pso", "int8")])
+)
 def test_if_the_next_turn_comes_all_meet_and_nobody_twice(pool: Pool, sync_mode: str, wire: str) -> None:
     """With a delay of n / F, the step at which all sync in place of an abandoned turn is that of the next turn."""
     case = Case(sync_mode=sync_mode, steps=9, interval=4, swarm={**TWO, "delay": 2, "wire": wire})

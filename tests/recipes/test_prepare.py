@@ -435,6 +435,7 @@ def run_page(folder: Path, script: str) -> None:
     runpy.run_path(f"script_{os.environ['LOCAL_RANK']}.py", run_name="__main__")
 
 
+@pytest.mark.slow
 def test_the_script_of_the_page(pool, tmp_path):
     page = (Path(__file__).parents[2] / "docs/accelerate.md").read_text(encoding="utf-8")
     (script,) = re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)

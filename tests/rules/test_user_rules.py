@@ -314,6 +314,7 @@ def test_real_ranks_do_as_simulated_ones(pool: Pool, stage: int, size: int):
     assert any(np.any(real[0][name] != real[-1][name]) for name in real[0]), "a part of the way, not all of it"
 
 
+@pytest.mark.slow
 def test_it_starts_as_its_docstring_says(tmp_path: Path):
     """On PYTHONPATH, from a folder and with a script that know nothing of it."""
     section = {"particles": 3, "sync_mode": OWN, "sync_interval": 2, OWN: {"part": 0.5}}
