@@ -139,6 +139,32 @@ def agree_on_nothing() -> None:
     Updater._settle = do_nothing
 
 
+@sabotage("integration/test_truth.py")
+def leave_the_mean_short() -> None:
+    """RDA does not stretch the mean."""
+    from ds_pso.sync.direction_mean import DirectionMean
+
+    DirectionMean.stretch = do_nothing
+
+
+@sabotage("integration/test_truth.py")
+def measure_a_part() -> None:
+    """RDA takes the part of a matrix that lies on this rank for the whole."""
+    from ds_pso.sync.direction_mean import DirectionMean
+
+    real = DirectionMean.__init__
+
+    def init(self: Any, *arguments: Any) -> None:
+        real(self, *arguments)
+        self._local = Alone()
+
+    class Alone:
+        def gather(self, values: Any) -> Any:
+            return [list(values)]
+
+    DirectionMean.__init__ = init
+
+
 @sabotage("integration/test_sparse_ranks.py")
 def send_the_first() -> None:
     """Not the largest elements of a chunk are sent, but the first ones."""
