@@ -43,8 +43,8 @@ FORMATS: dict[str, FormatEntry] = {
     "bf16": FormatEntry("ds_pso.comm.compression.bfloat16:BF16", 2.0),
     "int8": FormatEntry("ds_pso.comm.compression.integers:INT8", 1 + 4 / BLOCK),
     "int4": FormatEntry("ds_pso.comm.compression.integers:INT4", 1 / 2 + 4 / BLOCK),
-    "e3m0": FormatEntry("ds_pso.comm.compression.powers:E3M0", 1 / 2 + 4 / BLOCK),
-    "int2": FormatEntry("ds_pso.comm.compression.statistical:INT2", 1 / 4 + 4 / BLOCK),
+    "e3m0": FormatEntry("ds_pso.comm.compression.e3m0:E3M0", 1 / 2 + 4 / BLOCK),
+    "int2": FormatEntry("ds_pso.comm.compression.int2:INT2", 1 / 4 + 4 / BLOCK),
     "sparse": FormatEntry(
         "ds_pso.comm.compression.sparse:Sparse", lambda o: o.bytes_per_element, SparseOptions, is_partial=True
     ),
