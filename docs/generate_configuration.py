@@ -6,8 +6,10 @@ With ``--check`` it changes nothing and exits with 1 when the page is out of dat
 from __future__ import annotations
 
 import json
+import re
 import sys
 import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,19 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ds_pso.comm.compression import wire_names, wire_options
+from ds_pso.config.checks import EXCLUSIONS
+from ds_pso.config.load import load_config
 from ds_pso.config.presets import sync_modes
 from ds_pso.config.schema import SwarmConfig
 from ds_pso.distributed.transports import TRANSPORTS
 from ds_pso.elastic.config import ElasticConfig
+from ds_pso.errors import ConfigError
 from ds_pso.rules import RULES
 from ds_pso.sync.schedule import ScheduleConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
 BEGIN, END = "<!-- begin generated -->\n", "<!-- end generated -->\n"
+_GAP = re.compile(r"\{[^}]*\}")  # in a message
 _SIGNS = {Ge: ("ge", "at least"), Gt: ("gt", "above"), Le: ("le", "at most"), Lt: ("lt", "below")}
 # What the type of a field does not say, because a validator checks it.
 _BY_VALIDATOR = {
@@ -48,6 +54,7 @@ def tables() -> str:
         parts.append(_table(rule.Config) if rule.Config.model_fields else "No options.\n")
     for name, options in wire_options().items():
         parts += [f"### `swarm.{name}`\n", _table(options)]
+    parts += ["### What goes with what\n", combinations()]
     return "\n".join(parts)
 
 
@@ -73,6 +80,89 @@ def _allowed(key: str, field: FieldInfo) -> str:
         if isinstance(item, kind)
     ]
     return ", ".join([kinds[kind], *([" and ".join(bounds)] if bounds else [])]) + (" or `null`" if nothing else "")
+
+
+# -- what goes with what --------------------------------------------------------------------
+
+_RULES: dict[str, dict[str, Any]] = {
+    "local_sgd": {},
+    "diloco": {},
+    "diloco, rda": {"diloco": {"merge": "rda"}},
+    "easgd": {},
+    "nosync": {"total_steps": 6400},
+    "nosync, asynchronous": {"total_steps": 6400, "nosync": {"asynchronous": True}},
+    "pso": {},
+    "pso, ring": {"pso": {"topology": "ring"}},
+    "swarm": {},
+    "swarm, no guard, equal rates": {"swarm": {"guard": False, "lr_spread": 1}},
+    "line_search": {},
+}
+_FEATURES: dict[str, dict[str, Any]] = {
+    '`wire` `"bf16"`, `"int8"`, `"int4"`, `"e3m0"`, `"int2"`': {"wire": "int4"},
+    '`wire` `"sparse"`': {"wire": "sparse"},
+    '`residual` `"weights"`': {"wire": "int4", "residual": "weights"},
+    "`delay`": {"delay": 8},
+    "`delay`, `fragments`": {"delay": 8, "fragments": 4},
+    "`streaming`": {"delay": 8, "fragments": 4, "streaming": True},
+    "`schedule` that varies": {"schedule": {"type": "adaptive", "min_interval": 8}},
+    '`optimizer_state` `"average"`': {"optimizer_state": "average"},
+    '`optimizer_state` `"reset"`': {"optimizer_state": "reset"},
+    '`fitness` `"probe"`': {"fitness": "probe"},
+    '`transport` `"elastic"`': {"transport": "elastic"},
+}
+
+
+def _family(feature: Mapping[str, Any]) -> str:
+    """The key that two features of a kind share; they exclude, or include, one another by what they are."""
+    return next(iter(feature))
+
+
+def combinations() -> str:
+    """Two tables: features under each rule, and features with one another under ``local_sgd``; and the reasons."""
+    numbers: dict[int, int] = {}  # of a row of EXCLUSIONS -> in the list of reasons
+
+    def cell(*sections: Mapping[str, Any]) -> str:
+        row = _refused(sections)
+        return "yes" if row is None else f"no, {numbers.setdefault(row, len(numbers) + 1)}"
+
+    lines = ["Each cell is the answer of the code that checks a config; its number is that of the reason below.", ""]
+    lines += [f"| | {' | '.join(f'`{rule}`' for rule in _RULES)} |", "| --- |" + " --- |" * len(_RULES)]
+    for name, feature in _FEATURES.items():
+        cells = [cell({"sync_mode": rule.split(",")[0]}, keys, feature) for rule, keys in _RULES.items()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", "And with one another, with `local_sgd`:", ""]
+    lines += [f"| | {' | '.join(_FEATURES)} |", "| --- |" + " --- |" * len(_FEATURES)]
+    for name, feature in _FEATURES.items():
+        cells = [
+            "" if _family(other) == _family(feature) else cell({"sync_mode": "local_sgd"}, feature, other)
+            for other in _FEATURES.values()
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", "Why not:", ""]
+    lines += [f"{number}. {_in_words(EXCLUSIONS[row].message)}" for row, number in numbers.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _refused(sections: Sequence[Mapping[str, Any]]) -> int | None:
+    """The row of EXCLUSIONS that refuses these keys together; None if they are allowed."""
+    keys: dict[str, Any] = {"particles": 4}
+    for section in sections:
+        keys |= section
+    try:
+        load_config({"swarm": keys})
+    except ConfigError as error:
+        said = str(error).removeprefix("config: ")
+        return next(i for i, row in enumerate(EXCLUSIONS) if re.fullmatch(_pattern(row.message), said))
+    return None
+
+
+def _pattern(message: str) -> str:
+    """A regular expression for a message with its gaps filled in."""
+    return ".*".join(map(re.escape, _GAP.split(message)))
+
+
+def _in_words(message: str) -> str:
+    return _GAP.sub("…", message)
 
 
 def updated(page: str) -> str:
