@@ -44,11 +44,13 @@ class Setting:
         name: what is compared.
         inner: optimizer of the particles.
         section: keys of ``swarm``, beside ``particles``.
+        pull: after each step, what part of the way every particle goes back to the last common weights; see ``train``.
     """
 
     name: str
     inner: Literal["AdamW", "Muon"]
     section: Mapping[str, Any] = field(default_factory=dict)
+    pull: float = 0.0
 
     def __str__(self) -> str:
         return f"{self.inner}: {self.name}"
@@ -91,11 +93,13 @@ _EVERY: dict[str, dict[str, Any]] = {
     "fp32, n = 32, RDA": _diloco(32, _PLAIN_RDA),
     "fp32, n = 32, outer step": _diloco(32, {}),
     "fp32, n = 32, moments averaged": _local(32, optimizer_state="average"),
+    "fp32, n = 11": _local(11),  # the bytes of the row above
     "fp32, n = 1": _local(1),
     "fp32, n = 4": _local(4),
 }
 _INNER: tuple[Literal["AdamW", "Muon"], ...] = ("Muon", "AdamW")
 SETTINGS = [Setting(name, inner, section) for name, section in _EVERY.items() for inner in _INNER]
+SETTINGS += [Setting("fp32, n = 32, pull 1/100 a step", inner, _local(32), pull=0.01) for inner in _INNER]
 FIRST_RATE = {"AdamW": 0.004, "Muon": 0.02}
 
 

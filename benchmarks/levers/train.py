@@ -18,6 +18,7 @@ from benchmarks.levers.settings import HELD_OUT, PARTICLES, SEQ_LENGTH, VOCABULA
 from benchmarks.table import machine, versions
 from ds_pso import Swarm
 from ds_pso.errors import ConfigError
+from ds_pso.shards import find_shards
 from ds_pso.training.model import build_model, causal_loss
 from ds_pso.training.text import Blocks, Corpus, load_corpus
 
@@ -51,7 +52,7 @@ def config_of(size: Size, setting: Setting, lr: float) -> dict[str, Any]:
 
 def simulate(size: Size, setting: Setting, run: Run) -> Outcome:
     """Train and evaluate."""
-    return ds_pso.simulate(config_of(size, setting, run.lr), lambda swarm: _train(swarm, size, run))[0]
+    return ds_pso.simulate(config_of(size, setting, run.lr), lambda swarm: _train(swarm, size, setting, run))[0]
 
 
 def load(swarm: Swarm, size: Size) -> Corpus:
@@ -60,7 +61,27 @@ def load(swarm: Swarm, size: Size) -> Corpus:
     return load_corpus(swarm, size.text, CACHE / name, SEQ_LENGTH, vocabulary=VOCABULARY)
 
 
-def _train(swarm: Swarm, size: Size, run: Run) -> Outcome:
+class _Pull:
+    """Draws a particle back to the last common weights, at every step and without a byte.
+
+    Source: the pull of PALSGD, arXiv 2504.18454, on average: there it replaces some gradient steps, at random.
+    """
+
+    def __init__(self, swarm: Swarm, engine: Any, part: float) -> None:
+        self._shards, self._part = find_shards(engine), part
+        self._remember()
+        swarm.on_sync(lambda _: self._remember())
+
+    def _remember(self) -> None:
+        self._common = [t.clone() for t in self._shards.tensors]
+
+    def __call__(self) -> None:
+        for x, common in zip(self._shards.tensors, self._common, strict=True):
+            x.lerp_(common, self._part)
+        self._shards.publish()
+
+
+def _train(swarm: Swarm, size: Size, setting: Setting, run: Run) -> Outcome:
     begin = time.perf_counter()
     corpus = load(swarm, size)
     torch.manual_seed(run.seed)
@@ -68,6 +89,7 @@ def _train(swarm: Swarm, size: Size, run: Run) -> Outcome:
     parameters = sum(p.numel() for p in model.parameters())
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=swarm.ds_config)
     engine = swarm.attach(engine)
+    pull = _Pull(swarm, engine, setting.pull) if setting.pull else None
     batch = engine.train_micro_batch_size_per_gpu()
     batches = BatchSampler(swarm.sampler(corpus.train, seed=run.seed), batch, drop_last=True)
     step = 0
@@ -76,6 +98,8 @@ def _train(swarm: Swarm, size: Size, run: Run) -> Outcome:
             loss = causal_loss(engine, _stack(corpus.train, rows))
             engine.backward(loss)
             engine.step()
+            if pull is not None:
+                pull()
             step += 1
             if step == size.steps:
                 break
@@ -92,7 +116,8 @@ def _train(swarm: Swarm, size: Size, run: Run) -> Outcome:
     except ConfigError:  # no particle has finite weights
         found = [math.nan, math.nan]
     return Outcome(
-        *found,
+        validation_loss=found[0],
+        loss=found[1],
         megabytes=received / 1e6,
         parameters=parameters,
         seconds=time.perf_counter() - begin,
