@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from ds_pso.cli.arguments import Subcommands, add_subcommand, check_at_least, quantity
+from ds_pso.cli.model_size import count_parameters
 from ds_pso.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def _cost(swarm: SwarmConfig, arguments: argparse.Namespace) -> ModelCost:
 
     name, parameters = arguments.model, arguments.parameters
     if parameters is None:
-        parameters = _count(name)
+        parameters = count_parameters(name)
     particles = swarm.particles if arguments.particles is None else arguments.particles
     if particles == "node":
         raise ConfigError('swarm.particles = "node": how many there will be is not known here; give --particles')
@@ -170,19 +170,6 @@ def _cost(swarm: SwarmConfig, arguments: argparse.Namespace) -> ModelCost:
     received = 1e6 * sync_cost(cluster, swarm).megabytes
     traffic = SyncTraffic(received, received / arguments.ranks)
     return ModelCost(name, parameters, particles, arguments.ranks, memory(cluster, swarm), traffic)
-
-
-def _count(model: str) -> int:
-    # Accelerate imports DeepSpeed, which says on stdout that it looks for a GPU. Nothing is computed here.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from ds_pso.export.meta_model import load_model_config, num_parameters, skeleton
-
-    if model.startswith("llama:"):
-        from ds_pso.training.model import llama_config
-        from ds_pso.training.text import VOCABULARY
-
-        return num_parameters(skeleton(llama_config(model, VOCABULARY)))
-    return num_parameters(skeleton(load_model_config(model)))
 
 
 def _text(found: Findings) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ds_pso.errors import ConfigError
 from ds_pso.swarm import Swarm
-from ds_pso.training.arguments import parse_llama
+from ds_pso.training.llama import llama_sizes
 from ds_pso.training.text import Blocks
 
 if TYPE_CHECKING:
@@ -77,14 +77,8 @@ def llama_config(model: str, vocabulary: int, seq_length: int = 0, end_of_text: 
     """Return the ``transformers`` config of ``llama:<layers>x<width>``."""
     from transformers import LlamaConfig
 
-    layers, width = parse_llama(model)
     return LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=width * 8 // 3 // 32 * 32,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 32,
-        num_key_value_heads=width // 32,
+        **llama_sizes(model, vocabulary),
         max_position_embeddings=max(2048, seq_length),
         tie_word_embeddings=True,
         bos_token_id=end_of_text,

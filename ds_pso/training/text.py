@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from ds_pso.errors import ConfigError
 from ds_pso.swarm import Swarm
+from ds_pso.training.llama import VOCABULARY
 from ds_pso.utils.atomic_io import open_atomically, write_atomically
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VOCABULARY = 4096  # of the tokenizer that is trained when the model brings none
 END_OF_TEXT = "<|endoftext|>"
 _HELD_OUT = 20  # one document in this many is held out
 _TEXT_SUFFIXES = {".txt", ".md", ".py", ".rst", ".text"}
