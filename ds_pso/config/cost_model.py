@@ -67,6 +67,16 @@ class SyncCost:
         training = self.interval / self.turns * self.step_s
         return training / (training + self.held_up_s)
 
+    @property
+    def seconds_per_step(self) -> float:
+        """Seconds of an optimizer step, with its part of the sync points."""
+        return self.step_s / self.compute_share
+
+    @property
+    def bytes_per_step(self) -> float:
+        """Bytes into each particle, spread over the optimizer steps."""
+        return 1e6 * self.megabytes * self.turns / self.interval
+
     def interval_for(self, share: float) -> int:
         """Return the smallest interval with this compute share."""
         least = self.held_up_s * share / ((1 - share) * self.step_s)
