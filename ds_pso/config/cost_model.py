@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ds_pso.comm.compression import UNCOMPRESSED, bytes_per_element, is_partial, mean_bytes, wire_names
-from ds_pso.config.load import is_allowed
+from ds_pso.comm.compression import UNCOMPRESSED, bytes_per_element, is_partial, mean_bytes
 from ds_pso.config.schema import SwarmConfig
 from ds_pso.rules import Rule, RuleMemory, SyncPoint
-from ds_pso.sync.schedule import ScheduleConfig
-from ds_pso.utils.units import as_bit_rate, as_bytes
 
 _MESSAGES_OF_A_SYNC = 5  # one after the other: the barrier, losses, distances
 
@@ -188,63 +184,3 @@ def _exchanges(rule: Rule, num_particles: int, steps: int) -> list[tuple[str, tu
             found.append(step)
         memory = step.memory
     return [(step.receive, step.sources) for step in found if step.receive != "nothing"]
-
-
-def synchronous(cluster: Cluster, ds_config: Mapping[str, object]) -> SyncCost:
-    """Compute the cost of plain data parallel training over the same link: all gradients at every step."""
-    sections = [ds_config.get(key) for key in ("bf16", "fp16")]
-    half = any(section.get("enabled") for section in sections if isinstance(section, Mapping))
-    P = cluster.particles
-    nbytes = 2 * (2 if half else 4) * cluster.parameters * (P - 1) / P
-    return SyncCost(
-        "gradients",
-        interval=1,
-        delay=0,
-        megabytes=nbytes / 1e6,
-        transfer_s=8 * nbytes / cluster.bandwidth,
-        latency_s=2 * (P - 1) * cluster.latency_s,
-        step_s=cluster.step_s,
-    )
-
-
-def describe(cluster: Cluster, ds_config: Mapping[str, object], swarm: SwarmConfig, share: float) -> str:
-    """Return the text that ``ds-pso plan`` prints."""
-    now, every_step, percent = sync_cost(cluster, swarm), synchronous(cluster, ds_config), f"{100 * share:g} %"
-    needed = memory(cluster, swarm)
-    to_sync = as_bytes(needed.pending + needed.exchange)
-    at_first = "" if swarm.schedule.type == "fixed" else " at first"
-    in_turns = "" if swarm.turns == 1 else f", 1/{swarm.turns} of the model every {now.interval // swarm.turns}"
-    plain = swarm.model_copy(update={"state_device": "auto", "state_dtype": "fp32"})  # which change no bytes
-    wires = [wire for wire in wire_names() if is_allowed(ds_config, plain, wire=wire)]
-    lines = [
-        f"{cluster.particles} particles of {cluster.ranks}, {cluster.parameters / 1e6:g} M parameters, "
-        f"{cluster.step_s:g} s a step, {as_bit_rate(cluster.bandwidth)} into each particle",
-        "",
-        f"{swarm.sync_mode} every {now.interval} steps{at_first}{in_turns}, wire {now.wire}, delay {now.delay}:",
-        f"  {now.megabytes:.3g} MB into each particle at a sync point, in {now.exchange_s:.3g} s; "
-        f"training stands still for {now.held_up_s:.3g} s",
-        f"  compute share {100 * now.compute_share:.1f} %; {percent} {_enough(now, cluster, share)}",
-        f"  {as_bytes(needed.kept)} of memory on each rank, and {to_sync} more during a sync",
-        f"plain data parallel training, at least {every_step.megabytes:.3g} MB at every step:",
-        f"  compute share {100 * every_step.compute_share:.1f} %; {percent} {_enough(every_step, cluster, share)}",
-        "",
-        f"{'wire':8}{'MB':>10}{'seconds':>10}{'interval':>11}{'or delay':>11}   for {percent}",
-    ]
-    for row in (sync_cost(cluster, swarm, wire) for wire in wires):
-        delay = row.delay_for(share)
-        if swarm.streaming:
-            delay = max(1, delay)
-        pieces = {} if swarm.streaming else {"fragments": 1}
-        fits = is_allowed(ds_config, plain, wire=row.wire, delay=delay, schedule=ScheduleConfig(), **pieces)
-        lines.append(
-            f"{row.wire:8}{row.megabytes:>10.3g}{row.exchange_s:>10.3g}{row.interval_for(share):>11}"
-            f"{delay if fits else '-':>11}"
-        )
-    return "\n".join(lines)
-
-
-def _enough(found: SyncCost, cluster: Cluster, share: float) -> str:
-    slowdown = found.slowdown_for(share)
-    if slowdown == 0:
-        return "is out of reach: latency alone is too much"
-    return "takes " + as_bit_rate(cluster.bandwidth / slowdown)

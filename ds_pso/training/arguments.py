@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ds_pso.errors import ConfigError
 
@@ -93,10 +93,16 @@ def read_deepspeed_config(path: str | None, world_size: int) -> str | Mapping[st
     """Return the path as given, or the built-in config with a number of particles that fits the world."""
     if path is not None:
         return path
-    text = resources.files("ds_pso.training").joinpath("default_config.json").read_text(encoding="utf-8")
-    config = json.loads(text)
+    config = built_in_config()
     if world_size % config["swarm"]["particles"]:
         config["swarm"]["particles"] = world_size
+    return config
+
+
+def built_in_config() -> dict[str, Any]:
+    """Return the DeepSpeed config of ``train.py`` without ``--deepspeed_config``."""
+    text = resources.files("ds_pso.training").joinpath("default_config.json").read_text(encoding="utf-8")
+    config: dict[str, Any] = json.loads(text)
     return config
 
 

@@ -26,7 +26,7 @@ def run(body: Callable[[], int | None]) -> int:
     """Run a script's body, and return its exit code; errors that ds_pso foresaw become one line and 1."""
     is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"  # of each node: a file may be missing on one only
     if not torch.cuda.is_available():
-        _settle_on_cpu()
+        settle_on_cpu()
     _quieten()
     try:
         return body() or 0
@@ -36,7 +36,7 @@ def run(body: Callable[[], int | None]) -> int:
         return 1
 
 
-def _settle_on_cpu() -> None:
+def settle_on_cpu() -> None:
     """Let ranks on one machine share its cores instead of each taking all, and need no compiler."""
     if "OMP_NUM_THREADS" not in os.environ:
         world_size = os.environ.get("WORLD_SIZE", "1")

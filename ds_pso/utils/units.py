@@ -33,6 +33,12 @@ def as_bit_rate(bits: float) -> str:
     return _three_digits(bits, ("G", "M", "k"), "bit/s")
 
 
+def as_count(number: float) -> str:
+    """Format a number of parameters, in three digits: ``1.21 B``, ``7.5 M``."""
+    size, prefix = choose_prefix(number, ("G", "M"))
+    return f"{number / size:.3g} {'B' if prefix == 'G' else 'M'}"
+
+
 def _three_digits(value: float, prefixes: Sequence[str], unit: str) -> str:
     size, prefix = choose_prefix(value, prefixes)
     return f"{value / size:.3g} {prefix}{unit}"

@@ -1,11 +1,9 @@
-"""``ds-pso plan``: its arithmetic agrees with itself, and with the bytes that are counted."""
+"""The cost of a sync point: its arithmetic agrees with itself, and with the bytes that are counted."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pool import Pool
 
-from ds_pso.cli import main as cli
-from ds_pso.cli.arguments import quantity
-from ds_pso.config.cost_model import Cluster, Memory, memory, sync_cost, synchronous
+from ds_pso.config.cost_model import Cluster, Memory, memory, sync_cost
 from ds_pso.config.load import load_config
 
 CLUSTER = Cluster(parameters=7.5e6, particles=2, ranks=1, step_s=0.43, bandwidth=100e6)
@@ -35,8 +31,6 @@ def test_an_example_by_hand() -> None:
     late = sync_cost(CLUSTER, section(sync_interval=32, delay=5))
     assert late.held_up_s == pytest.approx(2.4 - 5 * 0.43)
     assert sync_cost(CLUSTER, section(sync_interval=32, delay=6)).compute_share == 1
-    assert synchronous(CLUSTER, {}).exchange_s == pytest.approx(2.4)
-    assert synchronous(CLUSTER, {"bf16": {"enabled": True}}).exchange_s == pytest.approx(1.2)
     waits = sync_cost(replace(CLUSTER, latency_s=0.1), section())
     assert waits.exchange_s == pytest.approx(2.4 + 0.1 * (5 + 2))  # to sync, and round the ring
     assert sync_cost(CLUSTER, section(sync_mode="nosync", nosync={"asynchronous": True})).compute_share == 1
@@ -218,27 +212,6 @@ def test_what_sync_point_takes_is_bounded_by_the_bucket() -> None:
     assert messages == Memory(kept=7.5e6 * 4 * 3, pending=0, exchange=0)
 
 
-# -- the command ------------------------------------------------------------------------------
-
-WIRES = ["fp32", "bf16", "int8", "int4", "e3m0", "int2", "sparse"]
-ARGUMENTS = ["--parameters", "7.5M", "--bandwidth", "100M", "--step-seconds", "0.43"]
-
-
-def write(folder: Path, **keys: Any) -> str:
-    path = folder / "config.json"
-    path.write_text(json.dumps({"swarm": {"particles": 2, **keys}}))
-    return str(path)
-
-
-def test_what_is_printed(tmp_path, capsys):
-    assert cli.main(["plan", write(tmp_path), *ARGUMENTS]) == 0
-    out = capsys.readouterr().out
-    assert "2 particles of 1, 7.5 M parameters, 0.43 s a step, 100 Mbit/s into each particle" in out
-    assert "30 MB into each particle at a sync point, in 2.4 s" in out
-    assert "compute share 85.1 %" in out
-    assert [line.split()[0] for line in out.splitlines()[-7:]] == WIRES
-
-
 def test_a_sparse_mean_grows_with_the_particles():
     """Each hears from every other one."""
     for particles in (2, 4, 17):
@@ -247,89 +220,3 @@ def test_a_sparse_mean_grows_with_the_particles():
         assert sync_cost(cluster, swarm).megabytes * 1e6 == pytest.approx(
             (particles - 1) * (4 + 32 * 14 / 8) / 4096 * cluster.parameters
         )
-
-
-@pytest.mark.parametrize("mode", ["swarm", "line_search"])
-def test_only_delays_that_the_rule_can_use(tmp_path, capsys, mode):
-    assert cli.main(["plan", write(tmp_path, sync_mode=mode, sync_interval=16), *ARGUMENTS]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-6:]]
-    assert [row[0] for row in rows] == WIRES[:-1], "of a sparse mean they would not go on"
-    assert [row[-1] for row in rows] == ["-", "-", "-", "0", "0", "0"]  # without any delay int4 is small enough
-
-
-def test_what_is_printed_of_streaming(tmp_path, capsys):
-    keys = {"streaming": True, "fragments": 4, "delay": 1, "sync_interval": 32, "wire": "int4", "state_dtype": "bf16"}
-    fast = [*ARGUMENTS[:2], "--bandwidth", "10G", *ARGUMENTS[4:]]
-    assert cli.main(["plan", write(tmp_path, **keys), *fast]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "local_sgd every 32 steps, 1/4 of the model every 8, wire int4, delay 1:" in lines
-    assert "  45 MB of memory on each rank, and " in "\n".join(lines), "4 + 2 bytes of 7.5 M"
-    rows = [line.split() for line in lines[-7:]]
-    assert [(row[0], row[-1]) for row in rows] == [(wire, "1") for wire in WIRES]
-
-
-def test_only_formats_that_the_rule_can_use(tmp_path, capsys):
-    ring = {"sync_mode": "pso", "pso": {"topology": "ring"}}
-    assert cli.main(["plan", write(tmp_path, **ring), *ARGUMENTS, "--particles", "4"]) == 0
-    assert "bf16" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("keys", "arguments", "said"),
-    [
-        ({"sync_mode": "allreduce"}, [], 'swarm.sync_mode = "allreduce": there are no sync points to plan'),
-        ({"optimizer_state": "average"}, [], 'swarm.optimizer_state = "average": how many moments travel depends'),
-        ({"particles": "node"}, [], "--particles = 0: must be at least 2"),
-        ({"particles": 1}, [], "--particles = 1: must be at least 2"),
-        ({}, ["--ranks", "0"], "--ranks = 0: must be at least 1"),
-        ({}, ["--parameters", "0"], "--parameters = 0.0: must be at least 1"),
-        ({}, ["--bandwidth", "0"], "--bandwidth = 0: must be above 0"),
-        ({}, ["--step-seconds", "0"], "--step-seconds = 0: must be above 0"),
-        ({"wire": "int3"}, [], "swarm.wire = 'int3': must be"),
-    ],
-)
-def test_what_makes_no_sense_is_said_in_one_line(tmp_path, capsys, keys, arguments, said):
-    assert cli.main(["plan", write(tmp_path, **keys), *ARGUMENTS, *arguments]) == 1
-    error = capsys.readouterr().err
-    assert said in error
-    assert error.count("\n") == 1
-
-
-@pytest.mark.parametrize("text", ["", "fast", "-1", "nan", "inf", "1X", "M"])
-def test_numbers_that_are_none(tmp_path, capsys, text):
-    with pytest.raises(SystemExit) as end:
-        cli.main(["plan", write(tmp_path), *ARGUMENTS, "--bandwidth", text])
-    assert end.value.code == 2
-    assert "must be a number such as 0.5, 1e9, 350M or 1.3B" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("share", ["0", "1", "95"])
-def test_a_share_is_a_share(tmp_path, capsys, share):
-    with pytest.raises(SystemExit):
-        cli.main(["plan", write(tmp_path), *ARGUMENTS, "--share", share])
-    assert "must lie between 0 and 1" in capsys.readouterr().err
-
-
-def test_units():
-    assert [quantity(text) for text in ("2", "2k", "2M", "2G", "2B", "2T", "1e-3")] == [
-        2,
-        2e3,
-        2e6,
-        2e9,
-        2e9,
-        2e12,
-        1e-3,
-    ]
-    assert math.isclose(quantity("1.3B"), 1.3e9)
-
-
-def test_a_varying_interval_is_planned_as_it_begins(tmp_path, capsys):
-    """And a delay is offered, whatever the schedule's shortest interval is."""
-    config = write(tmp_path, sync_mode="delayed", sync_interval=16)
-    assert cli.main(["plan", config, *ARGUMENTS]) == 0
-    printed = capsys.readouterr().out
-    assert "local_sgd every 16 steps at first, wire fp32, delay 4:" in printed
-    plain = write(tmp_path, sync_mode="local_sgd", sync_interval=16)
-    assert cli.main(["plan", plain, *ARGUMENTS]) == 0
-    delays = [[line.split()[-1] for line in text.splitlines()[-4:]] for text in (printed, capsys.readouterr().out)]
-    assert delays[0] == delays[1] != ["-"] * 4
