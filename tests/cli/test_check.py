@@ -40,7 +40,7 @@ def test_settings_are_resolved_and_defaults_are_marked(tmp_path: Path, capsys: A
     config = write(tmp_path, sync_mode="diloco", diloco={"outer_lr": 0.5}, schedule={"warmup_steps": 3})
     found = check(capsys, config)
     assert found["swarm"]["particles"] == 2
-    assert found["swarm"]["diloco"] == {"outer_lr": 0.5, "outer_momentum": "auto"}
+    assert found["swarm"]["diloco"] == {"outer_lr": 0.5, "outer_momentum": "auto", "merge": "mean"}
     assert found["swarm"]["sync_interval"] == 32
     assert {"sync_interval", "wire", "diloco.outer_momentum", "schedule.type"} <= set(found["defaults"])
     assert not {"particles", "sync_mode", "diloco.outer_lr", "schedule.warmup_steps"} & set(found["defaults"])
