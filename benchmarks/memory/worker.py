@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.slow_link.runs import Run
-from benchmarks.slow_link.stacks import VOCABULARY, build_model, deepspeed_config, initialize, torchft
+from benchmarks.slow_link.stacks import VOCABULARY, Job, build_model, deepspeed_config, initialize, torchft
 
 MARK = "memory result: "
 WIDTH = 768
@@ -51,15 +51,15 @@ def _status(name: str) -> int:
 
 
 @contextlib.contextmanager
-def trained(stack: str, section: dict[str, Any], syncs: list[int]) -> Iterator[Callable[[], None]]:
+def trained(stack: str, section: dict[str, Any], syncs: list[int]) -> Iterator[Callable[[], object]]:
     """What makes one step. ``syncs`` gets what each of ds_pso's sync points took beyond what was there before."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ids = torch.randint(VOCABULARY, (1, TOKENS), device=device)
     config = deepspeed_config(2) | {"train_micro_batch_size_per_gpu": 1}
     if stack == "torchft":
         run = Run("torchft", section["sync_mode"], interval=section["sync_interval"])
-        with torchft(run, build_model(WIDTH).to(device)) as step:
-            yield lambda: step(ids)
+        with torchft(run, Job(build=lambda: build_model(WIDTH).to(device))) as peer:
+            yield lambda: peer.step(ids)
         return
     with contextlib.ExitStack() as exit_stack:
         swarm = None

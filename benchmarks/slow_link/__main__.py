@@ -6,22 +6,17 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
-import os
-import platform
-import signal
-import subprocess
+import statistics
 import sys
-import tempfile
 import time
 from dataclasses import asdict
-from pathlib import Path
 
-from benchmarks.slow_link.network import Link, slow_link, why_not
+from benchmarks.slow_link.ends import run_ends
+from benchmarks.slow_link.network import slow_link, why_not
 from benchmarks.slow_link.report import write_report
 from benchmarks.slow_link.results import Measured, SlowLinkTable
 from benchmarks.slow_link.runs import BANDWIDTHS, Run, runs
-from benchmarks.slow_link.worker import MARK
-from benchmarks.table import versions
+from benchmarks.table import machine, versions
 
 LIMIT_S = 600.0  # of one run
 
@@ -46,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
                 break
             try:
                 measured = measure(run)
-            except (RuntimeError, ValueError, subprocess.TimeoutExpired) as error:
+            except (RuntimeError, ValueError) as error:
                 failed += 1
                 print(f"[{count}/{len(missing)}] {run}: failed: {error}", file=sys.stderr, flush=True)
                 continue
@@ -59,27 +54,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(run: Run) -> Measured:
     """Both ends at once, a core each; the slower one counts."""
-    with slow_link(BANDWIDTHS[run.bandwidth]) as link, tempfile.TemporaryDirectory() as folder:
-        logs = [Path(folder, f"{end}.log") for end in range(2)]  # a pipe that nobody reads would fill
-        ends = [_start(link, end, run, log) for end, log in enumerate(logs)]
-        deadline = time.monotonic() + LIMIT_S
-        try:
-            for end in ends:
-                end.wait(max(0.0, deadline - time.monotonic()))
-        finally:
-            for end in ends:
-                if end.poll() is None:
-                    os.killpg(end.pid, signal.SIGKILL)
-        texts = [log.read_text(encoding="utf-8", errors="replace") for log in logs]
-    found = [json.loads(line.split(MARK)[1]) for text in texts for line in text.splitlines() if MARK in line]
-    if len(found) < 2:
-        raise RuntimeError("no result:\n" + "\n".join(text[-2000:] for text in texts))
+    with slow_link(BANDWIDTHS[run.bandwidth]) as link:
+        found = run_ends(link, "benchmarks.slow_link.worker", json.dumps(asdict(run)), LIMIT_S)
     return Measured(
         step_s=max(end["step_s"] for end in found),
         bytes_per_step=max(end["bytes_per_step"] for end in found),
-        steps_per_sync=max(end["steps_per_sync"] for end in found),
-        machine=f"{os.cpu_count()} CPU cores ({platform.machine()})",
+        machine=machine(),
         versions=f"{versions()}{_version_of('torchft')}{_version_of('accelerate')}",
+        steps_per_sync=max(end["steps_per_sync"] for end in found),
+        loss=statistics.fmean(end["loss"] for end in found),
+        steps=max(end["steps"] for end in found),
     )
 
 
@@ -88,33 +72,6 @@ def _version_of(package: str) -> str:
         return f", {package} {importlib.metadata.version(package)}"
     except importlib.metadata.PackageNotFoundError:
         return ""
-
-
-def _start(link: Link, end: int, run: Run, log: Path) -> subprocess.Popen[bytes]:
-    environment = os.environ | {
-        "RANK": str(end),
-        "WORLD_SIZE": "2",
-        "LOCAL_RANK": "0",
-        "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": link.addresses[0],
-        "MASTER_PORT": "29500",
-        "ADDRESS": link.addresses[end],
-        "GLOO_SOCKET_IFNAME": "slow0",
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    command = link.command(end, sys.executable, "-m", "benchmarks.slow_link.worker", json.dumps(asdict(run)))
-    with log.open("wb") as output:
-        return subprocess.Popen(
-            command,
-            cwd=Path(__file__).parents[2],
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

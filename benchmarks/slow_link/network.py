@@ -33,31 +33,38 @@ def why_not() -> str | None:
 
 @dataclass(frozen=True)
 class Link:
-    """Its two ends."""
+    """Its two ends, and a port that is free at both, as those that follow it are."""
 
-    namespaces: tuple[str, str]
+    namespaces: tuple[str, str] | None
     addresses: tuple[str, str]
+    interface: str = INTERFACE
+    port: int = 29500
 
     def command(self, end: int, *command: str) -> list[str]:
         """What runs ``command`` at one end."""
-        return ["ip", "netns", "exec", self.namespaces[end], *command]
+        return ["ip", "netns", "exec", self.namespaces[end], *command] if self.namespaces else list(command)
+
+
+def loopback(port: int) -> Link:
+    """Two ends on this machine without namespaces, for tests: nothing is slow, and what both receive is counted."""
+    return Link(None, ("127.0.0.1", "127.0.0.1"), "lo", port)
 
 
 @contextlib.contextmanager
 def slow_link(bits_per_s: float) -> Iterator[Link]:
     """The link, for as long as the block lasts. Both directions have the bandwidth; nothing else leads out."""
     _sweep()
-    link = Link((f"ds_pso_{os.getpid()}_0", f"ds_pso_{os.getpid()}_1"), ("10.77.0.1", "10.77.0.2"))
+    first, second = names = f"ds_pso_{os.getpid()}_0", f"ds_pso_{os.getpid()}_1"
+    link = Link(names, ("10.77.0.1", "10.77.0.2"))
     try:
-        for name in link.namespaces:
+        for name in names:
             _run("ip", "netns", "add", name)
-        first, second = link.namespaces
         _run(*f"ip -n {first} link add {INTERFACE} type veth peer name {INTERFACE} netns {second}".split())
         # At least what comes between two ticks of the kernel, and a packet of 64 KB as TCP makes them: the kernel would
         # cut it with the time of the core that trains, where a network card does it.
         burst = max(70_000, int(bits_per_s / 8 / 250))
         limit = burst + int(bits_per_s / 8 * _PORT_QUEUE_S)
-        for name, address in zip(link.namespaces, link.addresses, strict=True):
+        for name, address in zip(names, link.addresses, strict=True):
             _run(*f"ip -n {name} addr add {address}/24 dev {INTERFACE}".split())
             _run(*f"ip -n {name} link set {INTERFACE} up".split())
             _run(*f"ip -n {name} link set lo up".split())
@@ -65,18 +72,18 @@ def slow_link(bits_per_s: float) -> Iterator[Link]:
             _run(*f"tc -n {name} qdisc add dev {INTERFACE} root tbf {rate}".split())
         yield link
     finally:
-        for name in link.namespaces:
+        for name in names:
             with contextlib.suppress(OSError):
                 subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
 
-def received_bytes() -> int:
+def received_bytes(interface: str = INTERFACE) -> int:
     """Of this end so far, headers and acknowledgements included."""
     for line in Path("/proc/net/dev").read_text(encoding="ascii").splitlines():
         name, _, numbers = line.partition(":")
-        if name.strip() == INTERFACE:
+        if name.strip() == interface:
             return int(numbers.split()[0])
-    raise RuntimeError(f"no interface {INTERFACE}: not at an end of a slow link")
+    raise RuntimeError(f"no interface {interface}: not at an end of a slow link")
 
 
 def _sweep() -> None:

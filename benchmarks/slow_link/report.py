@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,8 +27,13 @@ GAINS = {
     "ds_pso ZeRO 0, every 8 steps, int4, delay 2": Run("ds_pso", interval=8, wire="int4", delay=2, stage=0),
     "ds_pso ZeRO 2, every 32 steps, int4, streaming": Run("ds_pso", wire="int4", delay=1, fragments=4),
 }
-_COLOURS: dict[str, Any] = {"ds_pso": "C0", "torchft": "C1", "Accelerate": "C2", "DeepSpeed": "C3"}
+_COLOURS: dict[str, Any] = {"ds_pso": "C0", "torchft": "C1", "Accelerate": "C2", "DeepSpeed": "C3", "DDP": "C4"}
 _TOKENS = 2 * MICRO_BATCH * SEQ_LENGTH  # of both ends, in a step
+
+_LOSS = (
+    "Mean of both ends over the last 8 steps, and in brackets after how many. It says that a stack trains; rows of "
+    "different lengths do not compare."
+)
 
 _ABOUT = (
     f"A Llama of 7.4 million parameters, AdamW in fp32, {MICRO_BATCH * SEQ_LENGTH} tokens a step at each end, P = 2, "
@@ -42,6 +48,27 @@ _SHARE = (
     "n: steps between two sync points, with a schedule at first; d: `delay`, for torchft its fragment_sync_delay; "
     "streaming: `swarm.streaming` with so many fragments."
 )
+
+
+def _share(table: SlowLinkTable, run: Run, row: Measured) -> float:
+    """Against the same stack alone, the median of the same repetition."""
+    alone = [
+        r.step_s for a, r in table.rows.items() if not a.talks and replace(a, bandwidth=run.bandwidth) == run.alone
+    ]
+    return median(alone) / row.step_s if alone else float("nan")
+
+
+_SECTIONS: list[tuple[str, Callable[[SlowLinkTable, Run, Measured], float], str]] = [
+    ("Compute share, %", lambda table, run, row: 100 * _share(table, run, row), ".1f"),
+    ("Tokens per second, both ends", lambda table, run, row: _TOKENS / row.step_s, ".0f"),
+    ("Seconds of a step, sync points included", lambda table, run, row: row.step_s, ".3f"),
+    (
+        "Received in n steps on the interface, MB (10^6 bytes)",
+        lambda table, run, row: row.bytes_per_step * (row.steps_per_sync or run.interval) / 1e6,
+        ".2f",
+    ),
+    ("Steps between two sync points", lambda table, run, row: row.steps_per_sync or run.interval, ".1f"),
+]
 
 
 def write_report(table: SlowLinkTable) -> list[Path]:
@@ -63,18 +90,9 @@ def write_report(table: SlowLinkTable) -> list[Path]:
         _SHARE,
         "",
     ]
-    for title, value, spec in (
-        ("Compute share, %", lambda run, row: 100 * _share(table, run, row), ".1f"),
-        ("Tokens per second, both ends", lambda run, row: _TOKENS / row.step_s, ".0f"),
-        ("Seconds of a step, sync points included", lambda run, row: row.step_s, ".3f"),
-        (
-            "Received in n steps on the interface, MB (10^6 bytes)",
-            lambda run, row: row.bytes_per_step * (row.steps_per_sync or run.interval) / 1e6,
-            ".2f",
-        ),
-        ("Steps between two sync points", lambda run, row: row.steps_per_sync or run.interval, ".1f"),
-    ):
-        lines += [f"## {title}", "", *_grid(table, value, spec), ""]
+    for title, value, spec in _SECTIONS:
+        lines += [f"## {title}", "", *_grid(table, partial(value, table), spec), ""]
+    lines += _losses(table)
     alone = [run for run in table.rows if not run.talks]
     lines += ["## Alone", "", "| | seconds of a step |", "| --- | --- |"]
     for name in sorted({run.name for run in alone}):
@@ -87,12 +105,20 @@ def write_report(table: SlowLinkTable) -> list[Path]:
     return [page, picture]
 
 
-def _share(table: SlowLinkTable, run: Run, row: Measured) -> float:
-    """Against the same stack alone, the median of the same repetition."""
-    alone = [
-        r.step_s for a, r in table.rows.items() if not a.talks and replace(a, bandwidth=run.bandwidth) == run.alone
-    ]
-    return median(alone) / row.step_s if alone else float("nan")
+def _losses(table: SlowLinkTable) -> list[str]:
+    """The section of the losses; nothing if no row has one."""
+    known = {run: row for run, row in table.rows.items() if run.talks and row.steps}
+    if not known:
+        return []
+    lines = ["## Training loss, nats per token", "", _LOSS, ""]
+    lines += [f"| | {' | '.join(BANDWIDTHS)} |", f"| --- |{' --- |' * len(BANDWIDTHS)}"]
+    for name in dict.fromkeys(run.name for run in known):
+        cells = []
+        for bandwidth in BANDWIDTHS:
+            rows = [row for run, row in known.items() if (run.name, run.bandwidth) == (name, bandwidth)]
+            cells.append(f"{median(row.loss for row in rows):.3f} ({rows[0].steps})" if rows else "")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def shares(table: SlowLinkTable, name: str, bandwidth: str) -> list[float]:

@@ -20,6 +20,8 @@ class Measured:
     machine: str
     versions: str
     steps_per_sync: float = 0.0  # steps between two sync points; 0: as the run says
+    loss: float = 0.0  # mean of both ends over the last steps; 0: not recorded
+    steps: int = 0  # micro-batches of each end that had been trained on by then
 
 
 class SlowLinkTable(Table[Run, Measured]):

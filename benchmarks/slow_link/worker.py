@@ -6,47 +6,50 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from benchmarks.slow_link.ends import tell
 from benchmarks.slow_link.network import received_bytes
 from benchmarks.slow_link.runs import Run
-from benchmarks.slow_link.stacks import Syncs, batches, stack_of
+from benchmarks.slow_link.stacks import Stack, batches, stack_of
 
-MARK = "slow_link result: "
+LAST = 8  # steps over whose losses the mean is taken
 
 
 def main() -> None:
     run = Run(**json.loads(sys.argv[1]))
     torch.set_num_threads(1)
-    data = batches(int(os.environ["RANK"]))
+    data, interface = batches(int(os.environ["RANK"])), os.environ["GLOO_SOCKET_IFNAME"]
     warmup, measured = run.steps
-    with stack_of(run) as (step, syncs):
-        for _ in range(warmup):
-            step(next(data))
-        _go_to_a_sync_point(run, step, data, syncs)
-        begin, bytes_before, before = time.perf_counter(), received_bytes(), syncs()
-        for _ in range(measured):
-            step(next(data))
-        measured += _go_to_a_sync_point(run, step, data, syncs)
-        seconds, received = time.perf_counter() - begin, received_bytes() - bytes_before
-        found = {"step_s": seconds / measured, "bytes_per_step": received / measured, "steps_per_sync": 0.0}
-        if run.schedule != "fixed":
-            found["steps_per_sync"] = measured / (syncs() - before)
-        print(MARK + json.dumps(found), flush=True)
+    with stack_of(run) as stack:
+        losses = [stack.step(next(data)) for _ in range(warmup)]
+        losses += _go_to_a_sync_point(run, stack, data)
+        begin, bytes_before, before = time.perf_counter(), received_bytes(interface), stack.syncs()
+        found = [stack.step(next(data)) for _ in range(measured)]
+        found += _go_to_a_sync_point(run, stack, data)
+        seconds, received = time.perf_counter() - begin, received_bytes(interface) - bytes_before
+        tell(
+            {
+                "step_s": seconds / len(found),
+                "bytes_per_step": received / len(found),
+                "steps_per_sync": len(found) / (stack.syncs() - before) if run.schedule != "fixed" else 0.0,
+                "loss": float(torch.stack((losses + found)[-LAST:]).mean()),
+                "steps": len(losses) + len(found),
+            }
+        )
     sys.stdout.flush()
     os._exit(0)  # some stacks do not end by themselves
 
 
-def _go_to_a_sync_point(run: Run, step: Callable[[Tensor], None], data: Iterator[Tensor], syncs: Syncs) -> int:
-    """Where the interval is not known: as many steps as there are until the next one is over."""
-    steps, before = 0, syncs()
-    while run.schedule != "fixed" and syncs() == before:
-        step(next(data))
-        steps += 1
-    return steps
+def _go_to_a_sync_point(run: Run, stack: Stack, data: Iterator[Tensor]) -> list[Tensor]:
+    """Where the interval is not known: as many steps as there are until the next one is over; their losses."""
+    losses, before = [], stack.syncs()
+    while run.schedule != "fixed" and stack.syncs() == before:
+        losses.append(stack.step(next(data)))
+    return losses
 
 
 if __name__ == "__main__":
