@@ -19,8 +19,21 @@ def tried(setting: Setting, rows: Mapping[Run, Outcome]) -> dict[float, float]:
 
 
 def best_rate(setting: Setting, rows: Mapping[Run, Outcome], factor: float = _FACTOR) -> float | None:
-    """Return the best rate so far if it has worse ones at both sides, no farther than ``factor``; None if not yet."""
-    found = tried(setting, rows)
+    """Return the best rate so far, as ``interior_optimum`` says."""
+    return interior_optimum(tried(setting, rows), factor)
+
+
+def next_rate(setting: Setting, rows: Mapping[Run, Outcome], factor: float = _FACTOR) -> float | None:
+    """Return the rate to try next; None if the best one is known."""
+    return rate_to_try(tried(setting, rows), FIRST_RATE[setting.inner], factor)
+
+
+def interior_optimum(found: Mapping[float, float], factor: float = _FACTOR) -> float | None:
+    """Return the best rate if it has worse ones at both sides, no farther than ``factor``; None if not yet.
+
+    Args:
+        found: loss by the rate; infinite where training diverged.
+    """
     if not found:
         return None
     best = min(found, key=lambda lr: found[lr])
@@ -28,12 +41,11 @@ def best_rate(setting: Setting, rows: Mapping[Run, Outcome], factor: float = _FA
     return best if any(lr < best for lr in near) and any(lr > best for lr in near) else None
 
 
-def next_rate(setting: Setting, rows: Mapping[Run, Outcome], factor: float = _FACTOR) -> float | None:
-    """Return the rate to try next; None if the best one is known."""
-    found = tried(setting, rows)
+def rate_to_try(found: Mapping[float, float], first: float, factor: float = _FACTOR) -> float | None:
+    """Return the rate that is tried after those of ``found``; None if the optimum is known."""
     if not found:
-        return FIRST_RATE[setting.inner]
-    if best_rate(setting, rows, factor) is not None:
+        return first
+    if interior_optimum(found, factor) is not None:
         return None
     best = min(found, key=lambda lr: found[lr])
     for candidate in (best * factor, best / factor):

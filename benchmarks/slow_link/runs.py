@@ -13,7 +13,7 @@ BANDWIDTHS = {"1 Gbit/s": 1e9, "100 Mbit/s": 1e8, "20 Mbit/s": 2e7}
 class Run:
     """One run of one stack. The defaults are what most have."""
 
-    stack: str  # "DeepSpeed", "DDP", "ds_pso", "torchft" or "Accelerate"
+    stack: str  # "DeepSpeed", "DDP", "ds_pso", "torchft", "Accelerate"; "torch" without a peer
     rule: str = "local_sgd"  # "accumulation": DeepSpeed with so many micro-batches in a step; else DDP has none
     stage: int = 2  # of ZeRO, where there is ZeRO
     interval: int = 32  # 1: every step

@@ -144,6 +144,16 @@ def _be_a_world_of_one() -> None:
 
 
 @contextlib.contextmanager
+def _torch(run: Run, job: Job) -> Iterator[Stack]:
+    """Plain torch on one machine."""
+    if run.talks:
+        raise ValueError(f"{run}: plain torch does not talk; use DDP")
+    model = job.build()
+    optimizer = _adamw(job, model)
+    yield Stack(_plain(model, optimizer, job.gradient_clipping), model, optimizer.param_groups)
+
+
+@contextlib.contextmanager
 def _deepspeed(run: Run, job: Job) -> Iterator[Stack]:
     """ZeRO over the link; alone: a world of one at each end."""
     if not run.talks:
@@ -306,6 +316,7 @@ def _accelerate(run: Run, job: Job) -> Iterator[Stack]:
 
 
 _STACKS: dict[str, Callable[[Run, Job], contextlib.AbstractContextManager[Stack]]] = {
+    "torch": _torch,
     "DeepSpeed": _deepspeed,
     "DDP": _ddp,
     "ds_pso": _ds_pso,
