@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -13,9 +14,11 @@ from statistics import median
 import pytest
 
 from benchmarks.slow_link import network
+from benchmarks.slow_link.ends import run_ends
 from benchmarks.slow_link.report import GAIN, GAINS, tokens_per_s, write_report
 from benchmarks.slow_link.results import Measured, SlowLinkTable
 from benchmarks.slow_link.runs import BANDWIDTHS, Run, runs
+from benchmarks.slow_link.stacks import build_model, fragments_of
 
 REASON = network.why_not()
 needs_namespaces = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -82,6 +85,37 @@ def test_what_was_left_behind_goes_away() -> None:
     assert all(name in there for name in link.namespaces)
 
 
+END = """
+import os, sys, time
+from benchmarks.slow_link.ends import tell
+end = int(os.environ["RANK"])
+if sys.argv[1] == "fail" and end == 1:
+    sys.exit("out of luck")
+time.sleep(60 * (sys.argv[1] == "fail"))
+tell({"end": end, "told": sys.argv[1], "address": os.environ["ADDRESS"]})
+"""
+
+
+@pytest.fixture
+def ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a module that an end can run."""
+    (tmp_path / "an_end.py").write_text(END)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[1]}")
+    return "an_end"
+
+
+def test_both_ends_tell_what_they_found(ends: str) -> None:
+    found = run_ends(network.loopback(29500), ends, "well", 60)
+    assert found == [{"end": end, "told": "well", "address": "127.0.0.1"} for end in range(2)]
+
+
+def test_who_has_failed_is_not_waited_for(ends: str) -> None:
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match="out of luck"):
+        run_ends(network.loopback(29500), ends, "fail", 600)
+    assert time.monotonic() - begin < 50
+
+
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network.sys, "platform", "darwin")
     assert network.why_not() == "network namespaces exist on Linux only"
@@ -109,6 +143,49 @@ def test_every_run_has_its_stack_alone_in_the_same_repetition() -> None:
     for run in wanted:
         warmup, measured = run.steps
         assert not run.talks or (warmup % run.interval, measured % run.interval) == (0, 0)
+        assert (warmup % run.accumulation, measured % run.accumulation) == (0, 0), "whole optimizer steps"
+        if run.stack == "torchft":
+            assert run.delay < run.interval // run.fragments, "as torchft demands"
+
+
+def test_torchft_has_a_delay_and_fragments_at_every_link_and_interval() -> None:
+    torchft = [run for run in runs(0) if run.stack == "torchft" and run.rule == "diloco" and run.talks]
+    for bandwidth in BANDWIDTHS:
+        for interval in (8, 32):
+            found = [run for run in torchft if (run.bandwidth, run.interval) == (bandwidth, interval)]
+            assert {(run.delay > 0, run.fragments > 1) for run in found} == {
+                (False, False),
+                (True, False),
+                (True, True),
+            }
+
+
+def test_accumulation_is_compared_with_accumulation() -> None:
+    run = Run("DeepSpeed", "accumulation", stage=1, interval=8, wire="bf16")
+    assert run.name == "DeepSpeed ZeRO 1 accumulation n=8 bf16"
+    assert (run.alone.accumulation, run.alone.wire, run.alone.name) == (
+        8,
+        "fp32",
+        "DeepSpeed ZeRO 1 accumulation, alone",
+    )
+    assert Run("DeepSpeed", interval=1).alone.accumulation == 1
+    assert Run("DDP", interval=1, wire="PowerSGD").alone == Run("DDP", interval=1).alone
+
+
+@pytest.mark.parametrize(("tied", "count"), [(False, 2), (False, 4), (True, 4)])
+def test_fragments_are_the_model_once_in_parts_of_about_one_size(tied: bool, count: int) -> None:
+    model = build_model()
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    parts = [list(part.parameters()) for part in fragments_of(model, count)]
+    assert [id(p) for part in parts for p in part] == [id(p) for p in model.parameters()]
+    sizes = [sum(p.numel() for p in part) for part in parts]
+    assert max(sizes) < 1.7 * sum(sizes) / count
+
+
+def test_too_many_fragments_are_an_error() -> None:
+    with pytest.raises(ValueError, match="make no 12 fragments; use fewer"):
+        fragments_of(build_model(64), 12)
 
 
 def test_the_readme_tells_what_was_measured() -> None:
@@ -134,4 +211,14 @@ def test_shares_are_those_of_equal_repetitions(tmp_path: Path) -> None:
     page = write_report(table)[0].read_text(encoding="utf-8")
     assert "| ds_pso ZeRO 2 local_sgd n=32 |  | 75.0 (50.0 to 80.0) |  |" in page
     assert "| ds_pso ZeRO 2 local_sgd n=32 |  | 32.00 (32.00 to 32.00) |  |" in page, "megabytes of 32 steps"
+    assert "Training loss" not in page, "nothing was recorded"
     assert replace(Run("ds_pso"), talks=False).name == "ds_pso ZeRO 2, alone"
+
+
+def test_the_loss_is_shown_with_its_steps(tmp_path: Path) -> None:
+    table = SlowLinkTable(tmp_path / "slow_link.csv")
+    run = Run("DDP", interval=1, wire="fp16")
+    for number, loss in enumerate([7.0, 6.5, 6.75]):
+        table.add(replace(run, number=number), Measured(1.0, 1e6, "m", "v", loss=loss, steps=9))
+    page = write_report(SlowLinkTable(table.path))[0].read_text(encoding="utf-8")
+    assert page.split("## Training loss, nats per token")[1].count("| DDP n=1 fp16 |  | 6.750 (9) |  |") == 1

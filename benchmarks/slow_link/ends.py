@@ -26,17 +26,17 @@ def run_ends(link: Link, module: str, argument: str, limit_s: float) -> list[dic
     """Run ``python -m module argument`` at both ends at once, and return what each told.
 
     Raises:
-        RuntimeError: an end told nothing within ``limit_s``; with the last lines of both.
+        RuntimeError: an end failed, or told nothing within ``limit_s``; with the last lines of both.
     """
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder, f"{end}.log") for end in range(2)]  # a pipe that nobody reads would fill
         ends = [_start(link, end, [module, argument], log) for end, log in enumerate(logs)]
         deadline = time.monotonic() + limit_s
         try:
-            for end in ends:
-                end.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            pass
+            while any(end.poll() is None for end in ends) and time.monotonic() < deadline:
+                if any(end.poll() for end in ends):
+                    break  # the other one would wait for who has failed
+                time.sleep(0.2)
         finally:
             for end in ends:
                 if end.poll() is None:
