@@ -28,7 +28,7 @@ def rows(losses: dict[float, float], seed: int = SEEDS[0]) -> dict[Run, Outcome]
 @pytest.mark.parametrize(
     ("losses", "best", "following"),
     [
-        ({}, None, 0.004),
+        ({}, None, 0.008),
         ({0.004: 3.0}, None, 0.008),
         ({0.004: 3.0, 0.008: 3.1}, None, 0.002),
         ({0.004: 3.0, 0.008: 2.9}, None, 0.016),

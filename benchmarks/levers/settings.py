@@ -100,17 +100,21 @@ _EVERY: dict[str, dict[str, Any]] = {
 _INNER: tuple[Literal["AdamW", "Muon"], ...] = ("Muon", "AdamW")
 SETTINGS = [Setting(name, inner, section) for name, section in _EVERY.items() for inner in _INNER]
 SETTINGS += [Setting("fp32, n = 32, pull 1/100 a step", inner, _local(32), pull=0.01) for inner in _INNER]
-FIRST_RATE = {"AdamW": 0.004, "Muon": 0.02}
+# Of Muon's rate, for what Adam trains beside it. In 600 steps of the small size, with an all-reduce at every step and
+# Muon at 0.02, validation losses were 3.404 with 0.1, 3.251 with 0.2 and 3.231 with 0.4.
+ADAM_PART = 0.4
+FIRST_RATE = {"AdamW": 0.008, "Muon": 0.02}
 
 
 def optimizer_of(inner: str, lr: float) -> tuple[dict[str, Any], float | list[float], float]:
     """Return DeepSpeed's ``optimizer``, the rates of its groups for the schedule, and ``gradient_clipping``.
 
-    Muon trains the matrices of the blocks; embeddings and norms are left to Adam at a tenth of its rate. Its update is
-    not clipped: DeepSpeed would clip what Newton-Schulz made, whose norm has nothing to do with the gradient's.
+    Muon trains the matrices of the blocks; embeddings and norms are left to Adam at ``ADAM_PART`` of its rate. Its
+    update is not clipped: DeepSpeed would clip what Newton-Schulz made, whose norm has nothing to do with the
+    gradient's.
     """
     if inner == "AdamW":
         params = {"lr": lr, "betas": [0.9, 0.95], "weight_decay": 0.1, "torch_adam": True}
         return {"type": "AdamW", "params": params}, lr, 1.0
     params = {"lr": lr, "momentum": 0.95, "weight_decay": 0.01, "betas": [0.9, 0.95], "torch_adam": True}
-    return {"type": "Muon", "params": params}, [lr, lr / 10], 0.0
+    return {"type": "Muon", "params": params}, [lr, ADAM_PART * lr], 0.0
