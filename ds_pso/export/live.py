@@ -6,9 +6,7 @@ whole model once, in CPU memory, as ``save_pretrained`` needs it.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +25,7 @@ from ds_pso.session.session import Session
 from ds_pso.shards import Segment, Shards, find_shards
 from ds_pso.shards.untrained import as_bytes
 from ds_pso.sync.consensus import Choice, Collected
-from ds_pso.utils.atomic_io import move_files
+from ds_pso.utils.model_folder import replacing_model
 from ds_pso.utils.wrappers import plain_name, taken_off
 
 log = logging.getLogger(__name__)
@@ -73,35 +71,6 @@ def export(session: Session, folder: Path, which: Choice = "consensus", tokenize
                     tokenizer.save_pretrained(temporary)
             log.info("%s: exported the %s model in %.1f s", folder, which, time.perf_counter() - begin)
     return folder
-
-
-@contextlib.contextmanager
-def replacing_model(folder: Path) -> Iterator[Path]:
-    """An empty folder; at the end of the block its files replace the model in ``folder``. After an error it is gone.
-
-    The old model stays until the new one is complete, and is the one that loads until the last file of the new one has
-    moved. Only shards of the same names are neither for a moment: they move one after the other.
-    """
-    folder = folder.resolve()  # "." has no name
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        written = {path.name for path in temporary.iterdir()}
-        move_files(temporary, folder, _decides)
-        stale = [path for path in folder.glob("model*.safetensors*") if path.name not in written]
-        for path in sorted(stale, key=_decides, reverse=True):  # a single file first: it would be read
-            path.unlink()
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _decides(path: Path) -> int:
-    """Return how much a file decides which weights are read: a single file before an index, and that before shards."""
-    names = {"model.safetensors.index.json": 2, "model.safetensors": 3}
-    return names.get(path.name, 0 if path.suffix == ".safetensors" else 1)
 
 
 def _state_dict(session: Session, shards: Shards, model: Collected) -> dict[str, Tensor]:

@@ -27,7 +27,6 @@ from ds_pso.checkpoint.reader import Flat, SavedParticle
 from ds_pso.comm.exchange import wire_dtype
 from ds_pso.errors import CheckpointError, ConfigError, UnsupportedError
 from ds_pso.export import contents
-from ds_pso.export.live import replacing_model
 from ds_pso.export.meta_model import load_model_config, skeleton, with_adapter
 from ds_pso.rules import SyncPoint
 from ds_pso.shards import Segment
@@ -35,6 +34,7 @@ from ds_pso.shards.base import square_of_norm
 from ds_pso.shards.untrained import digest, is_averaged, look_at
 from ds_pso.sync.fitness import ParticleReport
 from ds_pso.sync.health import Limits, judge
+from ds_pso.utils.model_folder import replacing_model
 from ds_pso.utils.wrappers import without_wrapper_parts
 
 

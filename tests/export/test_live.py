@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ds_pso.export.live import replacing_model
+from ds_pso.utils.model_folder import replacing_model
 
 SINGLE, TWO, FIVE = "1GB", "24KB", "12KB"  # the longest file
 

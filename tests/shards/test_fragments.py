@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from ds_pso.shards import Segment
 from ds_pso.shards.base import equal_parts, intersect
-from ds_pso.shards.fragments import Range, cut_model, find_layers, part_of
+from ds_pso.shards.fragments import Range, cut_model, part_of
+from ds_pso.utils.layers import find_layers
 
 relaxed = settings(deadline=None)
 counts = st.integers(1, 9)
