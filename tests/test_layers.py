@@ -21,7 +21,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS: list[set[str]] = [
     {"_version", "errors"},
     {"utils"},
-    {"sampler", "rules", "shards", "distributed", "metrics"},
+    {"sampler", "rules", "shards", "distributed", "metrics", "search"},
     {"comm", "elastic", "report"},
     {"sync"},
     {"config"},
@@ -48,6 +48,7 @@ MUST_NOT_KNOW = [
     *[("training", name) for name in ("torch.distributed",)],
     *[("report", name) for name in ("torch", "deepspeed", "transformers", "accelerate")],
     *[("metrics", name) for name in ("torch", "deepspeed", "transformers", "accelerate")],
+    *[("search", name) for name in ("torch.distributed", "deepspeed", "accelerate")],
     *[("config", name) for name in ("torch", "deepspeed", "transformers", "accelerate")],
 ]
 

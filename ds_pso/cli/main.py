@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ds_pso.cli import check, export, launch, plan, report, simulate
+from ds_pso.cli import check, export, launch, plan, report, search, simulate
 from ds_pso.distributed import logs
 from ds_pso.errors import SwarmError
 
@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-v", "--verbose", action="count", default=0, help="log more (INFO; -vv: DEBUG)")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (check, plan, simulate, launch, report, export):
+    for command in (check, plan, simulate, launch, report, export, search):
         command.add_to(commands)
     return parser
 

@@ -18,7 +18,10 @@ LINK = ("--parameters", "7.5M", "--bandwidth", "100M", "--step-seconds", "0.43")
 MODEL = ("--model", "llama:2x64", "--gpus", "8xH100", "--tokens", "4k", "--bandwidth", "1gbit")
 COMMANDS = {
     "help": ["--help"],
-    **{f"help of {name}": [name, "--help"] for name in ("check", "plan", "simulate", "launch", "report", "export")},
+    **{
+        f"help of {name}": [name, "--help"]
+        for name in ("check", "plan", "simulate", "launch", "report", "export", "search")
+    },
     "check": ["check", CONFIG],
     "check with parameters": ["check", CONFIG, "--parameters", "350M"],
     "check with a Llama": ["check", CONFIG, "--model", "llama:2x64"],
