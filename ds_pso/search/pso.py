@@ -31,7 +31,9 @@ class PsoOptions(StrictModel):
     particles: int = Field(
         default=0, ge=0, description="At least so many: further ones start between two experts drawn at random."
     )
-    soups: bool = Field(default=True, description="Whether the greedy and the uniform soup are particles, too.")
+    soups: bool = Field(
+        default=True, description="Whether the greedy and the uniform soup, and the base, are particles, too."
+    )
     first_velocity: Literal["zero", "other"] = Field(
         default="zero", description="A particle starts at rest, or towards another one drawn at random."
     )
@@ -88,7 +90,7 @@ def velocity(
 
 
 def pso(space: Space, rng: np.random.Generator, options: PsoOptions) -> Proposals:
-    """Particles start at the experts and soups, and move together: all see the bests of the iteration before."""
+    """Particles start at the experts, soups and base, and move together: all see the bests of the iteration before."""
     starts = yield from _starts(space, rng, options)
     names = [f"particle from {candidate.by}" for _, candidate in starts]
     x = np.stack([candidate.coefficients for _, candidate in starts])
@@ -126,6 +128,9 @@ def _starts(space: Space, rng: np.random.Generator, options: PsoOptions) -> Part
         found.append((cost, Candidate(coefficients, "greedy soup")))
         cost = yield from uniform(space)
         found.append((cost, Candidate(space.uniform(), "uniform soup")))
+        if space.has_base:
+            cost = yield Candidate(space.origin(), "base")
+            found.append((cost, Candidate(space.origin(), "base")))
     while len(found) < options.particles:
         a, b = rng.choice(len(space.experts), size=2, replace=False)
         part = rng.random()

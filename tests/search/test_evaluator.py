@@ -15,6 +15,7 @@ from ds_pso.search.evaluator import Evaluator, score_references
 from ds_pso.search.record import NAME, Record
 from ds_pso.search.registry import SEARCHERS, make_options, make_searcher
 from ds_pso.search.searcher import Candidate, Searcher
+from ds_pso.utils import atomic_io
 
 from .test_pso import bumpy
 from .test_space import space
@@ -22,6 +23,11 @@ from .test_space import space
 SPACE = space(4, 2, base=True)
 COST = bumpy(np.full((4, 2), 0.3))
 SETTINGS = {"searcher": "any", "seed": 0}
+
+
+@pytest.fixture(autouse=True)
+def _no_wait_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(atomic_io, "to_disk", lambda path: None)
 
 
 class Scores:

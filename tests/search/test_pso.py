@@ -139,11 +139,11 @@ def test_a_swarm_without_patience_left_ends():
     assert len(ask(searcher, lambda c: 0.0, 1000)) == 3 + 4 * 3
 
 
-def test_soups_are_particles_too():
+def test_soups_and_base_are_particles_too():
     names = []
-    searcher = Searcher(pso(space(3, 2), np.random.default_rng(0), PsoOptions()))
-    while len(names) < 30:
+    searcher = Searcher(pso(space(3, 2, base=True), np.random.default_rng(0), PsoOptions()))
+    while len(names) < 40:
         names.append(searcher.ask().by)
         searcher.tell(float(len(names)))
-    moving = ["expert e0", "expert e1", "expert e2", "greedy soup", "uniform soup"]
-    assert names[-5:] in [[f"particle from {name}" for name in moving[k:] + moving[:k]] for k in range(5)]
+    moving = ["expert e0", "expert e1", "expert e2", "greedy soup", "uniform soup", "base"]
+    assert names[-6:] in [[f"particle from {name}" for name in moving[k:] + moving[:k]] for k in range(6)]
