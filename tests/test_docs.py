@@ -184,6 +184,9 @@ def test_commands_are_understood(line, capsys, monkeypatch):
         started = launch.supervisor_of(cli._parser().parse_args(words[1:]))
         parse_arguments(started.script[1:])
         return
+    if words[:2] == ["ds-pso", "search"]:
+        assert cli._parser().parse_args(words[1:]).experts
+        return
     if words[:2] == ["ds-pso", "report"]:
         assert cli._parser().parse_args(words[1:]).runs
         return

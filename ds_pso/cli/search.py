@@ -31,7 +31,7 @@ def add_to(commands: Subcommands) -> None:
     add("experts", type=Path, nargs="+", metavar="FOLDER", help="model folders, or adapter folders of peft")
     add("--score", required=True, metavar="MODULE:FUNCTION", help="called with the model, returns a number")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for the model and search.json")
-    add("--test", default="", metavar="MODULE:FUNCTION", help="scores the result after the search, on other data")
+    add("--test", metavar="MODULE:FUNCTION", help="scores the result after the search, on other data")
     add("--higher-is-better", action="store_true", help="search a high score (default: a low one, such as a loss)")
     add("--base", type=Path, metavar="FOLDER", help="the model that the experts were made from, if you have it")
     add(

@@ -33,8 +33,9 @@ class SearchSettings:
     Attributes:
         experts: folders of models, or of adapters of one base.
         out: folder for the model and ``search.json``.
-        score: ``module:function``; the function gets the model, in evaluation mode, and returns a number.
-        test: ``module:function`` that scores the result once, after the search; empty: none.
+        score: a function, or its name as ``module:function``; it gets the model, in evaluation mode, and returns a
+            number.
+        test: as ``score``; scores the result, the best single expert and the uniform soup once, after the search.
         base: folder of the model that the experts were made from, if it is known.
         searcher: its name in ``SEARCHERS``.
         options: of the searcher.
@@ -49,8 +50,8 @@ class SearchSettings:
 
     experts: Sequence[Path]
     out: Path
-    score: str
-    test: str = ""
+    score: str | ScoreFunction
+    test: str | ScoreFunction | None = None
     base: Path | None = None
     searcher: str = "pso"
     options: Mapping[str, object] = field(default_factory=dict)
@@ -145,12 +146,14 @@ def search_experts(
         return _finish(evaluator, record, model, space, test)
 
 
-def find_function(spec: str, key: str) -> ScoreFunction:
+def find_function(spec: str | ScoreFunction, key: str) -> ScoreFunction:
     """Return the function that ``module:function`` names; modules are also looked for in the current folder.
 
     Raises:
         ConfigError: there is none; names ``key``.
     """
+    if not isinstance(spec, str):
+        return spec
     module_name, colon, name = spec.partition(":")
     if not colon:
         raise ConfigError(f"{key} {spec}: must name a function as my_module:my_function")
@@ -221,13 +224,18 @@ def _known_settings(
     return {
         "experts": [[name, expert.fingerprint()] for name, expert in zip(names_of(experts), experts, strict=True)],
         "base": None if base is None else base.fingerprint(),
-        "score": settings.score,
+        "score": settings.score if isinstance(settings.score, str) else _name_of(settings.score),
         "higher_is_better": settings.higher_is_better,
         "searcher": settings.searcher,
         "options": dict(options),
         "blocks": settings.blocks,
         "seed": settings.seed,
     }
+
+
+def _name_of(function: ScoreFunction) -> str:
+    module, name = (getattr(function, key, "") for key in ("__module__", "__qualname__"))
+    return f"{module}:{name or type(function).__qualname__}"
 
 
 def _check_out(settings: SearchSettings) -> None:
