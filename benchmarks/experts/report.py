@@ -95,7 +95,8 @@ def _draw(rows: Rows, targets: list[str], path: Path) -> None:
         axis.set_xlabel("evaluations")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("best loss by which was searched, nats per token")
-    axes[0][-1].legend(fontsize=7)
+    lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
+    figure.legend(lines.values(), lines.keys(), fontsize=7, loc="outside right upper")
     temporary = path.with_name(f".{path.name}.tmp.png")
     figure.savefig(temporary, dpi=120, metadata={"Software": None})
     plt.close(figure)

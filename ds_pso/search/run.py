@@ -128,12 +128,13 @@ def search_experts(
             "their mean, and the base if there is one"
         )
     _check_out(settings)
-    model = ComposedModel(experts, base, _device(settings.device))
-    space = Space(names_of(experts), find_blocks(model.shapes, settings.blocks), base is not None)
-    searcher = make_searcher(settings.searcher, space, settings.seed, options)
+    device = _device(settings.device)
     with _locked(settings.out):
         known = _known_settings(settings, options.model_dump(), experts, base)
         record = Record.open(settings.out, known, resume=settings.resume)
+        model = ComposedModel(experts, base, device)
+        space = Space(names_of(experts), find_blocks(model.shapes, settings.blocks), base is not None)
+        searcher = make_searcher(settings.searcher, space, settings.seed, options)
         evaluator = Evaluator(
             record,
             lambda c: _score(model, space, c, score, "--score"),
