@@ -97,6 +97,10 @@ class Evaluator:
         self._on_evaluation(evaluation, self.best_score)
         return cost
 
+    def discard(self) -> None:
+        """Remove the record from disk: its scores are of no use, and would stand in the way of the next search."""
+        self._record.path.unlink(missing_ok=True)
+
     def run(self, searcher: Searcher) -> None:
         """Ask and tell until the budget is spent, or the searcher has no more candidates or none that is new."""
         known_in_a_row = 0
@@ -129,6 +133,7 @@ def score_references(evaluator: Evaluator, space: Space, *, noisy: bool) -> None
     before = evaluator.score_of(first)
     costs.append(evaluator.cost(first, again=True))
     if costs[0] != costs[1] and not noisy:
+        evaluator.discard()
         raise ConfigError(
             f"--score: {first.by} has the score {before:.8g} and then {evaluator.score_of(first):.8g}; let it use the "
             "same samples each time and no dropout, or allow the difference with --noisy-score"
@@ -136,4 +141,5 @@ def score_references(evaluator: Evaluator, space: Space, *, noisy: bool) -> None
     for candidate in others:
         costs.append(evaluator.cost(candidate))
     if not any(map(math.isfinite, costs)):
+        evaluator.discard()
         raise ConfigError("--score: is not finite for any expert; check the score function on one of them")

@@ -118,6 +118,7 @@ def test_what_is_no_number_counts_as_worst(tmp_path, nothing, higher):
 def test_nothing_with_a_score_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="--score: is not finite for any expert; check"):
         search(tmp_path, Scores(lambda c: math.nan), 50)
+    assert not (tmp_path / NAME).exists()
 
 
 def test_a_score_that_varies_is_seen_at_the_second_evaluation(tmp_path):
@@ -128,7 +129,7 @@ def test_a_score_that_varies_is_seen_at_the_second_evaluation(tmp_path):
     ):
         search(tmp_path, scores, 50)
     assert scores.count == 2
-    found = evaluator(tmp_path, scores, 50, resume=True)
+    found = evaluator(tmp_path, scores, 50)  # nothing is left of the first attempt
     score_references(found, SPACE, noisy=True)
     assert found.count == 7
 
