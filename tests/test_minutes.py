@@ -175,7 +175,7 @@ def test_the_command_goes_on_after_a_failure(
     assert command.main(words) == 1
     assert "no result" in capsys.readouterr().err
     runs = list(Results(tmp_path).rows)
-    assert [run.lr for run in runs if run.bandwidth == "100 Mbit/s"] == [0.004, 0.008, 0.016, 0.008]
+    assert [run.lr for run in runs if run.bandwidth == "100 Mbit/s"] == [0.008, 0.016, 0.004, 0.008]
     assert [run.search for run in runs] == [True, True, True, False] * 2
     monkeypatch.setattr(command, "carry_out", lambda run: pytest.fail(f"{run} was run before"))
     assert command.main([*words[:2], "--only", INT4.name]) == 0
