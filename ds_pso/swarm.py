@@ -87,17 +87,30 @@ def init(config: ConfigSource | None = None, *, run_dir: str | Path | None = Non
     logs.set_place(world.layout.particle, world.layout.shard_rank, of_thread=world.peers.backend == "simulated")
     if world.layout.num_particles > 1:
         deepspeed_monitor.give_each_a_folder(ds_config, world.layout.particle)
-    if particles == "node" and world.layout.num_particles == 1 and world.is_leader:
-        warnings.warn(
-            'swarm.particles = "node" on one node is one particle: plain DeepSpeed, without sync points; '
-            "give a number of particles to split the node",
-            stacklevel=2,
-        )
+    if world.layout.num_particles == 1 and world.is_leader:
+        for text in _cautions_for_one(swarm_config):
+            warnings.warn(text, stacklevel=2)
+    if world.layout.num_particles == 1 and swarm_config.has_sync_points(1):
+        swarm_config = swarm_config.without_peers()
     folder = world.membership.folder(Path(run_dir)) if run_dir else None
     lock = _lock(world, folder, is_new=is_new)
     swarm = Swarm(ds_config, swarm_config, world, folder)
     swarm.session.lock = lock
     return swarm
+
+
+def _cautions_for_one(config: SwarmConfig) -> Iterator[str]:
+    """Yield what may not be meant of a config that makes one particle."""
+    syncs, ignored = config.has_sync_points(1), config.keys_for_peers()
+    if config.particles == "node" and config.sync_mode != ALLREDUCE:
+        what = f"{config.sync_mode} without peers" if syncs else "plain DeepSpeed, without sync points"
+        yield (
+            f'swarm.particles = "node" on one node is one particle: {what}; give a number of particles to split the '
+            "node"
+        )
+    if syncs and ignored:
+        names = ", ".join(f"swarm.{name}" for name in ignored)
+        yield f"one particle has nobody to exchange with, so these have no effect: {names}"
 
 
 def _lock(world: World, folder: Path | None, *, is_new: bool) -> FolderLock | None:
@@ -148,7 +161,7 @@ class Swarm:
 
     @property
     def config(self) -> SwarmConfig:
-        """The validated ``swarm`` section."""
+        """The validated ``swarm`` section; where one particle syncs, with the defaults for what it does not use."""
         return self.session.config
 
     @config.setter
@@ -175,6 +188,11 @@ class Swarm:
         return self.session.num_particles
 
     @property
+    def has_sync_points(self) -> bool:
+        """True if the rule acts every few steps; false for plain DeepSpeed: one particle, by most rules."""
+        return self.session.has_sync_points
+
+    @property
     def particle(self) -> int:
         """The number of this rank's particle, from 0 to P - 1."""
         return self.session.particle
@@ -191,7 +209,7 @@ class Swarm:
 
     @property
     def steps_to_sync(self) -> int | None:
-        """Optimizer steps until the next sync point; None if the particles never sync."""
+        """Optimizer steps until the next sync point; None if there is none."""
         if self.session.synchronizer is None:
             return None
         step = self.session.step
@@ -205,7 +223,7 @@ class Swarm:
 
     @property
     def last_losses(self) -> tuple[float, ...]:
-        """Loss of each particle at the last sync, shape (P,); empty with one particle."""
+        """Loss of each particle at the last sync, shape (P,); empty without sync points."""
         synchronizer = self.session.synchronizer
         return tuple(synchronizer.parts.assessor.losses) if synchronizer else ()
 
@@ -216,7 +234,7 @@ class Swarm:
     # -- the training script's calls --------------------------------------------------------
 
     def attach(self, engine: Any, probe: Probe | None = None) -> Any:
-        """Let ``engine.step()`` sync with the other particles at sync points.
+        """Let ``engine.step()`` sync with the other particles at sync points, or act alone if there are no others.
 
         Copies the weights of particle 0 to all others, so that all start alike.
 
@@ -247,7 +265,7 @@ class Swarm:
         shard_training_data(session, engine, self.sampler)
         session.callbacks[:0] = own_callbacks(session)
         self._hooks = EngineHooks(session, engine)
-        if session.num_particles > 1:
+        if synchronizer is not None:
             EngineCheckpoints(session, engine)
         if self.world.membership.has_newer_state:
             session.metrics.rewind(engine.global_steps)
@@ -288,7 +306,7 @@ class Swarm:
         return prepare(self, accelerator, objects, probe, schedule)
 
     def sync(self) -> None:
-        """Sync with the other particles now; call it on all ranks, outside of forward and backward.
+        """Sync now, with the other particles if there are any; call it on all ranks, outside of forward and backward.
 
         ``engine.step`` does it when a sync point is due. This one counts as one more.
 

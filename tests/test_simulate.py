@@ -267,7 +267,7 @@ def test_a_training_too_short_to_meet_is_worth_a_warning(pool: Pool):
     (enough,), (too_few,) = (pool.run(warnings_of, case, world_size=1) for case in cases)
     assert enough == []
     assert too_few == [
-        "swarm.sync_interval = 6: longer than the whole training, so that the particles never sync; lower it"
+        "swarm.sync_interval = 6: longer than the whole training, so that there is no sync point; lower it"
     ]
 
 

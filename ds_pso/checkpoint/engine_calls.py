@@ -1,7 +1,7 @@
-"""``engine.save_checkpoint`` and ``engine.load_checkpoint`` of a script, for several particles.
+"""``engine.save_checkpoint`` and ``engine.load_checkpoint`` of a script, for a swarm with sync points.
 
-Each would write files of the same names into one folder. So each has a folder of its own in it, and with DeepSpeed's
-files lies what the swarm needs to go on.
+With DeepSpeed's files lies what the swarm needs to go on. Several particles would write files of the same names into
+one folder, so each has a folder of its own in it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ _Loaded = tuple[str | None, Any]
 
 
 class EngineCheckpoints:
-    """Wraps the two calls of one engine. A path that names the particle's folder already is left as it is."""
+    """Wraps the two calls of one engine.
+
+    Left as they are: calls for a path that names the particle's folder already; and those of a Trainer, or Accelerate,
+    that trains the only particle.
+    """
 
     def __init__(self, session: Session, engine: Any) -> None:
         self._session = session
@@ -29,12 +33,15 @@ class EngineCheckpoints:
         engine.save_checkpoint, engine.load_checkpoint = self.save_checkpoint, self.load_checkpoint
 
     def save_checkpoint(self, save_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Do what the engine's does, in ``save_dir/particle_<i>``, and add the swarm's part. Called on all ranks."""
+        """Do what the engine's does, and add the swarm's part. Called on all ranks.
+
+        Several particles write into ``save_dir/particle_<i>``.
+        """
         session = self._session
         own = self._own(save_dir)
         if own is None:
             return self._save(save_dir, tag, *args, **kwargs)
-        if session.is_leader and not self._warned:
+        if session.is_leader and session.num_particles > 1 and not self._warned:
             warnings.warn(
                 f"engine.save_checkpoint: each particle has a folder of its own, {own} and so on; resume with "
                 "engine.load_checkpoint after swarm.attach. swarm.save writes all of them as one, or none",
@@ -47,10 +54,10 @@ class EngineCheckpoints:
         return result
 
     def load_checkpoint(self, load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> _Loaded:
-        """Do what the engine's does, from ``load_dir/particle_<i>`` if ``save_checkpoint`` has made one.
+        """Do what the engine's does, and restore the swarm's part, from where ``save_checkpoint`` has put it.
 
         A checkpoint of plain DeepSpeed, or one of which only a part is loaded, is a new beginning: all particles take
-        the weights of particle 0.
+        the weights of particle 0, and the rule begins there.
 
         Raises:
             CheckpointError: it is damaged, or of another swarm.
@@ -75,13 +82,19 @@ class EngineCheckpoints:
         return loaded
 
     def _own(self, folder: str) -> Path | None:
-        """Return the particle's folder; None if that is named already."""
-        own = self._session.world.layout.particle_folder(Path(folder))
-        return None if own == Path(folder) else own
+        """Return the folder for the particle's files; None: somebody else adds the swarm's part."""
+        session, given = self._session, Path(folder)
+        own = session.world.layout.particle_folder(given)
+        if own == given or (session.num_particles == 1 and session.has_trainer):
+            return None
+        return own if session.num_particles > 1 else given
 
     def _find(self, own: Path, tag: str | None) -> Path | None:
-        """Return the folder to load; None: the particles have no folders of their own."""
-        with self._session.world.coordinator.agree("looking for the checkpoint"):
+        """Return the folder to load; None: nothing of the swarm is there."""
+        session = self._session
+        with session.world.coordinator.agree("looking for the checkpoint"):
+            if session.num_particles == 1:
+                return self._find_only(own, tag)
             if not list(own.parent.glob("particle_*")):
                 return None
             try:
@@ -91,3 +104,19 @@ class EngineCheckpoints:
             if not folder.is_dir():
                 raise CheckpointError(f"{folder}: missing; check the path and the tag, or start without resuming")
             return folder
+
+    def _find_only(self, folder: Path, tag: str | None) -> Path | None:
+        """``_find`` for one particle, whose checkpoint may be one of plain DeepSpeed."""
+        latest = folder / "latest"
+        if tag is None and not latest.is_file():
+            return None
+        found = folder / (latest.read_text().strip() if tag is None else str(tag))
+        if (found / "swarm").is_dir():
+            return found
+        if self._session.is_leader and found.is_dir():
+            warnings.warn(
+                f"engine.load_checkpoint: {found} holds nothing of the swarm: {self._session.config.sync_mode} begins "
+                "anew, with the weights in it",
+                stacklevel=5,
+            )
+        return None

@@ -68,15 +68,17 @@ def _load_reshaped(session: Session, source: Path) -> RankRecord:
         _check_fits(record, session, source)
     with session.world.coordinator.agree("reading the checkpoint"):
         tensors = reshaped.read()
-        kept = own_tensors(session)
-        if reshaped.begins_anew:
-            kept = {key: value for key, value in kept.items() if key.startswith("buffer.")}
+        anew = ("rule.", "wire.") if reshaped.begins_anew else ("wire.",) if reshaped.wire_begins_anew else ()
+        kept = {key: value for key, value in own_tensors(session).items() if not key.startswith(anew)}
         _check_kept(tensors, kept, session, source)
     with reshaped.in_place_of_the_files():
         _load_engine(session, reshaped.folder, DEEPSPEED_TAG)
     if reshaped.begins_anew and session.synchronizer is not None:
         session.synchronizer.begin_anew(record["step"])
         record["synchronizer"] = session.synchronizer.state_dict()
+        tensors = own_tensors(session) | tensors
+    elif reshaped.wire_begins_anew and session.synchronizer is not None:
+        session.synchronizer.parts.start_wire()
         tensors = own_tensors(session) | tensors
     restore(session, record, tensors)
     return record

@@ -57,7 +57,8 @@ class Reshaped:
     Attributes:
         record: as ``checkpoint.save`` writes it; its "random" is None where this rank had no predecessor.
         folder: of the particle that this one continues.
-        begins_anew: a lone particle becomes several, which have not synced before.
+        begins_anew: what was saved has never synced, as one particle by most rules.
+        wire_begins_anew: only the rule goes on: one particle had no wire.
     """
 
     def __init__(
@@ -73,7 +74,11 @@ class Reshaped:
         self._P, self._S = shape
         self._old = session.world.layout.particle % self._P
         self.folder = source / f"particle_{self._old}"
-        self.begins_anew = self._P == 1 and session.synchronizer is not None
+        synchronizer = session.synchronizer
+        self.begins_anew = synchronizer is not None and records[0]["synchronizer"] is None
+        self.wire_begins_anew = (
+            self._P == 1 and synchronizer is not None and synchronizer.parts.updater.differences is not None
+        )
         self.record = self._own_record()
         self.record["random"] = random
         self._files: RepartitionedFiles | None = None
@@ -111,6 +116,8 @@ class Reshaped:
         layout = self._session.world.layout
         record = self._records[layout.shard_rank % self._S].copy()
         record["num_particles"], record["particle_size"] = layout.num_particles, layout.particle_size
+        if 1 in (self._P, layout.num_particles):  # which exchanges nothing
+            record["wire"], record["turns"] = self._session.config.wire, self._session.config.turns
         if len(record["samplers"]) == len(self._session.samplers):
             pairs = zip(self._session.samplers, record["samplers"], strict=True)
             record["samplers"] = [sampler.continued(state, self._P * self._S) for sampler, state in pairs]
@@ -146,10 +153,11 @@ class Reshaped:
         per_particle = synchronizer.parts.rule.memory_of_particles
         state = dict(mine)
         state["last_losses"] = self._per_particle(state["last_losses"])
-        state["rule_memories"] = [
+        memories = [
             {key: self._per_particle(value) if key in per_particle else value for key, value in memory.items()}
             for memory in state["rule_memories"]
         ]
+        state["rule_memories"] = [memories[turn % len(memories)] for turn in range(self._session.config.turns)]
         of_all = [record["synchronizer"] or {} for record in self._records]
         state["totals"] = state["totals"] | {
             "bytes_received": self._shared_out([other["totals"]["bytes_received"] for other in of_all])
@@ -191,7 +199,8 @@ class Reshaped:
         tensors = {key: own.get_tensor(key) for key in own.keys() if key.startswith("buffer.")}  # noqa: SIM118
         if synchronizer is not None and not self.begins_anew:
             parts = _SavedLikeShards(saved, self._records, shards)
-            tensors |= parts.states(("rule", "wire"))
+            has_wire = synchronizer.parts.updater.differences is not None and not self.wire_begins_anew
+            tensors |= parts.states(("rule", "wire") if has_wire else ("rule",))
             if self.record["synchronizer"] and self.record["synchronizer"]["pending"]:
                 tensors |= {f"pending.{i}": value for i, value in enumerate(parts.movement(old_rank))}
         if self.record["random"] is not None:

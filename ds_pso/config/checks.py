@@ -158,8 +158,10 @@ def averages_moments(c: Combination) -> bool:
     return c.swarm.optimizer_state == "average"
 
 
-def has_peers(c: Combination) -> bool:
-    return c.swarm.particles not in (1, "node")  # how many "node" is, is seen at attach
+def syncs(c: Combination) -> bool:
+    if c.swarm.particles == "node":
+        return False  # how many these are is seen at attach
+    return c.swarm.has_sync_points(c.swarm.particles)
 
 
 # -- the table, in the order in which rows are tried ------------------------------------------
@@ -379,9 +381,9 @@ EXCLUSIONS: list[Exclusion] = [
         'use "train", or set swarm.{swarm.sync_mode}.asynchronous to false',
     ),
     Exclusion(
-        has_peers,
+        syncs,
         lambda c: c.narrow_masters is not None,
-        "{config.narrow_masters} = true: the master weights are not fp32, and averages between particles need that",
+        "{config.narrow_masters} = true: the master weights are not fp32, and sync points need that",
         "remove it",
     ),
 ]

@@ -15,6 +15,9 @@ from ds_pso.rules import Rule, RuleConfig, find_rule
 from ds_pso.sync.schedule import Schedule, ScheduleConfig, make_schedule
 from ds_pso.utils.strict_model import StrictModel
 
+# What travels between particles, in which form, and what hides that.
+_OF_AN_EXCHANGE = ("wire", "residual", "residual_decay", "delay", "fragments", "streaming")
+
 
 def total_num_steps(ds_config: Mapping[str, object]) -> object:
     """Return ``total_num_steps`` of DeepSpeed's scheduler, unchecked; None if the config does not have it."""
@@ -188,6 +191,22 @@ class SwarmConfig(StrictModel):
         """Return the rule that ``sync_mode`` names; None for ``allreduce``."""
         options = self.rule_options
         return None if options is None else find_rule(self.sync_mode)(options, seed=self.seed)
+
+    def has_sync_points(self, num_particles: int) -> bool:
+        """Return whether so many particles sync: several by any rule, and one by a rule that acts without peers."""
+        rule = self.build_rule()
+        return rule is not None and (num_particles > 1 or rule.acts_alone)
+
+    def keys_for_peers(self) -> list[str]:
+        """Return the keys that are set to what has a meaning between particles only, such as a ``wire``."""
+        fields = type(self).model_fields
+        found = [name for name in _OF_AN_EXCHANGE if getattr(self, name) != fields[name].default]
+        return [*found, "optimizer_state"] if self.optimizer_state == "average" else found
+
+    def without_peers(self) -> SwarmConfig:
+        """Return the section with the defaults for these keys, for one particle."""
+        fields = type(self).model_fields
+        return self.model_copy(update={name: fields[name].default for name in self.keys_for_peers()})
 
     def build_schedule(self, ds_config: Mapping[str, object]) -> Schedule:
         """Return the schedule of the sync points."""

@@ -57,7 +57,9 @@ def export(session: Session, folder: Path, which: Choice = "consensus", tokenize
     if session.synchronizer is not None:
         shards = session.synchronizer.parts.shards
         model = session.synchronizer.consensus.collect(which)
+        of_module = session.num_particles == 1 and session.synchronizer.parts.rule.model_in == "x"
     else:
+        of_module = True
         shards = find_shards(session.engine)
         with as_bytes(shards.frozen.counters()) as counters:
             model = Collected(shards.tensors, [buffer for _, buffer in shards.buffers()], counters)
@@ -65,7 +67,6 @@ def export(session: Session, folder: Path, which: Choice = "consensus", tokenize
     with session.world.coordinator.agree("exporting the model"):
         if session.is_leader:
             with replacing_model(folder) as temporary:
-                of_module = session.num_particles == 1
                 _write(session.engine.module, state_dict, shards.trained_names(), temporary, of_module=of_module)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(temporary)

@@ -217,6 +217,14 @@ class Rule(ABC):
         return False
 
     @property
+    def acts_alone(self) -> bool:
+        """True if there are sync points without peers, too: ``update`` of one particle, whose own tensor arrives.
+
+        By other rules one particle is plain DeepSpeed. Of no use with ``max_staleness``.
+        """
+        return False
+
+    @property
     def receives_alike(self) -> bool:
         """True if all particles receive the same tensor, so that it may travel as a difference to a common state."""
         return self.max_staleness is None

@@ -59,7 +59,7 @@ def take_filled_in(session: Session, config: object) -> None:
 
 
 def build_synchronizer(session: Session, engine: Any, probe: Probe | None) -> Synchronizer | None:
-    """Make the synchronizer of an engine; None where there is nobody to sync with.
+    """Make the synchronizer of an engine; None where there are no sync points.
 
     Raises:
         UnsupportedError: the engine uses a feature that the swarm cannot follow.
@@ -67,7 +67,7 @@ def build_synchronizer(session: Session, engine: Any, probe: Probe | None) -> Sy
     """
     config = session.config
     rule = config.build_rule()
-    if rule is None or session.num_particles == 1:
+    if rule is None or not session.has_sync_points:
         return None
     schedule = config.build_schedule(session.ds_config)
     _check(session, rule, schedule, probe)
@@ -108,8 +108,8 @@ def _check(session: Session, rule: Rule, schedule: Schedule, probe: Probe | None
         )
     if schedule.last == 0 and session.world.is_leader:
         warnings.warn(
-            f"swarm.sync_interval = {config.sync_interval}: longer than the whole training, so that the "
-            "particles never sync; lower it",
+            f"swarm.sync_interval = {config.sync_interval}: longer than the whole training, so that "
+            "there is no sync point; lower it",
             stacklevel=4,
         )
     if rule.uses_progress and not schedule.last:

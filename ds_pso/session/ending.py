@@ -12,13 +12,15 @@ def warn_at_end(session: Session) -> None:
     """Warn of a training that was no training of a swarm, on one rank; for the end of the swarm or of the process."""
     for sampler in session.samplers:
         sampler.check_batches()
-    if session.num_particles == 1 or not session.is_leader or getattr(sys, "last_value", None) is not None:
+    if not session.has_sync_points or not session.is_leader or getattr(sys, "last_value", None) is not None:
         return
-    synchronizer, text = session.synchronizer, None
+    synchronizer, several, text = session.synchronizer, session.num_particles > 1, None
     if session.attached_engine is None:
+        apart = "each particle has trained a model of its own, and they never synced"
+        lacks = apart if several else "there was no sync point"
         text = (
-            "no engine was attached: if this was a training, each particle has trained a model of its own, and they "
-            "never synced. Call swarm.attach(engine), or give the Trainer SwarmCallback(swarm, trainer)"
+            f"no engine was attached: if this was a training, {lacks}. Call swarm.attach(engine), or give the Trainer "
+            "SwarmCallback(swarm, trainer)"
         )
     elif synchronizer is None:
         return
@@ -28,10 +30,11 @@ def warn_at_end(session: Session) -> None:
             "or give its length in swarm.total_steps"
         )
     elif session.step > 0 and synchronizer.parts.totals.count == 0 and not session.is_merged:
+        what = "the particles never synced" if several else "there was no sync point"
+        lower = "Each particle has learned from its own data alone; lower" if several else "Lower"
         text = (
-            f"the particles never synced: training had {session.step} steps, and swarm.sync_interval = "
-            f"{session.config.sync_interval}. Each particle has learned from its own data alone; lower it, or end "
-            "training with swarm.sync()"
+            f"{what}: training had {session.step} steps, and swarm.sync_interval = {session.config.sync_interval}. "
+            f"{lower} it, or end training with swarm.sync()"
         )
     if text is not None:
         warnings.warn(text, stacklevel=4)

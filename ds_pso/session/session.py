@@ -32,9 +32,10 @@ class Session:
         callbacks: called with the record of each sync, in order.
         last_sync: its record; None: there was none.
         writer: the checkpoint that is being written in the background.
-        synchronizer: None: not attached, or only one particle.
+        synchronizer: None: not attached, or there are no sync points.
         is_merged: whether ``Swarm.merge`` has made the particles one.
         loads_engine: whether ds_pso itself is calling ``engine.load_checkpoint``, with a folder that it has chosen.
+        has_trainer: whether a Trainer or Accelerate saves and loads the engine, and the swarm's part is added to that.
         lock: of ``run_dir``, on the rank that writes there.
     """
 
@@ -53,6 +54,7 @@ class Session:
     attached_engine: Any = None
     is_merged: bool = False
     loads_engine: bool = False
+    has_trainer: bool = False
     lock: FolderLock | None = None
 
     @classmethod
@@ -77,6 +79,11 @@ class Session:
     def num_particles(self) -> int:
         """P, the number of particles."""
         return self.world.layout.num_particles
+
+    @property
+    def has_sync_points(self) -> bool:
+        """True if the rule acts every few steps; false for plain DeepSpeed. Known before an engine is attached."""
+        return self.config.has_sync_points(self.num_particles)
 
     @property
     def particle(self) -> int:
@@ -113,13 +120,14 @@ class Session:
         """Describe the swarm in one line: ``2 particles x 4 ranks, pso every 8 steps``."""
         layout = self.world.layout
         ranks = f"{layout.particle_size} rank{'s' if layout.particle_size > 1 else ''}"
-        if self.num_particles == 1:
-            return f"1 particle x {ranks}: plain DeepSpeed"
+        particles = f"{self.num_particles} particle{'s' if self.num_particles > 1 else ''}"
+        if not self.has_sync_points:
+            return f"{particles} x {ranks}: plain DeepSpeed"
         n, kind = self.config.sync_interval, self.config.schedule.type
         when = f"every {n} steps" if kind == "fixed" else f"every {n} steps at first, {kind} from there"
         if self.config.streaming:
             when += f", one of {self.config.fragments} fragments at a time"
-        return f"{self.num_particles} particles x {ranks}, {self.config.sync_mode} {when}"
+        return f"{particles} x {ranks}, {self.config.sync_mode} {when}"
 
     def start_record(self) -> dict[str, Any]:
         """Return what a report must know of the run; JSON values."""
@@ -129,6 +137,7 @@ class Session:
             "particles": self.num_particles,
             "ranks": self.world.layout.particle_size,
             "backend": self.world.peers.backend,
+            "sync_points": self.has_sync_points,
             "total_steps": self.config.training_steps(self.ds_config),
             "zero_stage": self.engine.zero_optimization_stage(),
             "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in trained),

@@ -114,7 +114,7 @@ def why_unsupported(engine: Engine) -> str | None:
         ),
         (
             master_dtype != torch.float32,
-            f"its master weights are {master_dtype}, and averages need fp32; remove *_master_weights_and_grads",
+            f"its master weights are {master_dtype}, and sync points need fp32; remove *_master_weights_and_grads",
         ),
     ]
     return next((reason for wrong, reason in checks if wrong), None)

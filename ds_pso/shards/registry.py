@@ -41,7 +41,7 @@ def find_shards(engine: Engine) -> Shards:
 
 
 def check_precision(shards: Shards) -> None:
-    """Refuse to average masters that are not fp32.
+    """Refuse to sync masters that are not fp32.
 
     At ZeRO 0 the parameters themselves are masters, unless the config says ``bf16`` or ``fp16``: so a model that was
     built in half precision has none in fp32.
@@ -52,8 +52,8 @@ def check_precision(shards: Shards) -> None:
     for tensor in shards.tensors:
         if tensor.dtype != torch.float32:
             raise UnsupportedError(
-                f"ds_pso cannot swarm this engine: its master weights are {tensor.dtype}, and averages need fp32; give "
-                "deepspeed.initialize a model in fp32, and set bf16.enabled or fp16.enabled in the config instead"
+                f"ds_pso cannot swarm this engine: its master weights are {tensor.dtype}, and sync points need fp32; "
+                "give deepspeed.initialize a model in fp32, and set bf16.enabled or fp16.enabled in the config instead"
             )
 
 

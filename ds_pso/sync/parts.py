@@ -122,7 +122,7 @@ class SyncParts:
             for found in (rule.init_state(offload.near(x)) for x in shards.tensors)
         ]
         direction_mean = None
-        if rule.keeps_lengths_from is not None:
+        if rule.keeps_lengths_from is not None and exchange.num_particles > 1:  # one movement is as long as itself
             direction_mean = DirectionMean(exchange, world.local, shards.segments, matrices(shards))
         self.updater = Updater(exchange, rule, shards.segments, state, differences, direction_mean)
         self.memories: list[Mapping[str, Any]] = [{}] * (options.fragments if options.streaming else 1)
@@ -179,8 +179,14 @@ class SyncParts:
         for kept, x in zip(self.updater.state, tensors, strict=True):
             for name, value in self.rule.init_state(x).items():
                 kept[name].copy_(value)
+        self.memories = [{}] * len(self.memories)
+        self.start_wire()
+
+    def start_wire(self) -> None:
+        """Let what the wire keeps follow from the weights as they are, which are equal on all particles."""
+        self.shards.zero_padding()
+        tensors = self.shards.tensors
         if self.updater.differences is not None:
             self.updater.differences.agree_on(tensors)
             for residual in self.updater.differences.residual:
                 residual.zero_()
-        self.memories = [{}] * len(self.memories)

@@ -170,7 +170,7 @@ class Synchronizer:
                 time.sleep(_PAUSE_S)
                 quorum = parts.membership.start_quorum(parts.assessor.index)
             attempt.quorum = quorum
-            if quorum.recovering or quorum.overdue:
+            if quorum.is_start or quorum.recovering or quorum.overdue:
                 attempt.step = self.recovery.recover(quorum, window, attempt.step)
                 attempt.begin = time.perf_counter() - parts.membership.waited_s
                 attempt.before = replace(parts.exchange.traffic)

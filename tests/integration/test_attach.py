@@ -257,7 +257,7 @@ def attach_narrow(case: Case) -> None:
     [
         (attach_pipeline, "pipeline engine"),
         (attach_channels_last, "not contiguous"),
-        (attach_narrow, "its master weights are torch.bfloat16, and averages need fp32"),
+        (attach_narrow, "its master weights are torch.bfloat16, and sync points need fp32"),
     ],
 )
 def test_real_engines_that_are_refused(pool: Pool, body: Callable[[Case], None], text: str) -> None:

@@ -47,9 +47,14 @@ def test_allreduce_is_one_world(pool: Pool, case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", slow_but(CASES[:5:2], CASES[:5]), ids=str)
-@pytest.mark.parametrize("sync_mode", slow_but(["pso"], ["local_sgd", "pso"]))
+@pytest.mark.parametrize("sync_mode", slow_but(["pso"], ["local_sgd", "easgd", "pso"]))
 def test_one_particle(pool: Pool, case: Case, sync_mode: str) -> None:
     assert_same(pool, replace(case, sync_mode=sync_mode, particles=1, interval=1), world_size=2)
+
+
+def test_one_particle_whose_outer_step_goes_where_it_is(pool: Pool) -> None:
+    options = {"outer_lr": 1, "outer_momentum": 0}
+    assert_same(pool, replace(CASES[2], sync_mode="diloco", options=options, particles=1, interval=1), world_size=2)
 
 
 def test_one_particle_of_one_rank(pool: Pool) -> None:

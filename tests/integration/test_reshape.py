@@ -418,7 +418,7 @@ def test_a_lone_particle_becomes_several(pool: Pool, tmp_path: Path) -> None:
     """They are equal, and what the rule and the wire keep follows from their weights."""
     cases = [
         Case(stage=2, sync_mode="pso", options=PSO),
-        Case(stage=3, sync_mode="diloco", swarm={"wire": "int8"}),
+        Case(stage=3, sync_mode="diloco", options={"outer_lr": 1, "outer_momentum": 0}, swarm={"wire": "int8"}),
         Case(stage=0, sync_mode="swarm", options={"guard": False, "inertia": 0.5}),
     ]
     before = saved(pool, cases, (1, 2), tmp_path)
