@@ -392,6 +392,7 @@ class _Checkpoints:
 
     def install(self) -> None:
         """Replace the methods of this object."""
+        self._swarm.session.has_trainer = True
         self._accelerator.save_state, self._accelerator.load_state = self.save_state, self.load_state
         if self._swarm.num_particles > 1:
             self._accelerator.save_model = self._refuse_model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -69,15 +69,17 @@ class SwarmCallback(TrainerCallback):
         self._evaluation = _Evaluation(swarm, trainer, evaluate_consensus)
         self._checkpoints = _Checkpoints(swarm, trainer, self._folder)
         self._sync_log = _SyncLog()
+        swarm.session.has_trainer = True
         trainer.train = self._checkpoints.resuming(trainer.train)
         trainer._load_best_model = _without_code(trainer._load_best_model)
-        if swarm.num_particles > 1:
-            trainer.args.output_dir = str(Path(self._folder, f"particle_{swarm.particle}"))
-            trainer.get_train_dataloader = self._data.sharded(trainer.get_train_dataloader)
+        if swarm.has_sync_points:
             trainer.evaluate = self._evaluation.of_consensus(trainer.evaluate)
             trainer.evaluation_loop = self._evaluation.averaged(trainer.evaluation_loop)
             trainer.log = self._sync_log.beside_losses(trainer.log)
             swarm.on_sync(self._sync_log.take)
+        if swarm.num_particles > 1:
+            trainer.args.output_dir = str(Path(self._folder, f"particle_{swarm.particle}"))
+            trainer.get_train_dataloader = self._data.sharded(trainer.get_train_dataloader)
             _leave_to_the_leader(swarm, trainer)
 
     def on_train_begin(
@@ -88,7 +90,7 @@ class SwarmCallback(TrainerCallback):
         if swarm.config.total_steps is None:
             swarm.config = swarm.config.model_copy(update={"total_steps": state.max_steps})
         swarm.attach(self.trainer.deepspeed)  # gives all particles the same weights, whatever was loaded
-        if state.global_step > 0 and swarm.num_particles > 1:
+        if state.global_step > 0 and swarm.has_sync_points:
             step = self._checkpoints.load(_step_folder(args, state))
             swarm.session.metrics.rewind(step)
         self._data.resume(int((state.epoch or 0.0) + 1e-6), skips=state.global_step > 0)
@@ -102,11 +104,11 @@ class SwarmCallback(TrainerCallback):
         self._data.begin_epoch()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        if not args.save_only_model and self.swarm.num_particles > 1:
+        if not args.save_only_model and self.swarm.has_sync_points:
             checkpoint.save_part(self.swarm.session, _step_folder(args, state))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        if args.load_best_model_at_end and state.best_model_checkpoint and self.swarm.num_particles > 1:
+        if args.load_best_model_at_end and state.best_model_checkpoint and self.swarm.has_sync_points:
             self._checkpoints.load(Path(state.best_model_checkpoint))  # what the rule keeps of the model, too
         else:
             self.swarm.finish_pending()
@@ -288,7 +290,7 @@ class _Checkpoints:
                 trainer = self._trainer
                 trainer._prepare_for_training = _without_code(trainer._prepare_for_training)  # the engine's, too
                 trainer._load_rng_state = _without_code(trainer._load_rng_state)
-            if resume_from_checkpoint and self._swarm.num_particles > 1:
+            if resume_from_checkpoint and self._swarm.has_sync_points:
                 resume_from_checkpoint = str(self._find(resume_from_checkpoint))
             return train(resume_from_checkpoint, *args, **kwargs)
 
@@ -304,12 +306,13 @@ class _Checkpoints:
         with swarm.world.coordinator.agree("looking for the checkpoint"):
             if isinstance(named, str):
                 path = Path(named)
-                if path.parent.resolve() not in (Path(self._folder).resolve(), *_siblings(mine)):
+                elsewhere = path.parent.resolve() not in (Path(self._folder).resolve(), *_siblings(mine))
+                if elsewhere and swarm.num_particles > 1:
                     raise CheckpointError(
                         f"resume_from_checkpoint = {named}: not in {self._folder}, in which each particle has its own; "
                         "set TrainingArguments.output_dir to the folder that the checkpoint was written to"
                     )
-                found = mine / path.name
+                found = mine / path.name if swarm.num_particles > 1 else path
             else:
                 last = get_last_checkpoint(str(mine)) if mine.is_dir() else None
                 if last is None:
@@ -371,8 +374,28 @@ def _check_supported(swarm: Swarm, trainer: Trainer) -> None:
         raise ConfigError(
             "SwarmCallback: the Trainer does not use DeepSpeed; give TrainingArguments(deepspeed=swarm.ds_config)"
         )
-    if swarm.num_particles == 1:
-        return
+    if swarm.num_particles > 1:
+        _check_several(swarm, trainer)
+    if swarm.has_sync_points:
+        _refuse(
+            args,
+            {
+                "auto_find_batch_size": (args.auto_find_batch_size, "it builds the engine anew; set it to False"),
+                "save_total_limit": (
+                    args.save_total_limit == 1,
+                    "while a checkpoint is written, no complete one might be left; keep at least 2",
+                ),
+                "enable_jit_checkpoint": (
+                    args.enable_jit_checkpoint,
+                    "it saves nothing of the swarm, and one particle would stop alone; set it to False",
+                ),
+            },
+        )
+
+
+def _check_several(swarm: Swarm, trainer: Trainer) -> None:
+    """Refuse what several particles would do to one another."""
+    args = trainer.args
     if len(swarm.world.membership.reachable()) < swarm.num_particles:
         raise ConfigError(
             'SwarmCallback: swarm.transport = "elastic": the Trainer counts its own steps, and a particle that joins '
@@ -384,20 +407,20 @@ def _check_supported(swarm: Swarm, trainer: Trainer) -> None:
             "would be saved under names that nobody looks for; give the Trainer the model itself, and let "
             "TrainingArguments compile it (torch_compile=True) or checkpoint its activations"
         )
-    refused = {
-        "auto_find_batch_size": (args.auto_find_batch_size, "it builds the engine anew; set it to False"),
-        "train_sampling_strategy": (
-            args.train_sampling_strategy not in ("random", "sequential"),
-            'the swarm splits the data over its ranks itself; use "random" or "sequential"',
-        ),
-        "save_total_limit": (
-            args.save_total_limit == 1,
-            "while a checkpoint is written, no complete one might be left; keep at least 2",
-        ),
-        "push_to_hub": (args.push_to_hub, "every particle would push; push what trainer.save_model has written"),
-        "save_on_each_node": (args.save_on_each_node, "two nodes of a particle would differ; use a shared disk"),
-        "enable_jit_checkpoint": (args.enable_jit_checkpoint, "one particle would stop alone; set it to False"),
-    }
+    _refuse(
+        args,
+        {
+            "train_sampling_strategy": (
+                args.train_sampling_strategy not in ("random", "sequential"),
+                'the swarm splits the data over its ranks itself; use "random" or "sequential"',
+            ),
+            "push_to_hub": (args.push_to_hub, "every particle would push; push what trainer.save_model has written"),
+            "save_on_each_node": (args.save_on_each_node, "two nodes of a particle would differ; use a shared disk"),
+        },
+    )
+
+
+def _refuse(args: TrainingArguments, refused: Mapping[str, tuple[bool, str]]) -> None:
     for name, (is_set, reason) in refused.items():
         if is_set:
             raise UnsupportedError(f"TrainingArguments.{name} = {getattr(args, name)!r}: {reason}")

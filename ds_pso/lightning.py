@@ -121,6 +121,7 @@ class SwarmCallback(Callback):
         if stage != "fit":
             return
         _check_supported(self.swarm, trainer)
+        self.swarm.session.has_trainer = True
         trainer.save_checkpoint = self._saving(trainer, trainer.save_checkpoint)
         trainer.strategy.load_checkpoint = self._loading(trainer.strategy.load_checkpoint)
         if self.swarm.particle > 0:

@@ -308,6 +308,9 @@ SHARDED = changed(
 )
 
 
+ALONE = changed(APART, particles=1, sync_mode="diloco", delay=0)
+
+
 def train_until(folder: Path, config: dict[str, Any], stop: int | None, resume: Any) -> dict[str, Any]:
     from transformers import TrainerCallback
 
@@ -343,25 +346,37 @@ def train_until(folder: Path, config: dict[str, Any], stop: int | None, resume: 
         trainer.train(resume_from_checkpoint=resume)
         with torch.no_grad():
             logits = trainer.deepspeed(torch.arange(8)[None]).logits.numpy()
+        if swarm.session.synchronizer is not None:
+            states = swarm.session.synchronizer.parts.updater.state
+            own |= {f"{i}.{k}": v.float().numpy().copy() for i, state in enumerate(states) for k, v in state.items()}
         return {"own": own, "logits": logits, "asked": data.asked, "last": swarm.last_sync and swarm.last_sync.sync}
 
 
 @pytest.mark.parametrize(
     "config",
-    [pytest.param(APART, id="pso"), pytest.param(SHARDED, id="easgd-zero3", marks=pytest.mark.slow)],
+    [
+        pytest.param(APART, id="pso"),
+        pytest.param(SHARDED, id="easgd-zero3", marks=pytest.mark.slow),
+        pytest.param(ALONE, id="one-particle", marks=pytest.mark.slow),
+    ],
 )
 def test_a_resumed_training_ends_where_the_whole_one_does(pool: Pool, tmp_path: Path, config: dict[str, Any]) -> None:
     """Step 4 lies between the beginning of a delayed sync point and its end."""
-    whole = pool.run(train_until, tmp_path / "whole", config, None, False, timeout=120)
-    pool.run(train_until, tmp_path / "parts", config, 4, False, timeout=120)
+    options = {"world_size": S * config["swarm"]["particles"], "timeout": 120}
+    whole = pool.run(train_until, tmp_path / "whole", config, None, False, **options)
+    pool.run(train_until, tmp_path / "parts", config, 4, False, **options)
     resume = str(tmp_path / "parts/out/checkpoint-4") if config is SHARDED else "True"  # as from a command line
-    parts = pool.run(train_until, tmp_path / "parts", config, None, resume, timeout=120)
+    parts = pool.run(train_until, tmp_path / "parts", config, None, resume, **options)
     for one, other in zip(parts, whole, strict=True):
         for key, value in other["own"].items():
             assert np.array_equal(one["own"][key], value), key
         assert np.array_equal(one["logits"], other["logits"])
         assert one["last"] == other["last"]
         assert one["asked"][-16:] == other["asked"][-16:]
+    if config is ALONE:
+        assert len(list(tmp_path.glob("parts/out/checkpoint-4/**/swarm"))) == 1, "the swarm's part is written once"
+        assert whole[0]["last"] == 9
+        return
     assert not np.array_equal(whole[0]["own"]["0"], whole[2]["own"]["0"]), "the particles were not apart"
     for rank in whole[1:]:
         assert np.array_equal(rank["logits"], whole[0]["logits"]), "they are the consensus in the end"

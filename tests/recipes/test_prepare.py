@@ -208,7 +208,7 @@ class Counter:
         self.count = state["count"]
 
 
-def train_and_save(folder: Path, resume: bool, how: str) -> dict[str, Any]:
+def train_and_save(folder: Path, resume: bool, how: str, particles: int) -> dict[str, Any]:
     """Two epochs with a checkpoint in the second, or from there; what was seen since then, and the weights at the end.
 
     ``how``: "named" by the script, "numbered" by Accelerate, or by "swarm.save".
@@ -218,7 +218,7 @@ def train_and_save(folder: Path, resume: bool, how: str) -> dict[str, Any]:
 
     import ds_pso
 
-    config = CONFIG | {"swarm": {"particles": 2, "sync_interval": 2, "sync_mode": "diloco"}}
+    config = CONFIG | {"swarm": {"particles": particles, "sync_interval": 2, "sync_mode": "diloco"}}
     with ds_pso.init(config) as swarm:
         accelerator = Accelerator(
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=swarm.ds_config),
@@ -256,32 +256,48 @@ def train_and_save(folder: Path, resume: bool, how: str) -> dict[str, Any]:
                 if (epoch, index + 1) == SAVED_AT and not resume:
                     swarm.save(folder) if how == "swarm.save" else accelerator.save_state(named)
                     seen, losses = [], []
-        with pytest.raises(ds_pso.UnsupportedError, match=r"swarm\.export"):
-            accelerator.save_model(model, folder / "model")
+        if particles > 1:
+            with pytest.raises(ds_pso.UnsupportedError, match=r"swarm\.export"):
+                accelerator.save_model(model, folder / "model")
+        state = swarm.session.synchronizer.parts.updater.state
         return {
             "seen": seen,
             "losses": losses,
             "count": counter.count,
             "rate": scheduler.get_last_lr(),
             "weights": [p.detach().numpy().copy() for p in model.parameters()],
+            "rule": [value.numpy().copy() for kept in state for value in kept.values()],
             "random": torch.rand(3).tolist(),
             "syncs": swarm.last_sync.sync,
         }
 
 
-@pytest.mark.parametrize("how", slow_but(["numbered"], ["named", "numbered", "swarm.save"]))
-def test_a_run_goes_on_bit_for_bit(pool, tmp_path, how):
-    whole = pool.run(train_and_save, tmp_path, False, how, env=DEEPSPEED, timeout=120)
+@pytest.mark.parametrize(
+    ("how", "particles"),
+    slow_but(
+        [("numbered", 2)], [(how, particles) for how in ("named", "numbered", "swarm.save") for particles in (1, 2)]
+    ),
+)
+def test_a_run_goes_on_bit_for_bit(pool, tmp_path, how, particles):
+    options = {"world_size": 2 * particles, "env": DEEPSPEED, "timeout": 120}
+    whole = pool.run(train_and_save, tmp_path, False, how, particles, **options)
     if how != "swarm.save":
         found = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("random_states_*.pkl"))
-        folder = "state/particle_{}" if how == "named" else "particle_{}/checkpoints/checkpoint_0"
-        assert found == [f"{folder.format(i)}/random_states_{j}.pkl" for i in range(2) for j in range(2)]
-    resumed = pool.run(train_and_save, tmp_path, True, how, env=DEEPSPEED, timeout=120)
+        folders = ["state" if how == "named" else "checkpoints/checkpoint_0"]
+        if particles > 1:
+            name = "state/particle_{}" if how == "named" else "particle_{}/checkpoints/checkpoint_0"
+            folders = [name.format(i) for i in range(particles)]
+        assert found == [f"{folder}/random_states_{j}.pkl" for folder in folders for j in range(2)]
+        parts = {path.parent.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("swarm")}
+        assert parts == set(folders), "the swarm's part is written once"
+    resumed = pool.run(train_and_save, tmp_path, True, how, particles, **options)
     for before, after in zip(whole, resumed, strict=True):
-        for one, other in zip(before.pop("weights"), after.pop("weights"), strict=True):
-            assert (one == other).all()
+        for key in ("weights", "rule"):
+            for one, other in zip(before.pop(key), after.pop(key), strict=True):
+                assert (one == other).all()
         assert before == after
-    assert whole[0]["losses"] != whole[2]["losses"], "each particle has a state of its own"
+    if particles > 1:
+        assert whole[0]["losses"] != whole[2]["losses"], "each particle has a state of its own"
 
 
 # -- evaluation, streams, and what is refused -----------------------------------------------
