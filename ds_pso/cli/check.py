@@ -132,13 +132,18 @@ def warnings(ds_config: Mapping[str, object], swarm: SwarmConfig, given: Mapping
         if ignored:
             yield f'swarm.sync_mode = "{ALLREDUCE}" is plain DeepSpeed over all ranks, and ignores {", ".join(ignored)}'
         return
-    if swarm.particles == 1:
+    alone = swarm.particles == 1
+    if alone and not swarm.has_sync_points(1):
         yield "swarm.particles = 1: plain DeepSpeed; there are no sync points"
         return
+    if alone and swarm.keys_for_peers():
+        unused = ", ".join(f"swarm.{name}" for name in swarm.keys_for_peers())
+        yield f"one particle has nobody to exchange with, so these have no effect: {unused}"
+        swarm = swarm.without_peers()
     steps = swarm.total_steps or total_num_steps(ds_config)
     if isinstance(steps, int) and steps < n // swarm.turns:
-        yield f"swarm.sync_interval = {n}: training ends after {steps} steps, before the particles sync"
-    if n == 1 and swarm.schedule.type == "fixed" and swarm.wire == UNCOMPRESSED:
+        yield f"swarm.sync_interval = {n}: training ends after {steps} steps, before the first sync point"
+    if n == 1 and swarm.schedule.type == "fixed" and swarm.wire == UNCOMPRESSED and not alone:
         yield (
             'swarm.sync_interval = 1: the particles sync at every step, and move fp32 weights where "allreduce" moves '
             "gradients in the working precision"
@@ -164,8 +169,10 @@ def _cost(swarm: SwarmConfig, arguments: argparse.Namespace) -> ModelCost:
     if particles == "node":
         raise ConfigError('swarm.particles = "node": how many there will be is not known here; give --particles')
     check_at_least(parameters=(parameters, 1), particles=(particles, 1), ranks=(arguments.ranks, 1))
-    if swarm.sync_mode == ALLREDUCE or particles == 1:
+    if not swarm.has_sync_points(1 if swarm.sync_mode == ALLREDUCE else particles):
         return ModelCost(name, parameters, particles, arguments.ranks)
+    if particles == 1:
+        swarm = swarm.without_peers()
     cluster = Cluster(parameters, particles, arguments.ranks, step_s=1.0, bandwidth=1.0)
     received = 1e6 * sync_cost(cluster, swarm).megabytes
     traffic = SyncTraffic(received, received / arguments.ranks)

@@ -93,6 +93,13 @@ def _particles(arguments: argparse.Namespace, swarm: SwarmConfig) -> int:
     particles = swarm.particles if arguments.particles is None else arguments.particles
     if particles == "node":
         raise ConfigError('swarm.particles = "node": how many there will be is not known here; give --particles')
+    if particles == 1:
+        from ds_pso.config.load import name_of
+
+        raise ConfigError(
+            f"{name_of(arguments.config)}: with one particle nothing crosses a link, so there is nothing to plan; give "
+            "more with --particles, or ask ds-pso check for the memory"
+        )
     check_at_least(particles=(particles, 2))
     return int(particles)
 

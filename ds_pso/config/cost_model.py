@@ -167,7 +167,7 @@ def memory(cluster: Cluster, swarm: SwarmConfig) -> Memory:
         elif len(set(sources)) > 1:
             buckets += 1 + max(map(sources.count, sources))  # the one received, and a copy for each that asks
         exchange = max(exchange, buckets * bucket)
-    if rule.keeps_lengths_from is not None:
+    if rule.keeps_lengths_from is not None and P > 1:
         exchange += 4 * shard  # the whole mean, before it is given its length
     return Memory(state * shard, part if swarm.delay else 0.0, exchange)
 

@@ -135,6 +135,7 @@ class StartRecord:
         description: of the swarm, in a line.
         ranks: of each particle.
         backend: between particles; ``simulated`` in one process.
+        sync_points: whether there are any; several particles always have some.
         total_steps: of the whole training, if known.
         parameters: trained ones.
         swarm: the section of the config, with its defaults.
@@ -145,6 +146,7 @@ class StartRecord:
     particles: int
     ranks: int
     backend: str = ""
+    sync_points: bool = False
     total_steps: int | None = None
     zero_stage: int | None = None
     parameters: int | None = None

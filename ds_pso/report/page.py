@@ -91,9 +91,9 @@ def facts(run: Run) -> list[str]:
     if run.resumed_at:
         found.append(f"Resumed at step {_list(run.resumed_at)}.")
     if not run.syncs:
-        why = "no sync point yet" if run.num_particles > 1 else "one particle: plain DeepSpeed, without sync points"
+        why = "no sync point yet" if run.has_sync_points else "one particle: plain DeepSpeed, without sync points"
         found.append(f"{_capital(why)}.")
-    found += [*_weights(run.totals), *_guard(run.totals), *_left_out(run.totals)]
+    found += [*_weights(run), *_guard(run.totals), *_left_out(run.totals)]
     return found
 
 
@@ -113,8 +113,8 @@ def _how(run: Run) -> str:
     return _capital("; ".join(parts) + ".") if parts else ""
 
 
-def _weights(totals: Totals) -> list[str]:
-    if totals.weights_are_alike:
+def _weights(run: Run) -> list[str]:
+    if run.num_particles > 1 and run.totals.weights_are_alike:
         return ["At every sync point all particles had the same weight in the consensus."]
     return []
 

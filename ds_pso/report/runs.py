@@ -71,6 +71,11 @@ class Run:
         return max(1, *(len(columns(entries)) for entries in (self.syncs, self.held_out, self.training)))
 
     @property
+    def has_sync_points(self) -> bool:
+        """False for plain DeepSpeed."""
+        return self.num_particles > 1 or (self.start is not None and self.start.record.sync_points)
+
+    @property
     def description(self) -> str:
         if self.start:
             return self.start.record.description

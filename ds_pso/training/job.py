@@ -198,6 +198,8 @@ def _finish(
 
 def _sync_line(swarm: Swarm) -> str:
     totals = swarm.totals
+    if swarm.num_particles == 1:
+        return f"{totals.count} sync points took {totals.seconds:.1f} s"
     waited = f"{totals.waited_s:.1f} s waiting for the slowest particle"
     if totals.overlapped_s:
         return (
