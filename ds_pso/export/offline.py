@@ -90,8 +90,8 @@ def _find_of_trainer(run: Path, tag: str | None) -> Path:
     if not steps or (tag is not None and tag not in steps):
         raise CheckpointError(
             f"{run}: no {tag or 'checkpoint'} of a swarm to export; give the output_dir of a Trainer with "
-            "SwarmCallback, in which every particle_* folder has the same checkpoint-*; what a Trainer without it has "
-            "saved opens with from_pretrained"
+            "SwarmCallback, in which every particle_* folder has the same checkpoint-*; what a Trainer of one "
+            "particle, or without it, has saved opens with from_pretrained"
         )
     return particles[0] / (tag or steps[-1])
 

@@ -81,6 +81,17 @@ def test_bytes_and_memory_by_hand(tmp_path, capsys, keys, received, kept, exchan
     assert found["memory"] == pytest.approx({"kept": kept, "pending": 0, "exchange": exchange})
 
 
+def test_one_particle_keeps_what_its_rule_keeps_and_moves_nothing(tmp_path: Path, capsys: Any) -> None:
+    """Anchor and momentum of N = 4e6, and a copy of a shard's bucket; what is for peers does not count."""
+    plain = write(tmp_path, particles=1, sync_mode="diloco", bucket_mb=1.0)
+    found = check(capsys, plain, "--parameters", "8M", "--ranks", "2")["model"]
+    assert found["sync_point"] == {"per_particle": 0.0, "per_rank": 0.0}
+    assert found["memory"] == {"kept": 8 * 4e6, "pending": 0.0, "exchange": 2**20}
+    more = {"wire": "int4", "delay": 2, "diloco": {"merge": "mean"}}
+    odd = write(tmp_path, particles="node", sync_mode="diloco", bucket_mb=1.0, **more)
+    assert check(capsys, odd, "--parameters", "8M", "--ranks", "2", "--particles", "1")["model"] == found
+
+
 def test_numbers_for_people(tmp_path: Path, capsys: Any) -> None:
     config = write(tmp_path, sync_mode="diloco", delay=2)
     assert cli.main(["check", config, "--parameters", "8M", "--ranks", "2"]) == 0
@@ -105,7 +116,14 @@ def test_models(tmp_path: Path, capsys: Any) -> None:
     assert found["parameters"] == 37 * 16 * 2 + 2 * (4 * 16 * 16 + 3 * 16 * 20 + 2 * 16) + 16
 
 
-@pytest.mark.parametrize("keys", [{"particles": 1}, {"sync_mode": "allreduce"}])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"particles": 1},
+        {"sync_mode": "allreduce"},
+        {"particles": 1, "sync_mode": "diloco", "diloco": {"outer_lr": 1, "outer_momentum": 0}},
+    ],
+)
 def test_without_sync_points(tmp_path: Path, capsys: Any, keys: dict[str, Any]) -> None:
     config = write(tmp_path, **keys)
     found = check(capsys, config, "--parameters", "8M")["model"]
@@ -118,6 +136,11 @@ WARNINGS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"pso": {"inertia": 0.5}}, {}, 'swarm.pso is not used: swarm.sync_mode is "local_sgd"'),
     ({"sparse": {"bits": 1}}, {}, 'swarm.sparse is not used: swarm.wire is "fp32"'),
     ({"particles": 1}, {}, "swarm.particles = 1: plain DeepSpeed"),
+    (
+        {"particles": 1, "sync_mode": "diloco", "sync_interval": 8, "wire": "int4", "delay": 8},
+        {},
+        "one particle has nobody to exchange with, so these have no effect: swarm.wire, swarm.delay",
+    ),
     ({"sync_mode": "allreduce"}, {}, "and ignores particles"),
     ({"sync_interval": 1}, {}, "swarm.sync_interval = 1: the particles sync at every step"),
     ({"sync_interval": 8, "delay": 8}, {}, "swarm.delay = 8: as long as the interval"),

@@ -101,6 +101,22 @@ def test_a_sync_point_that_moves_nothing_has_no_bandwidth(read):
     assert lines(sync_figures.bandwidth(runs)) == [[[4], [64.0]]]
 
 
+def test_one_particle_with_an_outer_step(read):
+    """Its loss and the time of the sync points; no drift, no bytes, and nobody to be better than."""
+    points = [sync(step, step / 2, [9.0 - step], bytes_received=0, drift=None, weights=[1.0]) for step in (4, 8)]
+    runs = read([start(particles=1, sync_points=True), *points])
+    assert lines(figures.loss(runs, "steps"))[-1] == [[4, 8], [5.0, 1.0]]
+    drawn = {name: figure is not None for name, _, _, figure in sync_figures.drawn(runs)}
+    assert drawn == {
+        "drift": False,
+        "best": False,
+        "rule": False,
+        "sync_time": True,
+        "bytes": False,
+        "bandwidth": False,
+    }
+
+
 def test_who_was_best_and_who_was_not_finite(read):
     figure = sync_figures.best(read(small()))
     marks = {

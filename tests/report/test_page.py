@@ -210,6 +210,9 @@ def test_what_is_said_of_a_run(tmp_path):
     assert sentences(tmp_path, start(particles=1), losses("train", 4, 3.0, [1.0]))[1:] == [
         "One particle: plain DeepSpeed, without sync points."
     ]
+    one = start(particles=1, sync_points=True)
+    assert sentences(tmp_path, one, losses("train", 4, 3.0, [1.0]))[1:] == ["No sync point yet."]
+    assert sentences(tmp_path, one, sync(4, 3.0, [1.0], weights=[1.0])) == ["ZeRO 2; 1.5 million trained parameters."]
     assert sentences(tmp_path, start(backend="simulated"), sync(4, 3.0, [1.0, 2.0], weights=[0.5, 0.5]))[1:] == [
         "Simulated in one process: bytes are those of a real run, times mean nothing and are not shown.",
         "At every sync point all particles had the same weight in the consensus.",

@@ -126,3 +126,31 @@ def test_a_rule_is_made_for_an_optimizer_without_changing_the_first():
     point = SyncPoint(0, (0.0,) * 2, (True,) * 2)
     assert first.inside("MuonWithAuxAdam").plan(point, {}).factors[0] == (0.9, 0.8)
     assert first.plan(point, {}).factors[0] == (0.6, 0.9)
+
+
+@relaxed
+@given(
+    st.floats(0.1, 2),
+    st.floats(0, 0.99),
+    st.sampled_from([False, True]),
+    st.integers(1, 5),
+    st.integers(0, 2**32 - 1),
+)
+def test_it_acts_alone_unless_the_outer_step_goes_where_the_particle_is(eta, mu, plain, rounds, seed):
+    rule = make_rule("diloco", outer_lr=1.0 if plain else eta, outer_momentum=0.0 if plain else mu)
+    rng = np.random.default_rng(seed)
+    swarm = Simulation(rule, torch.from_numpy(rng.normal(size=7)), 1)
+    moved = False
+    for _ in range(rounds):
+        swarm.x[0] += torch.from_numpy(rng.normal(size=7))
+        before = swarm.array()
+        swarm.sync([1.0])
+        moved |= not np.allclose(swarm.array(), before, rtol=1e-12, atol=1e-12)
+    assert moved == rule.acts_alone
+
+
+def test_auto_acts_alone():
+    assert make_rule("diloco").acts_alone
+    assert make_rule("diloco", outer_lr=1).acts_alone, "with the momentum that was published"
+    assert make_rule("diloco", outer_momentum=0).acts_alone
+    assert not any(make_rule(name).acts_alone for name in ("local_sgd", "easgd", "nosync", "pso"))
