@@ -1003,6 +1003,72 @@ def export_the_mean_as_the_best() -> None:
     SyncPoint.best_weights = SyncPoint.mean_weights
 
 
+# -- one particle ------------------------------------------------------------------------------
+
+
+@sabotage("integration/test_one_particle.py")
+def need_peers() -> None:
+    """One particle is plain DeepSpeed, whatever its rule says."""
+    from ds_pso.config.schema import SwarmConfig
+
+    SwarmConfig.has_sync_points = lambda self, num_particles: num_particles > 1 and self.build_rule() is not None
+
+
+@sabotage("integration/test_plain_deepspeed.py")
+def act_alone_for_nothing() -> None:
+    """An outer step that ends where the particle is is made all the same, and rounded."""
+    from ds_pso.rules.diloco import DiLoCo
+
+    DiLoCo.acts_alone = property(lambda self: True)
+
+
+@sabotage("integration/test_one_particle.py")
+def compress_for_nobody() -> None:
+    """One particle rounds, and delays, what it sends to no one."""
+    from ds_pso.config.schema import SwarmConfig
+
+    SwarmConfig.without_peers = lambda self: self
+
+
+@sabotage("integration/test_one_particle.py")
+def keep_the_part_of_one_particle() -> None:
+    """``engine.save_checkpoint`` of one particle holds nothing of its rule."""
+    from ds_pso.checkpoint.engine_calls import EngineCheckpoints
+
+    real = EngineCheckpoints._own
+    EngineCheckpoints._own = lambda self, folder: real(self, folder) if self._session.num_particles > 1 else None
+
+
+@sabotage("integration/test_one_particle.py")
+def start_with_peers_only() -> None:
+    """A start at which nobody takes over weights begins nothing."""
+    from dataclasses import replace
+
+    from ds_pso.distributed.membership import StaticMembership
+
+    real = StaticMembership.start_quorum
+
+    def start_quorum(self: Any, index: int, *, in_background: bool = False) -> Any:
+        found = real(self, index, in_background=in_background)
+        return replace(found, is_start=False) if found.is_start and not found.recovering else found
+
+    StaticMembership.start_quorum = start_quorum
+
+
+@sabotage("integration/test_one_particle.py")
+def begin_the_rule_again() -> None:
+    """Where one particle becomes several, its anchor and momentum are lost."""
+    from ds_pso.checkpoint.reshard import Reshaped
+
+    real = Reshaped._own_record
+
+    def own_record(self: Any) -> Any:
+        self.begins_anew = self.begins_anew or self._P == 1
+        return real(self)
+
+    Reshaped._own_record = own_record
+
+
 # -- the HF Trainer ---------------------------------------------------------------------------
 
 
