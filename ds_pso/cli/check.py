@@ -160,7 +160,6 @@ def warnings(ds_config: Mapping[str, object], swarm: SwarmConfig, given: Mapping
 def _cost(swarm: SwarmConfig, arguments: argparse.Namespace) -> ModelCost:
     """Return the bytes of memory and of a sync point, computed by ``ds_pso.config.cost_model``."""
     from ds_pso.config.cost_model import Cluster, memory, sync_cost
-    from ds_pso.config.schema import ALLREDUCE
 
     name, parameters = arguments.model, arguments.parameters
     if parameters is None:
@@ -169,7 +168,7 @@ def _cost(swarm: SwarmConfig, arguments: argparse.Namespace) -> ModelCost:
     if particles == "node":
         raise ConfigError('swarm.particles = "node": how many there will be is not known here; give --particles')
     check_at_least(parameters=(parameters, 1), particles=(particles, 1), ranks=(arguments.ranks, 1))
-    if not swarm.has_sync_points(1 if swarm.sync_mode == ALLREDUCE else particles):
+    if not swarm.has_sync_points(particles):
         return ModelCost(name, parameters, particles, arguments.ranks)
     if particles == 1:
         swarm = swarm.without_peers()

@@ -16,6 +16,7 @@ CASES = [
     Case(seed=3, sync_mode="diloco"),
     Case(seed=3, interval=2, steps=6, swarm={"delay": 1}),
     Case(seed=3, stage=3, sync_mode="pso"),
+    Case(seed=3, sync_mode="diloco", particles=1),
 ]
 
 
@@ -30,9 +31,10 @@ def job(case: Case) -> Any:
 
 @pytest.mark.parametrize("case", slow_but(CASES[1:2], CASES), ids=str)
 def test_like_the_static_swarm(pool: Pool, case: Case) -> None:
-    static = pool.run(job, case)
+    particles = int(case.particles)
+    static = pool.run(job, case, world_size=2 * particles)
     with lighthouse() as url:
-        ranks = pool.run(job, elastic(case), env=places(url, 2, 2))
+        ranks = pool.run(job, elastic(case), world_size=2 * particles, env=places(url, particles, 2))
     for (expected, records, steps), (found, others, made) in zip(static, ranks, strict=True):
         assert_equal(found, expected)
         assert [r["losses"] for r in others] == [r["losses"] for r in records]

@@ -16,8 +16,10 @@ from torch import nn
 from variants import slow_but
 
 import ds_pso
+from ds_pso.config.load import load_config
 from ds_pso.export.offline import consolidate
 from ds_pso.metrics.records import SyncRecord
+from ds_pso.swarm import _cautions_for_one
 
 from .jobs import (
     Case,
@@ -37,6 +39,47 @@ from .jobs import (
 from .oracle import train_particles
 from .test_reshape import assembled, at, load_all, of_the_engine, particle, saved
 from .test_resume import BASE, STEPS, assert_same, job
+
+SECTION = {"particles": 1, "sync_mode": "diloco", "wire": "int4", "delay": 2, "optimizer_state": "keep"}
+
+
+def test_who_has_sync_points() -> None:
+    for mode in ("allreduce", "local_sgd", "delayed", "diloco", "easgd", "nosync", "pso", "swarm", "line_search"):
+        _, config = load_config({"swarm": {"particles": 2, "sync_mode": mode, "total_steps": 100}})
+        assert config.has_sync_points(2) == (mode != "allreduce")
+        assert config.has_sync_points(1) == (mode == "diloco")
+    _, config = load_config({"swarm": SECTION})
+    assert config.keys_for_peers() == ["wire", "delay"]
+    alone = config.without_peers()
+    assert (alone.wire, alone.delay, alone.keys_for_peers()) == ("fp32", 0, [])
+    assert alone.build_rule().options == config.build_rule().options
+
+
+def test_masters_must_be_fp32_where_there_are_sync_points() -> None:
+    narrow = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}
+    load_config({**narrow, "swarm": {"particles": 1}})
+    with pytest.raises(ds_pso.ConfigError, match="bf16_master_weights_and_grads = true"):
+        load_config({**narrow, "swarm": {"particles": 1, "sync_mode": "diloco"}})
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"particles": 1}, []),
+        ({"particles": 1, "wire": "int4"}, []),
+        ({}, ["is one particle: plain DeepSpeed, without sync points; give a number"]),
+        ({"sync_mode": "allreduce"}, []),
+        ({"sync_mode": "diloco"}, ["is one particle: diloco without peers; give a number"]),
+        (SECTION, ["so these have no effect: swarm.wire, swarm.delay"]),
+        ({**SECTION, "particles": "node"}, ["is one particle", "swarm.wire, swarm.delay"]),
+    ],
+)
+def test_what_is_said_when_it_begins(section: dict[str, Any], said: list[str]) -> None:
+    _, config = load_config({"swarm": section})
+    found = list(_cautions_for_one(config))
+    assert len(found) == len(said)
+    assert all(part in text for part, text in zip(said, found, strict=True))
+
 
 OUTER = {"outer_lr": 0.7, "outer_momentum": 0.9}
 CASE = Case(particles=1, sync_mode="diloco", interval=2, steps=8, options=OUTER)

@@ -1,8 +1,11 @@
 """The closing words of a run."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
+from ds_pso.sync.parts import SyncTotals
 from ds_pso.training.closing import summary
+from ds_pso.training.job import _sync_line
 
 
 def test_summary_names_files_bytes_and_losses():
@@ -32,3 +35,10 @@ def test_summary_of_one_particle_does_not_speak_of_exchange():
         sample="",
     )
     assert "Exchanged" not in text
+
+
+def test_one_particle_waits_for_nobody() -> None:
+    totals = SyncTotals(count=3, seconds=1.25)
+    assert _sync_line(SimpleNamespace(num_particles=1, totals=totals)) == "3 sync points took 1.2 s"
+    waited = "3 sync points took 1.2 s, of it 0.0 s waiting for the slowest particle"
+    assert _sync_line(SimpleNamespace(num_particles=2, totals=totals)) == waited
