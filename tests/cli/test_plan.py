@@ -192,8 +192,8 @@ def test_no_file_is_written_over(tmp_path: Path, capsys: Any) -> None:
     [
         ({"optimizer_state": "average"}, [], 'swarm.optimizer_state = "average": how many moments travel depends'),
         ({"particles": "node"}, [], 'swarm.particles = "node": how many there will be is not known here'),
-        ({"particles": 1}, [], "--particles = 1: must be at least 2"),
-        ({}, ["--particles", "1"], "--particles = 1: must be at least 2"),
+        ({"particles": 1}, [], "with one particle nothing crosses a link, so there is nothing to plan; give more"),
+        ({}, ["--particles", "1"], "with one particle nothing crosses a link"),
         ({}, ["--ranks", "0"], "--ranks = 0: must be at least 1"),
         ({}, ["--parameters", "0"], "--parameters = 0.0: must be at least 1"),
         ({}, ["--tokens", "0"], "--tokens = 0.0: must be at least 1"),
