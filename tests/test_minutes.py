@@ -149,6 +149,9 @@ def test_a_row_is_run_when_its_rate_is_known() -> None:
     assert next(missing([INT4], rows, PLAN)) == final
     assert [run.search for run in missing([INT4], rows | {final: OUTCOME}, PLAN)] == [True]
     assert next(missing([INT4], rows | {final: OUTCOME}, replace(PLAN, seeds=2))).seed == 2
+    equal = replace(PLAN, minutes=PLAN.search_minutes)
+    lucky = replace(final, minutes=equal.minutes, seed=2, lr=2 * first)
+    assert next(missing([INT4], rows | {lucky: replace(OUTCOME, validation_loss=1.0)}, equal)).lr == first
     other = replace(PLAN, search_minutes=3.0)
     assert next(missing([INT4], rows, other)).lr == first, "rates of other times say nothing"
 
