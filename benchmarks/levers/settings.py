@@ -52,6 +52,12 @@ class Setting:
     section: Mapping[str, Any] = field(default_factory=dict)
     pull: float = 0.0
 
+    @property
+    def worlds(self) -> int:
+        """Particles that there are: one world sees what all of them would see."""
+        is_one = self.section["sync_mode"] == "allreduce" or self.section.get("particles") == 1
+        return 1 if is_one else PARTICLES
+
     def __str__(self) -> str:
         return f"{self.inner}: {self.name}"
 
@@ -93,6 +99,7 @@ _EVERY: dict[str, dict[str, Any]] = {
     "fp32, n = 32, RDA": _diloco(32, _PLAIN_RDA),
     "fp32, n = 32, outer step": _diloco(32, {}),
     "fp32, n = 32, moments averaged": _local(32, optimizer_state="average"),
+    "every step, an outer step every 8": _diloco(8, {}, particles=1),
     "fp32, n = 11": _local(11),  # the bytes of the row above
     "fp32, n = 1": _local(1),
     "fp32, n = 4": _local(4),

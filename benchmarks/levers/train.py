@@ -29,7 +29,7 @@ _EVALUATION_BATCH = 32
 def config_of(size: Size, setting: Setting, lr: float) -> dict[str, Any]:
     """DeepSpeed's JSON of a run."""
     optimizer, rates, clipping = optimizer_of(setting.inner, lr)
-    worlds = 1 if setting.section["sync_mode"] == "allreduce" else PARTICLES
+    worlds = setting.worlds
     schedule = {
         "total_num_steps": size.steps,
         "warmup_num_steps": size.steps // 20,
@@ -103,7 +103,7 @@ def _train(swarm: Swarm, size: Size, setting: Setting, run: Run) -> Outcome:
             step += 1
             if step == size.steps:
                 break
-    if swarm.config.sync_mode == "allreduce":  # a ring all-reduce of fp32 gradients, at every step
+    if setting.worlds == 1:  # a ring all-reduce of fp32 gradients, at every step
         received = size.steps * 2 * (PARTICLES - 1) / PARTICLES * 4 * parameters
     else:
         received = swarm.total_bytes() / PARTICLES
