@@ -19,7 +19,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pool import Pool
 from torch import Tensor, nn
-from variants import slow_but
 
 from benchmarks.levers.settings import FIRST_RATE
 from benchmarks.minutes import __main__ as command
@@ -71,11 +70,11 @@ def test_a_step_has_one_time_for_all_ends(tmp_path: Path) -> None:
         return started, times
 
     with ThreadPoolExecutor(2) as threads:
-        (started, fast), (_, slow) = (f.result() for f in [threads.submit(end, 0, 0), threads.submit(end, 0.2, 0.005)])
-    assert started >= 0.2
+        (started, fast), (_, slow) = (f.result() for f in [threads.submit(end, 0, 0), threads.submit(end, 2.0, 0.005)])
+    assert started >= 2
     assert fast == slow
     assert fast == sorted(fast)
-    assert 0 <= fast[0] < fast[-1] < 0.19, "the first to come decides, and the wait for the start does not count"
+    assert 0 <= fast[0] < fast[-1] < 1.9, "the first to come decides, and the wait for the start does not count"
 
 
 def test_who_does_not_come_is_not_waited_for_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,8 +266,19 @@ def text(tmp_path_factory: pytest.TempPathFactory, pool: Pool) -> Path:
 TORCHFT = "torchft DiLoCo, n = 8, d = 1, 4 fragments"
 
 
-@pytest.mark.parametrize("name", slow_but([], [row.name for row in ROWS]))
-def test_every_row_trains(name: str, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+ONE_OF_EACH_STACK = [
+    ALONE,
+    "DDP, PowerSGD rank 4",
+    "DeepSpeed ZeRO 1, accumulation 8",
+    TORCHFT,
+    INT4.name,
+    "ds_pso Muon, sparse, n = 1",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ONE_OF_EACH_STACK)
+def test_every_stack_trains(name: str, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if name.startswith("torchft"):
         pytest.importorskip("torchft")
     row = BY_NAME[name]
@@ -288,10 +298,8 @@ def test_every_row_trains(name: str, text: Path, monkeypatch: pytest.MonkeyPatch
         assert (outcome.bytes_per_step < 2.5 * whole) if row.stack.talks else outcome.bytes_per_step == 0
 
 
-SYNCHRONOUS = [row.name for row in ROWS if row.stack.stack in ("DDP", "DeepSpeed") and row.stack.talks]
-
-
-@pytest.mark.parametrize("name", slow_but([], SYNCHRONOUS))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["DDP, PowerSGD rank 4", "DeepSpeed ZeRO 1, bf16 gradients, Muon"])
 def test_both_ends_of_synchronous_training_hold_the_same_weights(name: str, text: Path, tmp_path: Path) -> None:
     """So they had the same rate at each step, and took as many."""
     run = Run(name, "100 Mbit/s", 0.1, 0.01, 1, True, "llama:4x64")
