@@ -25,7 +25,7 @@ BASE = Case(steps=10, interval=3)
 RULES = {
     name: replace(case, steps=10, interval=3, swarm=case.swarm | ({"total_steps": 10} if case.swarm else {}))
     for name, case in RULES_FOR_FOUR.items()
-    if not case.probe and "average" not in name and case.interval == 2
+    if not case.probe and "average" not in name and "rda" not in name and case.interval == 2
 }
 RULES["swarm"] = replace(BASE, sync_mode="swarm", options=SWARM | {"guard": False, "lr_spread": 1.0})
 
