@@ -1,4 +1,4 @@
-"""What ``ds-pso plan`` is given: a config, ranks, and the time of a step."""
+"""The input of ``ds-pso plan``: a config, ranks, and the time of a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``ds-pso plan`` prints."""
+"""The text of ``ds-pso plan``: a heading, a table, and the advice."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ ScoreFunction = Callable[[nn.Module], float]
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """What a search is made of.
+    """The settings of a search.
 
     Attributes:
         experts: folders of models, or of adapters of one base.
@@ -81,7 +81,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What came of a search.
+    """The outcome of a search.
 
     Attributes:
         winner, best_single, uniform_soup: their scores.

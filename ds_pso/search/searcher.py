@@ -1,4 +1,4 @@
-"""What a searcher is: it proposes coefficients, and is told what each costs.
+"""The interface of a searcher: it proposes coefficients, and learns the cost of each.
 
 A searcher is written as a generator, which reads like its algorithm: ``cost = yield Candidate(...)``. It never sees a
 model, a score or a budget, and draws all its random numbers from one generator. So what it proposes depends on the seed

@@ -27,7 +27,7 @@ _LEFT_OUT = ("swarm", "scheduler", "train_batch_size", "gradient_accumulation_st
 
 @dataclass(frozen=True)
 class StepTime:
-    """What was measured.
+    """A measured step.
 
     Attributes:
         seconds: median of the steps.
