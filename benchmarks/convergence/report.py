@@ -125,7 +125,11 @@ def _edges(rows: Rows) -> list[str]:
     if not found:
         return []
     listed = "; ".join(f"{task}: {', '.join(f'`{rule}`' for rule in rules)}" for task, rules in found.items())
-    return [f"**No better rate was tried beyond the best one, at one end, of**: {listed}.", ""]
+    return [
+        "**The best rate is the lowest or the highest that was tried, so that a better one may lie beyond it, for**: "
+        f"{listed}.",
+        "",
+    ]
 
 
 def _confirmed(rows: Rows, real: Rows) -> list[str]:
