@@ -60,8 +60,8 @@ def test_every_setting_is_a_config(setting):
 
 def run_shortly(names: list[str]) -> list[Outcome]:
     size = replace(SIZES["small"], model="llama:1x32", steps=40, batch=1)
-    chosen = [setting for setting in SETTINGS if str(setting) in names]
-    return [simulate(size, setting, Run(str(setting), 0.01, 1)) for setting in chosen]
+    settings = {str(setting): setting for setting in SETTINGS}
+    return [simulate(size, settings[name], Run(name, 0.01, 1)) for name in names]
 
 
 @pytest.mark.slow
