@@ -5,6 +5,8 @@ That of the levers: test_levers.py. Those of the soak also need what the undistu
 
 from __future__ import annotations
 
+import itertools
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ from benchmarks.slow_link import report as slow_link
 from benchmarks.slow_link.results import FOLDER as SLOW_LINK
 from benchmarks.slow_link.results import SlowLinkTable
 from benchmarks.table import Table
+from ds_pso.rules import RULES
 
 MEASURED: list[tuple[Path, Callable[[Path], object]]] = [
     (memory.FOLDER / "memory", lambda csv: memory.write_report(Table(csv, memory.Key, memory.Measured))),
@@ -41,3 +44,71 @@ def test_comparisons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: str
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     assert convergence.main([table, "--report"]) == 0
     assert (tmp_path / f"{table}.md").read_text() == (folder / f"{table}.md").read_text()
+
+
+# -- what the README tells of them ----------------------------------------------------------
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def rows_below(text: str, heading: str) -> dict[str, list[str]]:
+    """Return the first table below a heading: its cells by the first one, that of the column names being empty."""
+    lines = text.split(heading, 1)[1].splitlines()
+    table = list(
+        itertools.takewhile(lambda line: line.startswith("|"), itertools.dropwhile(lambda s: s[:1] != "|", lines))
+    )
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    return {row[0].replace("`", ""): row[1:] for row in cells if not row[0].startswith("---")}
+
+
+def agree(told: list[str], found: list[str]) -> bool:
+    """True if the numbers of the first list are those of the second, which has one more digit, rounded."""
+    return len(told) == len(found) and all(map(_agree, told, found))
+
+
+def _agree(told: str, found: str) -> bool:
+    number = re.compile(r"\d+\.\d+")
+    if number.sub("", told) != number.sub("", found):
+        return False
+    pairs = zip(number.findall(told), number.findall(found), strict=True)
+    # Of a number that was rounded already, half a unit of its own last digit is not known either.
+    return all(abs(float(a) - float(b)) <= 0.5 * (unit(a) + unit(b)) + 1e-9 for a, b in pairs)
+
+
+def unit(number: str) -> float:
+    return 10.0 ** -len(number.split(".")[1])
+
+
+def page_of(table: str) -> str:
+    return (results.FOLDER / f"{table}.md").read_text(encoding="utf-8")
+
+
+def test_readme_on_unhealthy_particles() -> None:
+    told = rows_below(README.read_text(encoding="utf-8"), "results/fairness.md)")
+    found = rows_below(page_of("fairness"), "## mnist, 1 times the tuned rate of local_sgd")
+    columns = [found[""].index(name) for name in ("clean", "high_lr", "shuffled_labels", "all_low")]
+    for rule in ("local_sgd", "swarm"):
+        assert agree(told[rule], [found[rule][column] for column in columns]), rule
+    assert set(told) == {"", "local_sgd", "swarm"}
+
+
+def test_readme_on_a_small_llama() -> None:
+    text = README.read_text(encoding="utf-8")
+    told = rows_below(text, "A small Llama on source code")
+    slow, rules = (rows_below(page_of(table), "## gpt_small") for table in ("slow_network", "transformers"))
+    every, n4, n8, n32 = (slow[""].index(name) for name in ("no n", "n = 4", "n = 8", "n = 32"))
+    fp32, int4 = slow["fp32, d = 0"], slow["int4, d = 0"]
+    assert agree(told["allreduce"], [slow["allreduce"][every], "", "", ""])
+    assert agree(told["local_sgd"], ["", fp32[n4], fp32[n8], fp32[n32]])
+    assert agree(told['local_sgd, "wire": "int4"'], ["", int4[n4], "", int4[n32]])
+    others = {name: cells for name, cells in rules.items() if name in RULES and name != "local_sgd"}
+    best = []
+    for column in (rules[""].index("n = 8"), rules[""].index("n = 32")):
+        name = min(others, key=lambda rule: others[rule][column])
+        best.append(f"{others[name][column]} ({name})")
+    assert agree([cell.replace("`", "") for cell in told["best of the other modes"]], ["", "", *best])
+    paid = re.search(
+        r"held-out loss\]\(\S+\) of (\S+) where\s+training that syncs at every step reaches (\S+)\.\s", text
+    )
+    assert paid is not None
+    assert agree(list(paid.groups()), [slow["int4, d = 2"][n8].split()[0], slow["allreduce"][every].split()[0]])
