@@ -4,7 +4,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 # One process per GPU; four processes on a machine without any.
 NUM_GPUS ?= $(shell nvidia-smi -L 2>/dev/null | grep -c . | sed 's/^0$$/4/')
 MASTER_PORT ?= 29500
-CONFIG ?= ds_config_examples/zero2_pso.json
+CONFIG ?= ds_config_examples/zero2_slow_network.json
 ARGS ?=
 # The example has two particles; with an odd number of GPUs the built-in config makes each GPU one.
 WITH_CONFIG = $(if $(and $(filter file,$(origin CONFIG)),$(filter %1 %3 %5 %7 %9,$(NUM_GPUS))),,--deepspeed_config $(CONFIG))

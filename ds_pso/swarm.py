@@ -228,7 +228,7 @@ class Swarm:
         return tuple(synchronizer.parts.assessor.losses) if synchronizer else ()
 
     def describe(self) -> str:
-        """Describe the swarm in one line for a log: ``2 particles x 4 ranks, pso every 8 steps``."""
+        """Describe the swarm in one line for a log: ``2 particles x 4 ranks, local_sgd every 8 steps``."""
         return self.session.describe()
 
     # -- the training script's calls --------------------------------------------------------

@@ -366,7 +366,7 @@ def test_example_table_agrees_with_the_files():
 
 def test_the_built_in_config_is_the_example_that_make_train_uses():
     built_in = json.loads((ROOT / "ds_pso/training/default_config.json").read_text())
-    assert built_in == json.loads((ROOT / "ds_config_examples/zero2_pso.json").read_text())
+    assert built_in == json.loads((ROOT / "ds_config_examples/zero2_slow_network.json").read_text())
 
 
 # -- the API --------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ds_pso.comm.compression import UNCOMPRESSED
 from ds_pso.comm.exchange import Exchange
 from ds_pso.config.schema import SwarmConfig
 from ds_pso.distributed.world import World
@@ -117,7 +118,7 @@ class Session:
             callback(record)
 
     def describe(self) -> str:
-        """Describe the swarm in one line: ``2 particles x 4 ranks, pso every 8 steps``."""
+        """Describe the swarm in one line: ``2 particles x 4 ranks, local_sgd every 8 steps in int4, 2 steps late``."""
         layout = self.world.layout
         ranks = f"{layout.particle_size} rank{'s' if layout.particle_size > 1 else ''}"
         particles = f"{self.num_particles} particle{'s' if self.num_particles > 1 else ''}"
@@ -127,6 +128,10 @@ class Session:
         when = f"every {n} steps" if kind == "fixed" else f"every {n} steps at first, {kind} from there"
         if self.config.streaming:
             when += f", one of {self.config.fragments} fragments at a time"
+        if self.config.wire != UNCOMPRESSED:
+            when += f" in {self.config.wire}"
+        if self.config.delay:
+            when += f", {self.config.delay} step{'s' if self.config.delay > 1 else ''} late"
         return f"{particles} x {ranks}, {self.config.sync_mode} {when}"
 
     def start_record(self) -> dict[str, Any]:

@@ -29,6 +29,7 @@ def summary(
     files: dict[str, Path],
     first_loss: float,
     last_loss: float,
+    sync_mode: str,
     swarm_bytes: int,
     gradient_bytes: int,
     sync_line: str,
@@ -42,6 +43,10 @@ def summary(
         lines.append(
             f"Exchanged between particles: {human_bytes(swarm_bytes)}; synchronous training would have exchanged "
             f"{human_bytes(gradient_bytes)} of gradients in the same steps ({ratio:.1f} x)"
+        )
+        lines.append(
+            f'Another way to combine particles is one word in the config, "sync_mode" (here "{sync_mode}"); '
+            "what each costs in bytes and in loss: docs/sync-modes.md"
         )
     lines.append(f"Written to {run_dir}/:")
     width = max(len(str(path)) for path in files.values())

@@ -186,6 +186,7 @@ def _finish(
             },
             first_loss=_first_held_out(run_dir / "metrics.jsonl"),
             last_loss=last_loss,
+            sync_mode=swarm.config.sync_mode,
             swarm_bytes=received,
             # An all-reduce among P receives 2 N (P - 1) / P on each of P sides, whatever happens inside a particle.
             gradient_bytes=arguments.steps * 2 * (swarm.num_particles - 1) * num_parameters * gradient,

@@ -14,12 +14,13 @@ def test_summary_names_files_bytes_and_losses():
         files={"the losses as a picture": Path("runs/x/loss.png")},
         first_loss=8.25,
         last_loss=4.5,
+        sync_mode="local_sgd",
         swarm_bytes=1_000_000,
         gradient_bytes=16_000_000,
         sync_line="5 sync points",
         sample="def f():\n  pass",
     )
-    for expected in ("8.250", "4.500", "1.0 MB", "16.0 MB", "16.0 x", "runs/x/loss.png", "  def f():"):
+    for expected in ("8.250", "4.500", "1.0 MB", "16.0 MB", "16.0 x", "runs/x/loss.png", "  def f():", '"local_sgd"'):
         assert expected in text
 
 
@@ -29,6 +30,7 @@ def test_summary_of_one_particle_does_not_speak_of_exchange():
         files={"a": Path("b")},
         first_loss=1,
         last_loss=1,
+        sync_mode="local_sgd",
         swarm_bytes=0,
         gradient_bytes=0,
         sync_line="",
