@@ -171,6 +171,7 @@ def test_what_was_ignored_stays_ignored(pool: Pool) -> None:
 
 def with_a_child() -> tuple[int | None, int | None]:
     """A child that is forked meanwhile, such as a worker of a loader: Ctrl-C leaves it alone, and SIGTERM ends it."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what measures coverage has a handler of its own
     signals = EndingSignals()
     child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(50,))
     child.start()
