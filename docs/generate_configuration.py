@@ -21,7 +21,7 @@ from ds_pso.comm.compression import wire_names, wire_options
 from ds_pso.config.checks import EXCLUSIONS
 from ds_pso.config.load import load_config
 from ds_pso.config.presets import sync_modes
-from ds_pso.config.schema import SwarmConfig
+from ds_pso.config.schema import ParticleConfig, SwarmConfig
 from ds_pso.distributed.transports import TRANSPORTS
 from ds_pso.elastic.config import ElasticConfig
 from ds_pso.errors import ConfigError
@@ -35,6 +35,7 @@ _SIGNS = {Ge: ("ge", "at least"), Gt: ("gt", "above"), Le: ("le", "at most"), Lt
 # What the type of a field does not say, because a validator checks it.
 _BY_VALIDATOR = {
     "elastic": "object",
+    "per_particle": "list of objects",
     "particles": 'whole number, at least 1, or `"node"`',
     "outer_lr": 'number, above 0, or `"auto"`',
     "outer_momentum": 'number, at least 0 and below 1, or `"auto"`',
@@ -48,6 +49,7 @@ _BY_VALIDATOR = {
 def tables() -> str:
     """One table for the section itself, then one for each rule, and for each wire that has options."""
     parts = ["### `swarm`\n", _table(SwarmConfig), "### `swarm.schedule`\n", _table(ScheduleConfig)]
+    parts += ["### `swarm.per_particle`\n", _table(ParticleConfig)]
     parts += ["### `swarm.elastic`\n", _table(ElasticConfig)]
     for name, rule in RULES.items():
         parts.append(f"### `swarm.{name}`\n")
@@ -109,6 +111,7 @@ _FEATURES: dict[str, dict[str, Any]] = {
     '`optimizer_state` `"reset"`': {"optimizer_state": "reset"},
     '`fitness` `"probe"`': {"fitness": "probe"},
     '`transport` `"elastic"`': {"transport": "elastic"},
+    "`per_particle`": {"per_particle": [{"train_micro_batch_size_per_gpu": n} for n in (8, 8, 4, 4)]},
 }
 
 

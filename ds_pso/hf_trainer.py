@@ -396,6 +396,11 @@ def _check_supported(swarm: Swarm, trainer: Trainer) -> None:
 def _check_several(swarm: Swarm, trainer: Trainer) -> None:
     """Refuse what several particles would do to one another."""
     args = trainer.args
+    if swarm.config.per_particle:
+        raise ConfigError(
+            "SwarmCallback: swarm.per_particle: the Trainer counts epochs and steps by one batch size for all; remove "
+            "it, or use a script of your own"
+        )
     if len(swarm.world.membership.reachable()) < swarm.num_particles:
         raise ConfigError(
             'SwarmCallback: swarm.transport = "elastic": the Trainer counts its own steps, and a particle that joins '

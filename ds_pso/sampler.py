@@ -3,13 +3,40 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.utils.data import Sampler
 
 from ds_pso.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a rank takes of each round of samples, where particles have batches of their own.
+
+    Attributes:
+        start: where its samples begin in a round.
+        size: how many they are.
+        total: samples of a round, of all ranks: an optimizer step of all particles.
+    """
+
+    start: int
+    size: int
+    total: int
+
+    @classmethod
+    def of(cls, samples: Sequence[int], particle_size: int, rank: int) -> Share:
+        """Return the share of a rank.
+
+        Args:
+            samples: of an optimizer step, on each rank of each particle.
+            particle_size: ranks of a particle, of which the next ``particle_size`` ranks are the next one.
+        """
+        sizes = [number for number in samples for _ in range(particle_size)]
+        return cls(sum(sizes[:rank]), sizes[rank], sum(sizes))
 
 
 class SwarmSampler(Sampler[int]):
@@ -21,16 +48,33 @@ class SwarmSampler(Sampler[int]):
     ``load_state_dict`` moves the place elsewhere: the next iteration begins there.
 
     Each rank takes the same whole number of batches per epoch; the fewer than
-    ``world_size * batch_size`` samples left over are others in every epoch.
+    ``world_size * batch_size`` samples left over are others in every epoch. With a ``share`` it is the number of
+    optimizer steps per epoch that is the same for all.
     """
 
     def __init__(
-        self, dataset: Sized, *, rank: int, world_size: int, batch_size: int, shuffle: bool = True, seed: int = 0
+        self,
+        dataset: Sized,
+        *,
+        rank: int,
+        world_size: int,
+        batch_size: int,
+        shuffle: bool = True,
+        seed: int = 0,
+        share: Share | None = None,
     ) -> None:
         self._dataset_size = len(dataset)
         self._rank, self._world_size = rank, world_size
         self._batch_size, self._shuffle, self._seed = batch_size, shuffle, seed
-        self._num_batches = self._dataset_size // (world_size * batch_size)
+        self._in_turn = share is None  # sample after sample, as DistributedSampler does
+        self._share = share = share or Share(rank * batch_size, batch_size, world_size * batch_size)
+        self._num_rounds = self._dataset_size // share.total
+        self._num_batches = self._num_rounds * share.size // batch_size
+        if self._num_batches == 0 and not self._in_turn:
+            raise ConfigError(
+                f"the dataset has {self._dataset_size} samples, and an optimizer step of all particles takes "
+                f"{share.total}; use more data, fewer particles or smaller batches"
+            )
         if self._num_batches == 0:
             raise ConfigError(
                 f"the dataset has {self._dataset_size} samples, and {world_size} ranks with micro batches of "
@@ -57,7 +101,7 @@ class SwarmSampler(Sampler[int]):
             seed = int(np.random.SeedSequence([self._seed, self.epoch]).generate_state(1, np.uint64)[0])
             generator = torch.Generator().manual_seed(seed)
             order = torch.randperm(self._dataset_size, generator=generator).tolist()
-        mine = order[self._rank :: self._world_size][: len(self)]
+        mine = self._mine(order)
         self.check_batches()
         moves, self._yielded, self._rows, self._backwards = self._moves, 0, 0, 0
         for start in range(self._batch * self._batch_size, len(mine), self._batch_size):
@@ -65,6 +109,14 @@ class SwarmSampler(Sampler[int]):
                 return
             self._yielded += self._batch_size
             yield from mine[start : start + self._batch_size]
+
+    def _mine(self, order: list[int]) -> list[int]:
+        """Return the samples of this rank, in an order of all."""
+        if self._in_turn:
+            return order[self._rank :: self._world_size][: len(self)]
+        start, size, total = self._share.start, self._share.size, self._share.total
+        begins = range(start, self._num_rounds * total, total)
+        return [sample for begin in begins for sample in order[begin : begin + size]]
 
     def advance(self) -> None:
         """Count one more batch as trained on."""
@@ -117,6 +169,8 @@ class SwarmSampler(Sampler[int]):
             "dataset_size": self._dataset_size,
             "batch_size": self._batch_size,
             "seed": self._seed,
+            "share": self._share.size,
+            "of_all": self._share.total,
             "epoch": self.epoch,
             "batch": self._batch,
         }
@@ -124,22 +178,23 @@ class SwarmSampler(Sampler[int]):
     def check(self, state: dict[str, int]) -> str | None:
         """Return why ``state`` belongs to other data; None if it fits."""
         mine = self.state_dict()
-        for key in ("dataset_size", "batch_size", "seed"):
+        for key in ("dataset_size", "batch_size", "seed", "share", "of_all"):
             if state[key] != mine[key]:
                 return f"the data's {key} was {state[key]} and is {mine[key]} now"
         return None
 
-    def continued(self, state: dict[str, int], world_size: int) -> dict[str, int]:
-        """Return the state of a sampler that shared the data with so many ranks as this one's, for ``load_state_dict``.
+    def continued(self, state: dict[str, int]) -> dict[str, int]:
+        """Return the state of a sampler that shared the data in another way as this one's, for ``load_state_dict``.
 
         What was trained on are the first samples in the order of the epoch; this one goes on behind them, or
-        up to one batch of all its ranks before.
+        up to one optimizer step of all particles before.
         """
-        seen = state["batch"] * state["batch_size"] * world_size
-        epoch, batch = state["epoch"], seen // (self._world_size * self._batch_size)
+        seen = state["batch"] * state["batch_size"] * state["of_all"] // state["share"]
+        epoch, batch = state["epoch"], seen // self._share.total * self._share.size // self._batch_size
         if batch == self._num_batches:
             epoch, batch = epoch + 1, 0
-        return {**state, "batch_size": self._batch_size, "epoch": epoch, "batch": batch}
+        mine = {"batch_size": self._batch_size, "share": self._share.size, "of_all": self._share.total}
+        return {**state, **mine, "epoch": epoch, "batch": batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.epoch, self._batch = state["epoch"], state["batch"]

@@ -26,7 +26,7 @@ from ds_pso.errors import CheckpointError, ConfigError, PeerError, SwarmError
 from ds_pso.export import live
 from ds_pso.metrics import deepspeed_monitor
 from ds_pso.metrics.records import SyncRecord
-from ds_pso.sampler import SwarmSampler
+from ds_pso.sampler import Share, SwarmSampler
 from ds_pso.session import lr_schedule
 from ds_pso.session.attach import build_synchronizer, check_engine, take_filled_in
 from ds_pso.session.callbacks import own_callbacks
@@ -85,6 +85,8 @@ def init(config: ConfigSource | None = None, *, run_dir: str | Path | None = Non
         )
     logs.head_tracebacks()
     logs.set_place(world.layout.particle, world.layout.shard_rank, of_thread=world.peers.backend == "simulated")
+    if swarm_config.per_particle:
+        ds_config |= swarm_config.per_particle[world.layout.particle].model_dump()
     if world.layout.num_particles > 1:
         deepspeed_monitor.give_each_a_folder(ds_config, world.layout.particle)
     if world.layout.num_particles == 1 and world.is_leader:
@@ -351,7 +353,8 @@ class Swarm:
 
         Args:
             dataset: anything with a length.
-            batch_size: of the DataLoader; DeepSpeed's ``train_micro_batch_size_per_gpu`` if not given.
+            batch_size: of the DataLoader; DeepSpeed's ``train_micro_batch_size_per_gpu`` if not given. With
+                ``swarm.per_particle`` it is that of this particle, and samples are shared out in proportion.
             shuffle: whether each epoch has an order of its own, the same on all ranks.
             seed: of that order.
 
@@ -359,14 +362,23 @@ class Swarm:
             A sampler for an ordinary ``DataLoader``; its place in the data is part of a checkpoint.
 
         Raises:
-            ConfigError: no batch size is known, or the data is not enough for one batch on every rank.
+            ConfigError: no batch size is known, or it is not that of ``per_particle``, or the data is not enough for
+                one batch on every rank.
         """
         batch_size = batch_size or self.ds_config.get("train_micro_batch_size_per_gpu")
         if not isinstance(batch_size, int):
             raise ConfigError(
                 'swarm.sampler needs batch_size, or a number as "train_micro_batch_size_per_gpu" in the config'
             )
-        layout = self.world.layout
+        layout, entries, share = self.world.layout, self.config.per_particle, None
+        if entries:
+            mine = entries[layout.particle].train_micro_batch_size_per_gpu
+            if batch_size != mine:
+                raise ConfigError(
+                    f"swarm.sampler batch_size = {batch_size}: swarm.per_particle says {mine} for particle "
+                    f'{layout.particle}; give it swarm.ds_config["train_micro_batch_size_per_gpu"], or leave it out'
+                )
+            share = Share.of([entry.samples_of_a_rank for entry in entries], layout.particle_size, layout.rank)
         sampler = SwarmSampler(
             dataset,
             rank=layout.rank,
@@ -374,6 +386,7 @@ class Swarm:
             batch_size=batch_size,
             shuffle=shuffle,
             seed=seed,
+            share=share,
         )
         self.session.samplers.append(sampler)
         if self.session.synchronizer is not None:

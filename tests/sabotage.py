@@ -996,6 +996,30 @@ def keep_the_old_anchor() -> None:
     Synchronizer.begin_anew = lambda self, step: self.parts.schedule.begin(step)
 
 
+@sabotage("integration/test_unequal_batches.py")
+def count_all_alike() -> None:
+    """Particles with larger batches have no more weight in a mean."""
+    from dataclasses import replace
+
+    from ds_pso.rules import SyncPoint
+
+    real = SyncPoint.mean_weights
+    SyncPoint.mean_weights = lambda self: real(replace(self, samples=()))  # type: ignore[method-assign]
+
+
+@sabotage("integration/test_unequal_batches.py")
+def share_data_alike() -> None:
+    """Every rank takes its samples in turn, however large its batch is."""
+    from ds_pso.sampler import SwarmSampler
+
+    real = SwarmSampler.__init__
+
+    def init(self: Any, *args: Any, share: Any = None, **kwargs: Any) -> None:
+        real(self, *args, **kwargs)
+
+    SwarmSampler.__init__ = init  # type: ignore[method-assign]
+
+
 @sabotage("integration/test_export.py")
 def export_the_mean_as_the_best() -> None:
     from ds_pso.rules import SyncPoint

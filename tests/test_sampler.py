@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from ds_pso.errors import ConfigError
-from ds_pso.sampler import SwarmSampler
+from ds_pso.sampler import Share, SwarmSampler
 
 relaxed = settings(deadline=None, max_examples=60)
 
@@ -187,7 +188,7 @@ def test_other_numbers_of_ranks_go_on_where_the_data_was_left(case, seed, data):
     after = make_samplers(num_samples, new_world, new_batch, seed=seed)
     together = new_world * new_batch
     for sampler in after:
-        sampler.load_state_dict(sampler.continued(before[0].state_dict(), world_size))
+        sampler.load_state_dict(sampler.continued(before[0].state_dict()))
     if after[0].epoch > 0:  # less than a batch of all was left
         assert num_samples - len(seen) < together or done == len(before[0]) // batch_size
         assert {sampler.state_dict()["batch"] for sampler in after} == {0}
@@ -202,8 +203,61 @@ def test_other_numbers_of_ranks_go_on_where_the_data_was_left(case, seed, data):
 
 def test_as_many_ranks_go_on_exactly():
     (sampler,) = make_samplers(48, 1, 4)
-    state = {"dataset_size": 48, "batch_size": 4, "seed": 0, "epoch": 2, "batch": 5}
-    assert sampler.continued(state, 1) == state
-    assert sampler.continued(state, 2)["batch"] == 10
+    state = sampler.state_dict() | {"epoch": 2, "batch": 5}
+    assert sampler.continued(state) == state
+    assert sampler.continued(state | {"of_all": 8})["batch"] == 10
     (wide,) = make_samplers(48, 1, 8)
-    assert wide.continued(state, 1) == state | {"batch_size": 8, "batch": 2}
+    assert wide.continued(state) == wide.state_dict() | {"epoch": 2, "batch": 2}
+
+
+# -- batches of their own -------------------------------------------------------------------------
+
+
+@relaxed
+@given(
+    st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3)), min_size=1, max_size=4),
+    st.integers(1, 3),
+    st.integers(0, 40),
+    st.integers(0, 99),
+    st.data(),
+)
+def test_unequal_batches_share_out_each_step_of_all(batches, particle_size, more, seed, data):
+    """Step by step the ranks together take the next samples in the order of the epoch."""
+    samples = [size * accumulate for size, accumulate in batches for _ in range(particle_size)]
+    num_samples = sum(samples) + more
+    samplers = [
+        SwarmSampler(
+            range(num_samples),
+            rank=rank,
+            world_size=len(samples),
+            batch_size=batches[rank // particle_size][0],
+            seed=seed,
+            share=Share.of([size * accumulate for size, accumulate in batches], particle_size, rank),
+        )
+        for rank in range(len(samples))
+    ]
+    taken = [list(sampler) for sampler in samplers]
+    steps = num_samples // sum(samples)
+    assert [len(indices) for indices in taken] == [steps * number for number in samples]
+    by_step = [
+        {index for indices, n in zip(taken, samples, strict=True) for index in indices[step * n : (step + 1) * n]}
+        for step in range(steps)
+    ]
+    generator = torch.Generator()
+    generator.manual_seed(int(np.random.SeedSequence([seed, 0]).generate_state(1, np.uint64)[0]))
+    order = torch.randperm(num_samples, generator=generator).tolist()
+    assert by_step == [set(order[step * sum(samples) :][: sum(samples)]) for step in range(steps)]
+
+    done = data.draw(st.integers(0, steps - 1))
+    for sampler, (_, accumulate) in zip(samplers, [b for b in batches for _ in range(particle_size)], strict=True):
+        for _ in range(done * accumulate):
+            sampler.advance()
+    (alone,) = make_samplers(num_samples, 1, 1, seed=seed)
+    for sampler in samplers:
+        assert sampler.continued(sampler.state_dict()) == sampler.state_dict()
+        assert alone.continued(sampler.state_dict())["batch"] == done * sum(samples)
+
+
+def test_too_few_samples_for_a_step_of_all():
+    with pytest.raises(ConfigError, match="9 samples, and an optimizer step of all particles takes 10"):
+        SwarmSampler(range(9), rank=0, world_size=4, batch_size=2, share=Share.of([2, 3], 2, 0))

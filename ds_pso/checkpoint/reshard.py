@@ -120,7 +120,7 @@ class Reshaped:
             record["wire"], record["turns"] = self._session.config.wire, self._session.config.turns
         if len(record["samplers"]) == len(self._session.samplers):
             pairs = zip(self._session.samplers, record["samplers"], strict=True)
-            record["samplers"] = [sampler.continued(state, self._P * self._S) for sampler, state in pairs]
+            record["samplers"] = [sampler.continued(state) for sampler, state in pairs]
         if self.begins_anew:
             record["window"], record["synchronizer"] = NO_LOSSES, None
         else:

@@ -51,6 +51,15 @@ class Combination:
         return "schedule.min_interval" if varies(self) else "sync_interval"
 
     @property
+    def unknown_batch(self) -> str | None:
+        """The key by which the batch of some particle is not known; None: it is known of each."""
+        for entry in self.swarm.per_particle:
+            for key, value in entry:
+                if value is None and not isinstance(self.ds_config.get(key, _BATCH_DEFAULTS.get(key)), int):
+                    return str(key)
+        return None
+
+    @property
     def narrow_masters(self) -> str | None:
         """The key by which DeepSpeed keeps masters, too, in half precision; None: it keeps them in fp32."""
         for name, key in _NARROW_MASTERS:
@@ -60,6 +69,7 @@ class Combination:
         return None
 
 
+_BATCH_DEFAULTS = {"gradient_accumulation_steps": 1}  # of DeepSpeed
 _NARROW_MASTERS = [
     ("fp16", "fp16_master_weights_and_grads"),
     ("bf16", "bf16_master_weights_and_grads"),
@@ -146,6 +156,10 @@ def rounds_state(c: Combination) -> bool:
     return c.swarm.state_dtype != "fp32"
 
 
+def has_unequal_batches(c: Combination) -> bool:
+    return bool(c.swarm.per_particle)
+
+
 def is_elastic(c: Combination) -> bool:
     return c.swarm.transport == "elastic"
 
@@ -167,6 +181,27 @@ def syncs(c: Combination) -> bool:
 # -- the table, in the order in which rows are tried ------------------------------------------
 
 EXCLUSIONS: list[Exclusion] = [
+    Exclusion(
+        has_unequal_batches,
+        lambda c: isinstance(c.ds_config.get("train_batch_size"), int),
+        "train_batch_size = {config.ds_config[train_batch_size]}: with swarm.per_particle each particle has a batch of "
+        "its own",
+        "remove it",
+    ),
+    Exclusion(
+        has_unequal_batches,
+        lambda c: c.unknown_batch is not None,
+        'swarm.per_particle: data is shared out by the batches of all particles, and "{config.unknown_batch}" is no '
+        "number for some",
+        "give it in each entry, or once beside swarm",
+    ),
+    Exclusion(
+        has_unequal_batches,
+        is_elastic,
+        'swarm.transport = "elastic": a particle that heals takes over the place of another in the data, and with '
+        "swarm.per_particle that is counted in batches of another size",
+        'use "static", or remove per_particle',
+    ),
     Exclusion(
         streams,
         lambda c: c.swarm.fragments == 1 or not delays(c),

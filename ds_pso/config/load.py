@@ -8,6 +8,7 @@ import difflib
 import json
 import os
 import sys
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -104,7 +105,7 @@ def load_config(source: ConfigSource) -> tuple[DeepSpeedConfig, SwarmConfig]:
         name: _validate(kind, given_wires[name], f"{where}: swarm.{name}") for name, kind in wires.items()
     }
     check_consistent(config, swarm, where)
-    return config, swarm
+    return config, swarm.with_batches_of(config)
 
 
 def is_allowed(ds_config: Mapping[str, object], swarm: SwarmConfig, **changes: object) -> bool:
@@ -224,6 +225,10 @@ def _explain(item: ErrorDetails, where: str, model: type[BaseModel], known: list
     inner = field.annotation if field and isinstance(field.annotation, type) else None
     if inner and issubclass(inner, BaseModel) and (len(path) > 1 or isinstance(item["input"], dict)):
         return _explain({**item, "loc": item["loc"][1:]}, f"{where}.{key}", inner, list(inner.model_fields))
+    entry = typing.get_args(field.annotation)[0] if field and typing.get_origin(field.annotation) is list else None
+    if isinstance(entry, type) and issubclass(entry, BaseModel) and len(path) > 1:
+        where, path = f"{where}.{key}[{path[1]}]", path[2:]
+        return _explain({**item, "loc": tuple(path)}, where, entry, list(entry.model_fields))
     name = f"{where}.{key}" if key else where
     if item["type"] == "extra_forbidden":
         close = difflib.get_close_matches(key, known, n=1)

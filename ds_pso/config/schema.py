@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, PrivateAttr, field_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from ds_pso.comm.compression import UNCOMPRESSED, wire_names, wire_options
 from ds_pso.config.presets import ALLREDUCE, sync_modes
@@ -26,6 +26,29 @@ def total_num_steps(ds_config: Mapping[str, object]) -> object:
     return params.get("total_num_steps") if isinstance(params, dict) else None
 
 
+class ParticleConfig(StrictModel):
+    """An entry of ``swarm.per_particle``: DeepSpeed's keys of these names, for one particle alone."""
+
+    train_micro_batch_size_per_gpu: int | None = Field(
+        default=None, ge=1, description="Samples of a micro batch on each of its ranks."
+    )
+    gradient_accumulation_steps: int | None = Field(
+        default=None, ge=1, description="Micro batches of an optimizer step."
+    )
+
+    def filled_in(self, ds_config: Mapping[str, Any]) -> ParticleConfig:
+        """Return the entry with what it does not say taken from the part that is for all."""
+        given = {"gradient_accumulation_steps": 1, **ds_config}
+        return ParticleConfig(**{key: value or given.get(key) for key, value in self})
+
+    @property
+    def samples_of_a_rank(self) -> int:
+        """Samples of an optimizer step, on each rank, of an entry that is filled in."""
+        assert self.train_micro_batch_size_per_gpu is not None
+        assert self.gradient_accumulation_steps is not None
+        return self.train_micro_batch_size_per_gpu * self.gradient_accumulation_steps
+
+
 class SwarmConfig(StrictModel):
     """The ``swarm`` section. Options of a rule, or of a wire, lie in a subsection with its name."""
 
@@ -37,6 +60,16 @@ class SwarmConfig(StrictModel):
     )
     sync_interval: int = Field(
         default=32, ge=1, description="Optimizer steps after which the whole model has been synced again."
+    )
+    per_particle: list[ParticleConfig] = Field(
+        default=[],
+        description="Batch of each particle, in their order, where some have faster machines: see "
+        "`swarm.per_particle` below.",
+    )
+    particle_weights: Literal["samples", "equal"] = Field(
+        default="samples",
+        description="Weights of the particles in a mean: in proportion to what each has trained on since the last "
+        "sync, or all the same.",
     )
     schedule: ScheduleConfig = Field(
         default=ScheduleConfig(), description="How the interval changes: see `swarm.schedule` below."
@@ -165,6 +198,17 @@ class SwarmConfig(StrictModel):
             raise ValueError(f"must be {' or '.join(map(repr, TRANSPORTS))}")
         return value
 
+    @model_validator(mode="after")
+    def _one_entry_each(self) -> Self:
+        if self.per_particle and self.sync_mode == ALLREDUCE:
+            raise ValueError('per_particle: "allreduce" makes all ranks one particle; remove it')
+        if self.per_particle and len(self.per_particle) != self.particles:
+            raise ValueError(
+                f"per_particle has {len(self.per_particle)} entries, and particles = {self.particles!r}; give a number "
+                "of particles, and an entry for each"
+            )
+        return self
+
     @property
     def rule_options(self) -> RuleConfig | None:
         """Validated options of the active rule; None for ``allreduce``."""
@@ -191,6 +235,11 @@ class SwarmConfig(StrictModel):
         """Return the rule that ``sync_mode`` names; None for ``allreduce``."""
         options = self.rule_options
         return None if options is None else find_rule(self.sync_mode)(options, seed=self.seed)
+
+    def with_batches_of(self, ds_config: Mapping[str, object]) -> SwarmConfig:
+        """Return the section with ``per_particle`` filled in, if there is one."""
+        entries = [entry.filled_in(ds_config) for entry in self.per_particle]
+        return self.model_copy(update={"per_particle": entries}) if entries else self
 
     def has_sync_points(self, num_particles: int) -> bool:
         """Return whether so many particles sync: several by any rule, and one by a rule that acts without peers."""

@@ -53,6 +53,8 @@ class SyncPoint:
         steps: optimizer steps of each particle since the last sync point, shape (P,).
         done: part of the training that is over; None: computed from ``index`` and ``total``.
         left_out: why each particle that is not alive was left out, by its number.
+        samples: that each particle has trained on since the last sync point, shape (P,); empty or all zero: all count
+            alike.
     """
 
     index: int
@@ -62,6 +64,7 @@ class SyncPoint:
     steps: tuple[int, ...] = ()
     done: float | None = None
     left_out: Mapping[int, str] = field(default_factory=dict)
+    samples: tuple[int, ...] = ()
 
     @property
     def num_particles(self) -> int:
@@ -87,9 +90,16 @@ class SyncPoint:
         return self.knows_progress and self.progress >= 1
 
     def mean_weights(self) -> tuple[float, ...]:
-        """Return equal weights for the living particles and zero for the others, shape (P,); they sum to one."""
-        share = 1.0 / sum(self.alive)
-        return tuple(share if alive else 0.0 for alive in self.alive)
+        """Return the weights of the particles in a mean, shape (P,); they sum to one.
+
+        In proportion to the samples of each; zero for those that are not alive.
+        """
+        counts = self.samples or (0,) * self.num_particles
+        living = [count if alive else 0 for count, alive in zip(counts, self.alive, strict=True)]
+        if not any(living):
+            living = [int(alive) for alive in self.alive]
+        total = sum(living)
+        return tuple(count / total for count in living)
 
     def losses(self) -> list[float]:
         """Return the fitness with infinity, the worst, for NaN and for particles that are not alive; shape (P,)."""

@@ -71,6 +71,7 @@ def build_synchronizer(session: Session, engine: Any, probe: Probe | None) -> Sy
         return None
     schedule = config.build_schedule(session.ds_config)
     _check(session, rule, schedule, probe)
+    _check_batch(session, engine)
     with session.world.coordinator.agree("attaching the engine"):
         shards: Shards = find_shards(engine)
         check_precision(shards)
@@ -92,9 +93,21 @@ def build_synchronizer(session: Session, engine: Any, probe: Probe | None) -> Sy
         offload=Offload(config.state_device, config.state_dtype),
         limits=Limits(config.quarantine_loss, config.quarantine_norm),
         section=config.resolved(),
+        samples_per_step=engine.train_batch_size if config.particle_weights == "samples" else None,
     )
     parts = SyncParts(session.world, session.exchange, rule, shards, schedule, options)
     return Synchronizer(parts, TrainingProgress(engine, session.samplers))
+
+
+def _check_batch(session: Session, engine: Any) -> None:
+    """Raise ConfigError unless the engine has the batch that ``per_particle`` says: data is shared out by it."""
+    for key, value in session.config.per_particle[session.particle] if session.config.per_particle else ():
+        found = getattr(engine, key)()
+        if found != value:
+            raise ConfigError(
+                f"{key} = {found}: swarm.per_particle says {value} for particle {session.particle}; give "
+                "deepspeed.initialize swarm.ds_config as it is, and other tools the same numbers"
+            )
 
 
 def _check(session: Session, rule: Rule, schedule: Schedule, probe: Probe | None) -> None:

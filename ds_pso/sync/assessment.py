@@ -42,6 +42,7 @@ class Assessor:
         needs_loss: whether a first sync without any loss is an error.
         total: syncs of the whole training, if known.
         limits: of particles that are finite, and have diverged all the same.
+        samples_per_step: see ``SyncOptions``.
 
     Attributes:
         index: syncs so far.
@@ -67,6 +68,7 @@ class Assessor:
         needs_loss: bool = False,
         total: int | None = None,
         limits: Limits = USUAL,
+        samples_per_step: Callable[[], int] | None = None,
     ) -> None:
         self.world = world
         self.exchange = exchange
@@ -76,6 +78,7 @@ class Assessor:
         self.needs_loss = needs_loss
         self.total = total
         self.limits = limits
+        self.samples_per_step = samples_per_step
         self.index = 0
         self.losses: Sequence[float] = (math.nan,) * exchange.num_particles
         self.highest_loss = math.nan
@@ -108,7 +111,8 @@ class Assessor:
             self.highest_loss = found.highest_loss
         if nothing_new:
             found = replace(found, loss=self.losses[self.exchange.particle])
-        return replace(found, highest_loss=self.highest_loss)
+        trained = 0 if self.samples_per_step is None else window.steps * self.samples_per_step()
+        return replace(found, highest_loss=self.highest_loss, trained=trained)
 
     def gather(self, mine: ParticleReport, done: float | None) -> SyncPoint:
         """Gather the reports of all particles; the same bits on every rank.
@@ -140,6 +144,7 @@ class Assessor:
             steps=tuple(report.steps for report in table),
             done=done,
             left_out=left_out,
+            samples=tuple(report.trained for report in table),
         )
 
     def _judge(self, reports: Sequence[ParticleReport], present: Sequence[int]) -> dict[int, str]:

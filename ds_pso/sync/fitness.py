@@ -110,7 +110,7 @@ class RankReport:
 
 @dataclass(frozen=True)
 class ParticleReport:
-    """A particle's fitness, health and pace, as it says them at a sync; travels as a row of eleven float64.
+    """A particle's fitness, health and pace, as it says them at a sync; travels as a row of twelve float64.
 
     Attributes:
         loss: mean since the last sync; NaN if there is none.
@@ -127,6 +127,7 @@ class ParticleReport:
         frozen: digest of what is not trained, or of the part whose turn it is; negative if that has changed; 0: nothing
             is compared.
         samples: a hash of the first samples of its ranks; 0: not known, or compared already.
+        trained: samples since the last sync, by which the particle counts in a mean; 0: all count alike.
     """
 
     loss: float
@@ -142,6 +143,7 @@ class ParticleReport:
     odd_buffer_values: int = 0
     frozen: float = 0.0
     samples: float = 0.0
+    trained: int = 0
 
     @classmethod
     def of_recovering(cls) -> ParticleReport:
@@ -192,6 +194,7 @@ class ParticleReport:
             self.held_up_s,
             *of_model,
             self.samples,
+            float(self.trained),
         ]
 
     @classmethod
@@ -202,7 +205,7 @@ class ParticleReport:
     @classmethod
     def from_row(cls, row: Sequence[float]) -> ParticleReport:
         """Read what ``to_row`` has written; NaN stand for a particle that is absent."""
-        loss, heard, norm, highest, steps, step_s, held_up_s, buffers_norm, odd, frozen, samples = row
+        loss, heard, norm, highest, steps, step_s, held_up_s, buffers_norm, odd, frozen, samples, trained = row
         if math.isnan(heard):
             return cls.unknown()
         count = max(0, int(heard))
@@ -220,4 +223,5 @@ class ParticleReport:
             odd_buffer_values=int(odd),
             frozen=frozen,
             samples=samples,
+            trained=int(trained),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -42,6 +42,7 @@ class SyncOptions:
         offload: where state lies, and in how many bits.
         limits: beyond which a particle has diverged.
         section: the resolved ``swarm`` section, which must be equal on all particles.
+        samples_per_step: how many this particle trains on, by which it counts in a mean; None: all count alike.
     """
 
     probe: Probe | None = None
@@ -57,6 +58,7 @@ class SyncOptions:
     offload: Offload = NO_OFFLOAD
     limits: Limits = USUAL
     section: Mapping[str, Any] = field(default_factory=dict)
+    samples_per_step: Callable[[], int] | None = None
 
 
 @dataclass
@@ -106,6 +108,7 @@ class SyncParts:
             needs_loss=rule.uses_fitness,
             total=schedule.count,
             limits=options.limits,
+            samples_per_step=options.samples_per_step,
         )
         offload = options.offload
         differences = None

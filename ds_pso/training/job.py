@@ -64,7 +64,9 @@ def train(swarm: Swarm, arguments: argparse.Namespace) -> bool:
     with swarm.world.coordinator.agree("deepspeed.initialize"):
         engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=swarm.ds_config)
     batch_size = engine.train_micro_batch_size_per_gpu()
-    held_out = HeldOut(swarm, corpus.held_out, batch_size, engine.device)
+    batches = swarm.config.per_particle  # each with its own number of samples
+    smallest = min((entry.train_micro_batch_size_per_gpu or batch_size for entry in batches), default=batch_size)
+    held_out = HeldOut(swarm, corpus.held_out, smallest, engine.device)
     swarm.attach(engine, probe=held_out.probe(engine))
     sampler = swarm.sampler(corpus.train, batch_size=batch_size, seed=arguments.seed)
     loader = DataLoader(corpus.train, batch_size=batch_size, sampler=sampler)
@@ -77,11 +79,14 @@ def train(swarm: Swarm, arguments: argparse.Namespace) -> bool:
         first_step = swarm.load(run_dir / "checkpoints", reshape=arguments.reshape)
     if first_step >= arguments.steps and not _joins(swarm):
         raise ConfigError(f"--steps {arguments.steps}: the checkpoint has {first_step} steps already; ask for more")
+    samples = engine.train_batch_size() * swarm.num_particles
+    if batches:
+        samples = sum(entry.samples_of_a_rank for entry in batches) * swarm.world.layout.particle_size
     num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     _say(
         swarm,
         f"{num_parameters / 1e6:.2f} M parameters; {len(corpus.train) * arguments.seq_length / 1e6:.2f} M training "
-        f"tokens; {engine.train_batch_size() * swarm.num_particles * arguments.seq_length} tokens a step",
+        f"tokens; {samples * arguments.seq_length} tokens a step",
     )
     if first_step == 0:
         swarm.log("held_out", losses=held_out.evaluate(engine))

@@ -52,6 +52,8 @@ def test_defaults():
         "particles": "node",
         "sync_mode": "local_sgd",
         "sync_interval": 32,
+        "per_particle": [],
+        "particle_weights": "samples",
         "schedule": {"type": "fixed", "warmup_steps": 0},
         "fitness": "train",
         "quarantine_loss": 4.0,
@@ -173,6 +175,8 @@ BAD_VALUES = [
     *[("sync_mode", value, "must be a valid string") for value in (3, None, True, ["pso"])],
     *[("sync_interval", value, "must be greater than or equal to 1") for value in (0, -32)],
     *[("sync_interval", value, "must be a valid integer") for value in (32.0, "32", True, None, math.nan)],
+    *[("per_particle", value, "must be a valid list") for value in (8, None, "auto", {})],
+    *[("particle_weights", value, "must be 'samples' or 'equal'") for value in ("tokens", None, 1)],
     ("checksums", 1, "must be a valid boolean"),
     ("quarantine_loss", 1, "must be greater than 1"),
     ("quarantine_loss", "4", "must be a valid number"),
@@ -741,6 +745,58 @@ def test_all_mistakes_of_a_section_are_said_at_once():
     message = message_of({"swarm": {"particles": 0, "sync_interval": 0}})
     assert "swarm.particles = 0" in message
     assert "swarm.sync_interval = 0" in message
+
+
+# -- batches of their own -------------------------------------------------------------------
+
+
+def test_what_an_entry_does_not_say_is_that_of_all():
+    section = {"particles": 2, "per_particle": [{"train_micro_batch_size_per_gpu": 8}, {}]}
+    _, swarm = load_config({"train_micro_batch_size_per_gpu": 4, "swarm": section})
+    assert [entry.model_dump() for entry in swarm.per_particle] == [
+        {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 1},
+        {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1},
+    ]
+    assert [entry.samples_of_a_rank for entry in swarm.per_particle] == [8, 4]
+    accumulating = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": 3}
+    section["per_particle"] = [{"train_micro_batch_size_per_gpu": 8}, {"train_micro_batch_size_per_gpu": 2}]
+    _, swarm = load_config(accumulating | {"swarm": section})
+    assert [entry.samples_of_a_rank for entry in swarm.per_particle] == [24, 6]
+
+
+ONE, OTHER = {"train_micro_batch_size_per_gpu": 8}, {"train_micro_batch_size_per_gpu": 4}
+
+
+@pytest.mark.parametrize(
+    ("section", "others", "said"),
+    [
+        ({"per_particle": [ONE]}, {}, "swarm: per_particle has 1 entries, and particles = 2; give a number of"),
+        ({"particles": "node", "per_particle": [ONE]}, {}, "per_particle has 1 entries, and particles = 'node'; give"),
+        ({"sync_mode": "allreduce", "per_particle": [ONE, OTHER]}, {}, 'per_particle: "allreduce" makes all ranks one'),
+        ({"per_particle": [ONE, {"lr": 1}]}, {}, "swarm.per_particle[1].lr: unknown key; known keys: train_micro_"),
+        (
+            {"per_particle": [ONE, {"gradient_accumulation_steps": 0}]},
+            {},
+            "per_particle[1].gradient_accumulation_steps",
+        ),
+        ({"per_particle": [ONE, 8]}, {}, "swarm.per_particle[1] = 8: must be an object"),
+        ({"per_particle": ONE}, {}, "swarm.per_particle = {'train_micro_batch_size_per_gpu': 8}: must be a valid list"),
+        ({"per_particle": [ONE, OTHER]}, {"train_batch_size": 12}, "train_batch_size = 12: with swarm.per_particle"),
+        ({"per_particle": [ONE, {}]}, {}, '"train_micro_batch_size_per_gpu" is no number for some; give it in each'),
+        (
+            {"per_particle": [ONE, OTHER]},
+            {"gradient_accumulation_steps": "auto"},
+            '"gradient_accumulation_steps" is no number for some; give it in each entry, or once beside swarm',
+        ),
+        (
+            {"per_particle": [ONE, OTHER], "transport": "elastic"},
+            {},
+            'swarm.transport = "elastic": a particle that heals',
+        ),
+    ],
+)
+def test_batches_that_cannot_be_are_refused(section, others, said):
+    assert said in message_of(others | {"swarm": {"particles": 2, **section}})
 
 
 # -- a bad key, or no object ----------------------------------------------------------------

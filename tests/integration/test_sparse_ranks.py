@@ -17,7 +17,7 @@ from .jobs import Case, swarm_of, train
 
 KEPT = SparseOptions(density=1e-9)  # 8 of the elements of a rank, which has about 35
 ROUNDED = 1e-3  # a mean that is rounded to bf16 may fall on either side; steps are 0.05
-SCALARS = 13 * 8  # bytes of a peer's report, and of how far it was
+SCALARS = 14 * 8  # bytes of a peer's report, and of how far it was
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """What particles conclude from each other's fitness."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -21,6 +22,20 @@ def test_mean_weights_are_equal_among_the_living_and_sum_to_one(point):
     assert sum(weights) == pytest.approx(1.0)
     assert {w for w, alive in zip(weights, point.alive, strict=True) if not alive} <= {0.0}
     assert len({w for w, alive in zip(weights, point.alive, strict=True) if alive}) == 1
+
+
+@relaxed
+@given(points, st.data())
+def test_mean_weights_follow_the_samples_of_the_living(point, data):
+    size = point.num_particles
+    samples = tuple(data.draw(st.lists(st.integers(0, 1000), min_size=size, max_size=size)))
+    living = sum(count for count, alive in zip(samples, point.alive, strict=True) if alive)
+    weights = replace(point, samples=samples).mean_weights()
+    if living == 0:
+        assert weights == point.mean_weights()
+        return
+    for weight, count, alive in zip(weights, samples, point.alive, strict=True):
+        assert weight == pytest.approx(count / living if alive else 0.0)
 
 
 @relaxed

@@ -141,12 +141,13 @@ reports = st.builds(
     buffers_norm=st.floats(0, 1e30),
     odd_buffer_values=st.integers(0, 1000),
     frozen=st.integers(-(2**52), 2**52).map(float),
+    trained=st.integers(0, 2**40),
 )
 
 
 @given(reports)
 def test_a_report_travels_as_a_row(report):
-    assert len(report.to_row()) == 11
+    assert len(report.to_row()) == 12
     assert ParticleReport.from_row(report.to_row()) == report
 
 
@@ -158,7 +159,7 @@ def test_what_a_row_cannot_hold_as_a_number():
     assert recovering.recovers
     assert recovering.loss_is_finite
     assert (recovering.num_losses, recovering.steps, recovering.held_up_s) == (0, 0, INF)
-    absent = ParticleReport.from_row([NAN] * 11)
+    absent = ParticleReport.from_row([NAN] * 12)
     assert (absent.num_losses, absent.steps, absent.recovers) == (0, 0, False)
 
 
