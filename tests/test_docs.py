@@ -342,8 +342,8 @@ def test_configuration_page_is_up_to_date():
 
 
 def test_every_sync_mode_is_documented():
-    table = page("README.md").split("## Sync modes")[1].split("| --- |", 1)[1].split("\n\n")[0]
-    assert re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE) == MODES
+    table = page("docs/sync-modes.md").split("## What each costs")[1].split("| --- |", 1)[1].split("\n\n")[0]
+    assert re.findall(r"^\| \[`(\w+)`\]\(#\1\) \|", table, flags=re.MULTILINE) == MODES
     assert re.findall(r"^## (\w+)$", page("docs/sync-modes.md"), flags=re.MULTILINE)[: len(MODES)] == MODES
 
 

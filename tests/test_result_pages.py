@@ -21,6 +21,7 @@ from benchmarks.slow_link import report as slow_link
 from benchmarks.slow_link.results import FOLDER as SLOW_LINK
 from benchmarks.slow_link.results import SlowLinkTable
 from benchmarks.table import Table
+from ds_pso.cli.main import main as ds_pso_command
 from ds_pso.rules import RULES
 
 MEASURED: list[tuple[Path, Callable[[Path], object]]] = [
@@ -46,9 +47,11 @@ def test_comparisons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: str
     assert (tmp_path / f"{table}.md").read_text() == (folder / f"{table}.md").read_text()
 
 
-# -- what the README tells of them ----------------------------------------------------------
+# -- what is told of them -------------------------------------------------------------------
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SYNC_MODES = (ROOT / "docs/sync-modes.md").read_text(encoding="utf-8")
 
 
 def rows_below(text: str, heading: str) -> dict[str, list[str]]:
@@ -83,8 +86,8 @@ def page_of(table: str) -> str:
     return (results.FOLDER / f"{table}.md").read_text(encoding="utf-8")
 
 
-def test_readme_on_unhealthy_particles() -> None:
-    told = rows_below(README.read_text(encoding="utf-8"), "results/fairness.md)")
+def test_unhealthy_particles() -> None:
+    told = rows_below(SYNC_MODES, "results/fairness.md)")
     found = rows_below(page_of("fairness"), "## mnist, 1 times the tuned rate of local_sgd")
     columns = [found[""].index(name) for name in ("clean", "high_lr", "shuffled_labels", "all_low")]
     for rule in ("local_sgd", "swarm"):
@@ -92,9 +95,8 @@ def test_readme_on_unhealthy_particles() -> None:
     assert set(told) == {"", "local_sgd", "swarm"}
 
 
-def test_readme_on_a_small_llama() -> None:
-    text = README.read_text(encoding="utf-8")
-    told = rows_below(text, "A small Llama on source code")
+def test_a_small_llama() -> None:
+    told = rows_below(SYNC_MODES, "A small Llama on source code")
     slow, rules = (rows_below(page_of(table), "## gpt_small") for table in ("slow_network", "transformers"))
     every, n4, n8, n32 = (slow[""].index(name) for name in ("no n", "n = 4", "n = 8", "n = 32"))
     fp32, int4 = slow["fp32, d = 0"], slow["int4, d = 0"]
@@ -107,8 +109,45 @@ def test_readme_on_a_small_llama() -> None:
         name = min(others, key=lambda rule: others[rule][column])
         best.append(f"{others[name][column]} ({name})")
     assert agree([cell.replace("`", "") for cell in told["best of the other modes"]], ["", "", *best])
-    paid = re.search(
-        r"held-out loss\]\(\S+\) of (\S+) where\s+training that syncs at every step reaches (\S+)\.\s", text
-    )
-    assert paid is not None
-    assert agree(list(paid.groups()), [slow["int4, d = 2"][n8].split()[0], slow["allreduce"][every].split()[0]])
+
+
+TOLD = {  # in the README's first table -> as the tables call it, and after how many steps it syncs
+    "DeepSpeed ZeRO 2, every step": ("DeepSpeed ZeRO 2 n=1", 1, "allreduce", "no n"),
+    "torchft DiLoCo, every 32 steps, delay 8": ("torchft diloco n=32 d=8", 32, None, None),
+    "ds_pso ZeRO 2, every 8 steps, int4, delay 2": ("ds_pso ZeRO 2 local_sgd n=8 int4 d=2", 8, "int4, d = 2", "n = 8"),
+    "ds_pso ZeRO 0, every 8 steps, int4, delay 2": ("ds_pso ZeRO 0 local_sgd n=8 int4 d=2", 8, "int4, d = 2", "n = 8"),
+}
+
+
+def test_the_first_table_of_the_readme() -> None:
+    """Speed and price of the same setting: interval, wire and delay."""
+    told = rows_below(README, "results/gain.png)")
+    page = SLOW_LINK.joinpath("slow_link.md").read_text(encoding="utf-8")
+    speed, share, received = (rows_below(page, f"## {title}") for title in ("Tokens per", "Compute share", "Received"))
+    losses = rows_below(page_of("slow_network"), "## gpt_small")
+    assert set(told) == {"over 100 Mbit/s", *TOLD}
+    for label, (name, interval, loss_row, column) in TOLD.items():
+        at = speed[""].index("100 Mbit/s")
+        tokens, compute, megabytes = (table[name][at].split()[0] for table in (speed, share, received))
+        loss = "not measured"
+        if loss_row is not None:
+            loss = f"{float(losses[loss_row][losses[''].index(column)].split()[0]):.2f}"
+        expected = [f"{int(tokens):,}", f"{float(megabytes) / interval:.2g}", f"{compute} %", loss]
+        if float(megabytes) / interval > 10:
+            expected[1] = f"{float(megabytes) / interval:.1f}"
+        assert told[label] == expected, label
+
+
+def test_what_the_readme_says_of_links(capsys: pytest.CaptureFixture[str]) -> None:
+    told = rows_below(README, "## Which link needs what")
+    links = [link for link in told if link.endswith("bit/s")]
+    assert len(links) == 4
+    for link in links:
+        command = ["plan", "--parameters", "1B", "--step-seconds", "1", "--particles", "4", "--bandwidth", link]
+        assert ds_pso_command([word.replace(" ", "") for word in command]) == 0
+        rows = {row[0].strip(): row for row in map(re.compile(r"\s{2,}").split, capsys.readouterr().out.splitlines())}
+        zero, int4, sparse = (
+            rows[name]
+            for name in ("ZeRO 2, every step, 16-bit gradients", "local_sgd, n = 8, int4", "local_sgd, n = 1, sparse")
+        )
+        assert told[link] == [zero[1], int4[3].replace(",", ""), sparse[3].replace(",", "")], link

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 
 import pytest
 
 from benchmarks.slow_link import network
 from benchmarks.slow_link.ends import run_ends
-from benchmarks.slow_link.report import GAIN, GAINS, tokens_per_s, write_report
+from benchmarks.slow_link.report import write_report
 from benchmarks.slow_link.results import Measured, SlowLinkTable
 from benchmarks.slow_link.runs import BANDWIDTHS, Run, runs
 from benchmarks.slow_link.stacks import build_model, fragments_of
@@ -186,19 +184,6 @@ def test_fragments_are_the_model_once_in_parts_of_about_one_size(tied: bool, cou
 def test_too_many_fragments_are_an_error() -> None:
     with pytest.raises(ValueError, match="make no 12 fragments; use fewer"):
         fragments_of(build_model(64), 12)
-
-
-def test_the_readme_tells_what_was_measured() -> None:
-    table, text = SlowLinkTable(), (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    told = text.split("results/gain.png)", 1)[1].split("Two ends", 1)[0]
-    assert GAIN.removesuffix("bit/s") in told
-    gains = {label: f"{median(tokens_per_s(table, run.name, GAIN)):,.0f}" for label, run in GAINS.items()}
-    assert re.findall(r"\d+,\d{3}|\d+(?= tokens/s)", told) == [
-        gains["DeepSpeed ZeRO 2, every step"],
-        gains["ds_pso ZeRO 2, every 8 steps, int4, delay 2"],
-        gains["ds_pso ZeRO 0, every 8 steps, int4, delay 2"],
-        gains["torchft DiLoCo, every 32 steps, delay 8"],
-    ]
 
 
 def test_shares_are_those_of_equal_repetitions(tmp_path: Path) -> None:
