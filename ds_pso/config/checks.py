@@ -265,6 +265,12 @@ EXCLUSIONS: list[Exclusion] = [
         "lower swarm.sync_interval",
     ),
     Exclusion(
+        lambda c: c.swarm.mixing > 0,
+        lambda c: not delays(c),
+        "swarm.mixing = {swarm.mixing}: only what comes late is mixed",
+        "set swarm.delay, or remove the key",
+    ),
+    Exclusion(
         delays,
         lambda c: c.swarm.delay > c.shortest_interval,
         "swarm.delay = {swarm.delay}: the next sync point would come first",

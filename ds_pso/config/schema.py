@@ -16,7 +16,7 @@ from ds_pso.sync.schedule import Schedule, ScheduleConfig, make_schedule
 from ds_pso.utils.strict_model import StrictModel
 
 # What travels between particles, in which form, and what hides that.
-_OF_AN_EXCHANGE = ("wire", "residual", "residual_decay", "delay", "fragments", "streaming")
+_OF_AN_EXCHANGE = ("wire", "residual", "residual_decay", "delay", "fragments", "streaming", "mixing")
 
 
 def total_num_steps(ds_config: Mapping[str, object]) -> object:
@@ -89,6 +89,12 @@ class SwarmConfig(StrictModel):
     streaming: bool = Field(
         default=False,
         description="Sync each fragment by itself, one after the other, evenly spread over the interval.",
+    )
+    mixing: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of the movement that a delayed sync point brings which a particle leaves out: alpha.",
     )
     fitness: Literal["train", "probe"] = Field(
         default="train",

@@ -90,6 +90,7 @@ def build_synchronizer(session: Session, engine: Any, probe: Probe | None) -> Sy
         delay=config.delay,
         fragments=config.fragments,
         streaming=config.streaming,
+        mixing=config.mixing,
         offload=Offload(config.state_device, config.state_dtype),
         limits=Limits(config.quarantine_loss, config.quarantine_norm),
         section=config.resolved(),

@@ -242,7 +242,8 @@ class Overlap:
     def advance(self, window: FitnessWindow, step: int, *, to_the_end: bool = False) -> SyncRecord | None:
         """Apply what is due of the pending sync, and wait for it if need be. Called alike on all ranks.
 
-        The correction of multi-step delayed updates: x <- result + (x now - x when it began).
+        The correction of multi-step delayed updates, x <- result + (x now - x when it began), with ``mixing`` alpha:
+        x now <- x now + (1 - alpha) (result - x when it began).
 
         A particle that was not alive then takes everything as soon as something is due, and ``window`` forgets the
         losses since then, which were those of weights that are gone now.
@@ -315,7 +316,7 @@ class Overlap:
             for number in range(pending.applied, end):
                 for r, movement in zip(fragments[number], moved[number], strict=True):
                     if alive[me]:
-                        r.of(shards).add_(movement)
+                        r.of(shards).add_(movement, alpha=1 - parts.options.mixing)
                     else:
                         r.of(shards).copy_(movement)
         if any(alive) and end == pending.fragments:

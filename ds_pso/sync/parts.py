@@ -39,6 +39,7 @@ class SyncOptions:
         delay: optimizer steps until the result of a sync is applied; 0: training waits.
         fragments: into how many pieces a delayed sync is cut.
         streaming: whether each of them syncs by itself, in its turn.
+        mixing: part of a late movement that is left out.
         offload: where state lies, and in how many bits.
         limits: beyond which a particle has diverged.
         section: the resolved ``swarm`` section, which must be equal on all particles.
@@ -55,6 +56,7 @@ class SyncOptions:
     delay: int = 0
     fragments: int = 1
     streaming: bool = False
+    mixing: float = 0.0
     offload: Offload = NO_OFFLOAD
     limits: Limits = USUAL
     section: Mapping[str, Any] = field(default_factory=dict)

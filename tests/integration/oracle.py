@@ -385,7 +385,7 @@ def _arrive(
             continue
         for model, x, y in zip(models, before, after, strict=True):
             weights = flat(model)
-            weights[elements] = (y + (weights - x))[elements]
+            weights[elements] += (1 - case.swarm.get("mixing", 0.0)) * (y - x)[elements]
             _set(model, weights)
         if factors is not None:
             for optimizer, factor in zip(optimizers, factors, strict=True):

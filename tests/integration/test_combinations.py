@@ -25,7 +25,7 @@ from ds_pso.errors import ConfigError
 
 ROUNDS = 3
 NUMEL = 40 * 40 + 40 + 40 * 20 + 20
-NUMBERS = (11 + 2) * 8  # of each peer: its row, and how far it was
+NUMBERS = (12 + 2) * 8  # of each peer: its row, and how far it was
 SPARSE = {"density": 0.1}
 PLAIN = {"wire": "fp32", "delay": 0, "fragments": 1, "streaming": False, "state_dtype": "fp32", "bucket_mb": 64.0}
 RULES: dict[str, dict[str, Any]] = {
