@@ -91,6 +91,7 @@ _RULES: dict[str, dict[str, Any]] = {
     "diloco": {},
     "diloco, rda": {"diloco": {"merge": "rda"}},
     "easgd": {},
+    "noloco": {},
     "nosync": {"total_steps": 6400},
     "nosync, asynchronous": {"total_steps": 6400, "nosync": {"asynchronous": True}},
     "pso": {},

@@ -26,6 +26,7 @@ from ds_pso.rules.easgd import Easgd
 from ds_pso.rules.guarded_mean import GuardedMean
 from ds_pso.rules.line_search import LineSearch
 from ds_pso.rules.local_sgd import LocalSGD
+from ds_pso.rules.noloco import NoLoCo
 from ds_pso.rules.nosync import NoSync
 from ds_pso.rules.pso import Pso
 
@@ -33,6 +34,7 @@ RULES: dict[str, type[Rule]] = {
     "local_sgd": LocalSGD,
     "diloco": DiLoCo,
     "easgd": Easgd,
+    "noloco": NoLoCo,
     "nosync": NoSync,
     "pso": Pso,
     "swarm": GuardedMean,

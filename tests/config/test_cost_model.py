@@ -102,6 +102,7 @@ SWARMS: list[dict[str, Any]] = [
     {"sync_mode": "pso"},
     {"sync_mode": "pso", "wire": "int4"},
     {"sync_mode": "pso", "pso": {"topology": "ring"}},
+    {"sync_mode": "noloco"},
     {"sync_mode": "line_search"},
     {"sync_mode": "swarm"},
 ]

@@ -251,6 +251,8 @@ BAD_OPTIONS = [
     ("easgd", "beta", 0, "must be greater than 0"),
     ("easgd", "beta", 1.1, "must be less than or equal to 1"),
     ("easgd", "beta", None, "must be a valid number"),
+    ("noloco", "outer_lr", 0, "must be greater than 0"),
+    ("noloco", "outer_momentum", 1, "must be less than 1"),
     ("nosync", "pressure", -0.1, "must be greater than or equal to 0"),
     ("nosync", "pressure", "high", "must be a valid number"),
     ("nosync", "final_pressure", 1.01, "must be less than or equal to 1"),
@@ -665,6 +667,7 @@ def test_the_others_may_be_late(section, delay):
             {"sync_mode": "nosync", "total_steps": 64, "nosync": {"asynchronous": True}},
             "options of swarm.nosync each particle receives something else",
         ),
+        ({"sync_mode": "noloco"}, "options of swarm.noloco each particle receives something else"),
         ({"optimizer_state": "average"}, 'swarm.optimizer_state = "average" the moments would travel in fp32'),
     ],
 )
@@ -676,8 +679,8 @@ def test_what_cannot_travel_as_differences_is_refused(wire, section, said):
 
 
 @pytest.mark.parametrize("wire", ["fp32", "bf16", "int8", "int4", "e3m0", "int2"])
-@pytest.mark.parametrize("mode", [*RULES, ALLREDUCE])
-def test_every_mode_travels_in_every_format(wire, mode):
+@pytest.mark.parametrize("mode", [*(mode for mode in RULES if mode != "noloco"), ALLREDUCE])
+def test_every_mode_but_pairs_travels_in_every_format(wire, mode):
     assert load({"sync_mode": mode, "total_steps": 64, "wire": wire, "optimizer_state": "reset"}).wire == wire
 
 
@@ -718,7 +721,7 @@ def test_an_unknown_option_of_a_wire():
     assert message_of({"swarm": {"sparse": 3}}) == "config: swarm.sparse = 3: must be an object"
 
 
-@pytest.mark.parametrize("mode", [mode for mode in RULES if mode not in ("local_sgd", "diloco")])
+@pytest.mark.parametrize("mode", [mode for mode in RULES if mode not in ("local_sgd", "diloco", "noloco")])
 @pytest.mark.parametrize(
     ("section", "said"),
     [({"wire": "sparse"}, 'swarm.wire = "sparse": '), ({"wire": "int4", "residual": "weights"}, "swarm.residual = ")],

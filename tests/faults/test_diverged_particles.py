@@ -24,9 +24,10 @@ RULES: dict[str, dict[str, Any]] = {
     "pso": {"inertia": 0.3, "cognitive": 0.5, "best": "all_time"},
 }
 # With which the particles do not leave a sync point alike.
-APART = {"pso", "easgd", "nosync"}
+APART = {"pso", "easgd", "noloco", "nosync"}
 LATER_RULES: dict[str, Case] = {
     "easgd": Case(sync_mode="easgd"),
+    "noloco": Case(sync_mode="noloco"),
     "nosync": Case(sync_mode="nosync", swarm={"total_steps": 6}),
     "swarm": Case(sync_mode="swarm", probe=True, options={"fitness_steps": 2, "unequal_above": 1e-6}),
     "line_search": Case(sync_mode="line_search", probe=True),

@@ -64,6 +64,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "local_sgd": [{}],
     "diloco": [{}, {"outer_lr": 1, "outer_momentum": 0}],
     "easgd": [{}],
+    "noloco": [{}],
     "nosync": [{}, {"growth": "constant"}, {"asynchronous": True, "growth": "constant"}],
     "pso": [
         {},

@@ -111,6 +111,23 @@ class EasgdOracle(Oracle):
         return self.center
 
 
+class NoLoCoOracle(Oracle):
+    """u_i <- alpha u_i + beta ((x_i + x_j) / 2 - a_i), a_i <- a_i + u_i, with partners i and j drawn at each sync."""
+
+    def begin(self, start: np.ndarray, outer_lr: float = 0.7, outer_momentum: float = 0.5) -> None:
+        self.anchors, self.momenta = [start] * self.problem.num_particles, [np.zeros_like(start)] * len(self.anchors)
+        self.beta, self.alpha = outer_lr, outer_momentum
+
+    def move(self, x: Particles, losses: list[float]) -> Particles:
+        order = np.random.default_rng([0, self.index]).permutation(len(x))
+        for pair in np.split(order, len(x) // 2):
+            mean = np.mean([x[i] for i in pair], axis=0)
+            for i in pair:
+                self.momenta[i] = self.alpha * self.momenta[i] + self.beta * (mean - self.anchors[i])
+                self.anchors[i] = self.anchors[i] + self.momenta[i]
+        return [anchor.copy() for anchor in self.anchors]
+
+
 class NoSyncOracle(Oracle):
     """x_i <- (1 - p) x_i + p mean x, p from one value to the other."""
 
@@ -275,6 +292,7 @@ ORACLES: dict[str, type[Oracle]] = {
     "local_sgd": Oracle,
     "diloco": DiLoCoOracle,
     "easgd": EasgdOracle,
+    "noloco": NoLoCoOracle,
     "nosync": NoSyncOracle,
     "pso": PsoOracle,
     "swarm": SwarmOracle,

@@ -76,6 +76,7 @@ UNEQUAL = (2.0, 1.0, 2.0, 2.0)
 LATER_RULES: dict[str, tuple[Case, tuple[float, ...], tuple[tuple[int, int, int], ...]]] = {
     "easgd": (Case(sync_mode="easgd"), UNEQUAL, ((1, 0, 0),) * 2),
     "nosync": (Case(sync_mode="nosync", options={"growth": "constant"}), UNEQUAL, ((1, 0, 0),) * 2),
+    "noloco": (Case(sync_mode="noloco"), UNEQUAL, ((0, 1, 0),) * 2),
     "ring": (Case(sync_mode="pso", options={"topology": "ring"}), UNEQUAL, ((0, 1, 0),) * 2),
     # These losses have no gradient, so the particles are equal in spite of them.
     "guard at rest": (Case(sync_mode="swarm", options=GUARDED, probe=True), UNEQUAL, ((1, 0, 1),) * 2),

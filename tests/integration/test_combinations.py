@@ -33,6 +33,7 @@ RULES: dict[str, dict[str, Any]] = {
     "diloco": {},
     "diloco rda": {"merge": "rda"},
     "easgd": {},
+    "noloco": {},
     "nosync": {"growth": "constant", "pressure": 0.8},
     "pso": {"inertia": 0.3, "cognitive": 0.5},
     "pso ring": {"topology": "ring"},

@@ -44,7 +44,18 @@ SECTION = {"particles": 1, "sync_mode": "diloco", "wire": "int4", "delay": 2, "o
 
 
 def test_who_has_sync_points() -> None:
-    for mode in ("allreduce", "local_sgd", "delayed", "diloco", "easgd", "nosync", "pso", "swarm", "line_search"):
+    for mode in (
+        "allreduce",
+        "local_sgd",
+        "delayed",
+        "diloco",
+        "easgd",
+        "noloco",
+        "nosync",
+        "pso",
+        "swarm",
+        "line_search",
+    ):
         _, config = load_config({"swarm": {"particles": 2, "sync_mode": mode, "total_steps": 100}})
         assert config.has_sync_points(2) == (mode != "allreduce")
         assert config.has_sync_points(1) == (mode == "diloco")

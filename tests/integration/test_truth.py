@@ -45,6 +45,7 @@ RULES = {
     "diloco-no-momentum": Case(sync_mode="diloco", options={"outer_lr": 0.5, "outer_momentum": 0.0}),
     "diloco-rda": Case(sync_mode="diloco", steps=6, options={"merge": "rda"}),
     "easgd": Case(sync_mode="easgd", steps=6, options={"beta": 0.8}),
+    "noloco": Case(sync_mode="noloco", steps=6, options={"outer_lr": 0.8}),
     "nosync": Case(sync_mode="nosync", steps=6, options={"pressure": 0.2, "final_pressure": 0.9}, swarm=LONG),
     "nosync-exponential": Case(sync_mode="nosync", steps=6, options={"growth": "exponential"}, swarm=LONG),
     "pso": Case(sync_mode="pso"),

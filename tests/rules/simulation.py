@@ -177,6 +177,13 @@ nosync_rules = st.builds(
     final_pressure=st.floats(0.01, 1),
     growth=st.sampled_from(["linear", "exponential", "constant"]),
 )
+noloco_rules = st.builds(
+    make_rule,
+    st.just("noloco"),
+    seed=st.integers(0, 2**70),
+    outer_lr=st.floats(0.1, 1.2),
+    outer_momentum=st.one_of(st.just(0.0), st.floats(0, 0.9)),
+)
 asynchronous_rules = st.builds(make_rule, st.just("nosync"), asynchronous=st.just(True), pressure=st.floats(0, 1))
 swarm_rules = st.builds(
     make_rule,
@@ -198,6 +205,7 @@ any_rule = st.one_of(
     diloco_rules,
     pso_rules,
     easgd_rules,
+    noloco_rules,
     nosync_rules,
     asynchronous_rules,
     swarm_rules,
