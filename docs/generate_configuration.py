@@ -40,6 +40,7 @@ _BY_VALIDATOR = {
     "outer_lr": 'number, above 0, or `"auto"`',
     "outer_momentum": 'number, at least 0 and below 1, or `"auto"`',
     "schedule": "object",
+    "sync_interval": 'whole number, at least 1, or `"never"`',
     "sync_mode": ", ".join(f'`"{name}"`' for name in sync_modes()) + ', `"my_module:MyRule"`',
     "wire": ", ".join(f'`"{name}"`' for name in wire_names()),
     "transport": ", ".join(f'`"{name}"`' for name in TRANSPORTS),

@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,6 +33,7 @@ from ds_pso.session.callbacks import own_callbacks
 from ds_pso.session.data_watch import shard_training_data
 from ds_pso.session.ending import warn_at_end
 from ds_pso.session.engine_hooks import EngineHooks
+from ds_pso.session.expert_search import ExpertSearch, search
 from ds_pso.session.session import Session
 from ds_pso.sync.assessment import Probe
 from ds_pso.sync.parts import SyncTotals
@@ -42,6 +43,8 @@ _PATIENCE_S = 5.0  # with a run that was killed and has not gone yet
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from ds_pso.search.result import SearchResult
 
 
 def init(config: ConfigSource | None = None, *, run_dir: str | Path | None = None, world: World | None = None) -> Swarm:
@@ -212,7 +215,7 @@ class Swarm:
     @property
     def steps_to_sync(self) -> int | None:
         """Optimizer steps until the next sync point; None if there is none."""
-        if self.session.synchronizer is None:
+        if self.session.synchronizer is None or self.config.never_syncs:
             return None
         step = self.session.step
         return self.session.synchronizer.parts.schedule.next_after(step) - step
@@ -426,6 +429,55 @@ class Swarm:
             synchronizer.overlap.pending = None
             synchronizer.consensus.adopt(which)
             self.session.is_merged = True
+
+    def search(
+        self,
+        score: Callable[[], float],
+        *,
+        test: Callable[[], float] | None = None,
+        searcher: str = "pso",
+        options: Mapping[str, object] | None = None,
+        blocks: Literal["layers", "tensors", "one"] = "layers",
+        evaluations: int = 200,
+        seed: int = 0,
+        higher_is_better: bool = False,
+        noisy_score: bool = False,
+        resume: bool = False,
+    ) -> SearchResult:
+        """Take the particles for experts, and search the combination of their weights that scores best.
+
+        Call it on all ranks. Afterwards every particle is that model, as after ``merge``. Each evaluation moves one
+        all-reduce of the shard; beside the shard, each rank keeps a copy of its own. Only what is trained is combined,
+        so of a model with adapters the adapters alone; of buffers all take the mean.
+
+        Args:
+            score: of the engine as it is, in evaluation mode and without gradients: a loss, or any number. Called on
+                all ranks, and the mean of what they return counts, so let each take its part of the samples
+                (``swarm.world.layout.rank`` of ``world_size``), the same ones each time.
+            test: likewise, on other samples; scores the result once, the best expert and the mean of all.
+            searcher: see docs/experts.md; those that need a base are for ``ds-pso search``.
+            options: of the searcher.
+            blocks: what has a coefficient of its own.
+            evaluations: calls of ``score``, at most.
+            seed: of all random numbers.
+            higher_is_better: whether ``score`` is to be as high as possible; else as low.
+            noisy_score: whether the score of one model may vary.
+            resume: go on with ``search.json`` in the run folder, after ``swarm.load`` has brought back the experts.
+
+        Returns:
+            Scores of the result, of the best expert and of the mean, and the coefficients. With a ``run_dir`` the
+            record is in ``search.json`` there.
+
+        Raises:
+            ConfigError: a setting is wrong; or scores of one model differ, or none is finite.
+            CheckpointError: the record cannot be resumed.
+            SwarmError: ``score`` has failed on a rank, or a particle's weights are not finite.
+        """
+        self.finish_pending()
+        settings = ExpertSearch(
+            score, test, searcher, options or {}, blocks, evaluations, seed, higher_is_better, noisy_score, resume
+        )
+        return search(self.session, settings)
 
     def gather(self, value: float) -> list[float]:
         """Return a number of each particle, on every rank; call it on all ranks. In an elastic swarm others' are NaN.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,6 +68,13 @@ def make_text(folder: Path, language: int = 0) -> None:
     So log 2 nats a word cannot be foretold; a model that knows only how often each word comes needs log 40.
     """
     (folder / "text.txt").write_text("\n".join(_lines(language, 4096)), encoding="utf-8")
+
+
+def make_mixture(folder: Path, languages: Sequence[int]) -> None:
+    """Make words of several languages, in turn after every eight lines."""
+    texts = [list(_lines(language, 8192)) for language in languages]
+    parts = [text[i : i + 8] for i in range(0, 8192, 8) for text in texts]
+    (folder / "text.txt").write_text("\n".join(line for part in parts for line in part), encoding="utf-8")
 
 
 def _lines(language: int, count: int) -> Iterator[str]:

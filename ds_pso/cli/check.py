@@ -141,7 +141,7 @@ def warnings(ds_config: Mapping[str, object], swarm: SwarmConfig, given: Mapping
         yield f"one particle has nobody to exchange with, so these have no effect: {unused}"
         swarm = swarm.without_peers()
     steps = swarm.total_steps or total_num_steps(ds_config)
-    if isinstance(steps, int) and steps < n // swarm.turns:
+    if isinstance(steps, int) and steps < n // swarm.turns and not swarm.never_syncs:
         yield f"swarm.sync_interval = {n}: training ends after {steps} steps, before the first sync point"
     if n == 1 and swarm.schedule.type == "fixed" and swarm.wire == UNCOMPRESSED and not alone:
         yield (

@@ -13,7 +13,7 @@ from ds_pso.cli.arguments import Subcommands, add_subcommand
 
 if TYPE_CHECKING:
     from ds_pso.search.record import Evaluation
-    from ds_pso.search.run import SearchResult
+    from ds_pso.search.result import SearchResult
 
 
 def add_to(commands: Subcommands) -> None:
@@ -113,7 +113,5 @@ def _summary(result: SearchResult, out: Path) -> str:
         lines.append(
             f"no improvement: no combination scores better than the best single expert, which {out} holds as it is"
         )
-    lines.append(
-        f"{out}: the winner, after {result.evaluations} evaluations; {result.record.name} has the coefficients"
-    )
+    lines.append(f"{out}: the winner, after {result.evaluations} evaluations; search.json has the coefficients")
     return "\n".join(lines)

@@ -172,6 +172,10 @@ def averages_moments(c: Combination) -> bool:
     return c.swarm.optimizer_state == "average"
 
 
+def never_syncs(c: Combination) -> bool:
+    return c.swarm.never_syncs
+
+
 def syncs(c: Combination) -> bool:
     if c.swarm.particles == "node":
         return False  # how many these are is seen at attach
@@ -235,6 +239,25 @@ EXCLUSIONS: list[Exclusion] = [
         'use "keep", or remove streaming',
     ),
     Exclusion(
+        never_syncs,
+        varies,
+        'swarm.sync_interval = "never": swarm.schedule.type = "{swarm.schedule.type}" has nothing to vary',
+        "set a number, or remove the schedule",
+    ),
+    Exclusion(
+        never_syncs,
+        delays,
+        'swarm.sync_interval = "never": swarm.delay = {swarm.delay}, and there is nothing to come late',
+        "set a number, or remove the delay",
+    ),
+    Exclusion(
+        never_syncs,
+        lambda c: c.rule.uses_progress,
+        'swarm.sync_interval = "never": with these options swarm.{swarm.sync_mode} changes from one sync point to the '
+        "next",
+        'set a number, or use the sync_mode "local_sgd"',
+    ),
+    Exclusion(
         varies,
         lambda c: not c.swarm.schedule.min_interval <= c.swarm.sync_interval <= c.swarm.schedule.max_interval,
         "swarm.sync_interval = {swarm.sync_interval}: the interval begins there, and it must lie between "
@@ -260,7 +283,7 @@ EXCLUSIONS: list[Exclusion] = [
     ),
     Exclusion(
         has_total_steps,
-        lambda c: c.has_no_sync_point,
+        lambda c: c.has_no_sync_point and not never_syncs(c),
         "swarm.total_steps = {swarm.total_steps}: no sync point falls in so short a training",
         "lower swarm.sync_interval",
     ),

@@ -12,7 +12,7 @@ from ds_pso.config.presets import ALLREDUCE, sync_modes
 from ds_pso.distributed.transports import TRANSPORTS
 from ds_pso.elastic.config import ElasticConfig
 from ds_pso.rules import Rule, RuleConfig, find_rule
-from ds_pso.sync.schedule import Schedule, ScheduleConfig, make_schedule
+from ds_pso.sync.schedule import NEVER, Schedule, ScheduleConfig, make_schedule
 from ds_pso.utils.strict_model import StrictModel
 
 # What travels between particles, in which form, and what hides that.
@@ -59,7 +59,10 @@ class SwarmConfig(StrictModel):
         "`my_module:MyRule`.",
     )
     sync_interval: int = Field(
-        default=32, ge=1, description="Optimizer steps after which the whole model has been synced again."
+        default=32,
+        ge=1,
+        description="Optimizer steps after which the whole model has been synced again; `never`: only where the script "
+        "says so, for particles that become experts.",
     )
     per_particle: list[ParticleConfig] = Field(
         default=[],
@@ -182,6 +185,11 @@ class SwarmConfig(StrictModel):
             return value
         raise ValueError('must be a whole number of at least 1, or "node" for one particle per node')
 
+    @field_validator("sync_interval", mode="before")
+    @classmethod
+    def _sync_interval(cls, value: object) -> object:
+        return NEVER if value == "never" else value
+
     @field_validator("sync_mode")
     @classmethod
     def _sync_mode(cls, value: str) -> str:
@@ -214,6 +222,11 @@ class SwarmConfig(StrictModel):
                 "of particles, and an entry for each"
             )
         return self
+
+    @property
+    def never_syncs(self) -> bool:
+        """True if particles sync only where the script says so."""
+        return self.sync_interval == NEVER
 
     @property
     def rule_options(self) -> RuleConfig | None:
@@ -275,6 +288,8 @@ class SwarmConfig(StrictModel):
     def resolved(self) -> dict[str, Any]:
         """Return the section with every default filled in, as JSON types."""
         section = self.model_dump(mode="json") | {"schedule": self.schedule.resolved()}
+        if self.never_syncs:
+            section["sync_interval"] = "never"
         if self.transport == "static":
             del section["elastic"]
         if self.rule_options is not None:

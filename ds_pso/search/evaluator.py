@@ -98,8 +98,8 @@ class Evaluator:
         return cost
 
     def discard(self) -> None:
-        """Remove the record from disk: its scores are of no use, and would stand in the way of the next search."""
-        self._record.path.unlink(missing_ok=True)
+        """Discard the record."""
+        self._record.discard()
 
     def run(self, searcher: Searcher) -> None:
         """Ask and tell until the budget is spent, or the searcher has no more candidates or none that is new."""

@@ -47,12 +47,14 @@ class Record:
         settings: what decides which candidates are scored, and how.
         evaluations: in the order of the calls.
         result: None until the search has ended.
+        on_disk: whether there is a file at ``path``; else it lies in memory alone.
     """
 
     path: Path
     settings: Mapping[str, Any]
     evaluations: list[Evaluation] = field(default_factory=list)
     result: Mapping[str, Any] | None = None
+    on_disk: bool = True
 
     @classmethod
     def open(cls, folder: Path, settings: Mapping[str, Any], *, resume: bool) -> Record:
@@ -79,7 +81,9 @@ class Record:
         return cls(path, settings, [_evaluation(item) for item in found["evaluations"]])
 
     def write(self) -> None:
-        """Replace the file."""
+        """Replace the file, if there is one."""
+        if not self.on_disk:
+            return
         content = {
             "format": _FORMAT,
             "settings": self.settings,
@@ -87,6 +91,11 @@ class Record:
             "result": self.result,
         }
         write_atomically(self.path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+    def discard(self) -> None:
+        """Remove the file, if there is one: its scores are of no use, and would stand in the way of the next search."""
+        if self.on_disk:
+            self.path.unlink(missing_ok=True)
 
 
 def digest(c: Coefficients) -> str:

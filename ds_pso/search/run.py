@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from ds_pso.errors import ConfigError
-from ds_pso.search.evaluator import Evaluator, references, score_references
+from ds_pso.search.evaluator import Evaluator, score_references
 from ds_pso.search.experts import Expert, names_of, open_all
 from ds_pso.search.model import ComposedModel
-from ds_pso.search.record import Evaluation, Record, finite, table_of
+from ds_pso.search.record import Evaluation, Record
 from ds_pso.search.registry import make_options, make_searcher
-from ds_pso.search.searcher import Candidate
+from ds_pso.search.result import SearchResult, conclude
 from ds_pso.search.space import BlockKind, Coefficients, Space, find_blocks
 from ds_pso.utils.folder_lock import lock_folder
 
@@ -62,43 +62,6 @@ class SearchSettings:
     noisy_score: bool = False
     resume: bool = False
     device: str = "auto"
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A candidate of the summary.
-
-    Attributes:
-        by: who proposed it.
-        score: by which was searched; NaN if it was not finite.
-        test: the score of ``--test``; None without it.
-    """
-
-    by: str
-    score: float
-    test: float | None = None
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """The outcome of a search.
-
-    Attributes:
-        winner, best_single, uniform_soup: their scores.
-        evaluations: calls of the score function.
-        record: path of ``search.json``.
-    """
-
-    winner: Scored
-    best_single: Scored
-    uniform_soup: Scored
-    evaluations: int
-    record: Path
-
-    @property
-    def improved(self) -> bool:
-        """False if the winner is no better than the best single expert."""
-        return self.winner.score != self.best_single.score
 
 
 def search_experts(
@@ -144,7 +107,13 @@ def search_experts(
         )
         score_references(evaluator, space, noisy=settings.noisy_score)
         evaluator.run(searcher)
-        return _finish(evaluator, record, model, space, test)
+        result = conclude(
+            evaluator, record, space, None if test is None else lambda c: _score(model, space, c, test, "--test")
+        )
+        assert evaluator.best is not None
+        model.compose(space, evaluator.best.coefficients)
+        model.save(settings.out)
+        return result
 
 
 def find_function(spec: str | ScoreFunction, key: str) -> ScoreFunction:
@@ -181,41 +150,6 @@ def _score(model: ComposedModel, space: Space, c: Coefficients, function: ScoreF
         return float(returned)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{key}: returned a {type(returned).__name__}; let it return a number") from error
-
-
-def _finish(
-    evaluator: Evaluator, record: Record, model: ComposedModel, space: Space, test: ScoreFunction | None
-) -> SearchResult:
-    """Test and write the winner, and complete the record."""
-    assert evaluator.best is not None  # a reference has a finite score
-
-    def scored(candidate: Candidate) -> Scored:
-        found = None if test is None else _score(model, space, candidate.coefficients, test, "--test")
-        return Scored(candidate.by, evaluator.score_of(candidate), found)
-
-    first = references(space)
-    soup, single = scored(first[-1]), scored(min(first[: len(space.experts)], key=evaluator.cost))
-    winner = scored(evaluator.best)
-    model.compose(space, evaluator.best.coefficients)
-    model.save(record.path.parent)
-    blocks = list(space.blocks)
-    record.result = {
-        "winner": _entry(winner) | {"coefficients": table_of(evaluator.best.coefficients, space.experts, blocks)},
-        "best_single": _entry(single),
-        "uniform_soup": _entry(soup),
-        "improvements": [
-            {"evaluation": number, "by": candidate.by, "score": finite(score)}
-            | {"coefficients": table_of(candidate.coefficients, space.experts, blocks)}
-            for number, candidate, score in evaluator.improvements
-        ],
-    }
-    record.write()
-    return SearchResult(winner, single, soup, evaluator.count, record.path)
-
-
-def _entry(scored: Scored) -> dict[str, Any]:
-    test = {} if scored.test is None else {"test": finite(scored.test)}
-    return {"by": scored.by, "score": finite(scored.score), **test}
 
 
 def _known_settings(

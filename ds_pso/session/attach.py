@@ -120,7 +120,7 @@ def _check(session: Session, rule: Rule, schedule: Schedule, probe: Probe | None
             f'swarm.sync_mode = "{config.sync_mode}": it scores weights on a probe batch; '
             "give swarm.attach a probe, or choose another mode or options"
         )
-    if schedule.last == 0 and session.world.is_leader:
+    if schedule.last == 0 and not config.never_syncs and session.world.is_leader:
         warnings.warn(
             f"swarm.sync_interval = {config.sync_interval}: longer than the whole training, so that "
             "there is no sync point; lower it",

@@ -36,5 +36,10 @@ def warn_at_end(session: Session) -> None:
             f"{what}: training had {session.step} steps, and swarm.sync_interval = {session.config.sync_interval}. "
             f"{lower} it, or end training with swarm.sync()"
         )
+        if session.config.never_syncs:
+            text = (
+                'the particles never synced, as swarm.sync_interval = "never" says, and nothing has combined them; '
+                "end training with swarm.search(score) or swarm.merge()"
+            )
     if text is not None:
         warnings.warn(text, stacklevel=4)

@@ -124,6 +124,8 @@ class Session:
         particles = f"{self.num_particles} particle{'s' if self.num_particles > 1 else ''}"
         if not self.has_sync_points:
             return f"{particles} x {ranks}: plain DeepSpeed"
+        if self.config.never_syncs:
+            return f"{particles} x {ranks}, without sync points of their own"
         n, kind = self.config.sync_interval, self.config.schedule.type
         when = f"every {n} steps" if kind == "fixed" else f"every {n} steps at first, {kind} from there"
         if self.config.streaming:

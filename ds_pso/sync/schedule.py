@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from ds_pso.utils.strict_model import StrictModel
 
+NEVER = 2**53  # an interval that no training reaches
 _OF_TYPE = {
     "fixed": {"warmup_steps"},
     "adaptive": {"warmup_steps", "min_interval", "max_interval", "drift", "compute_share"},

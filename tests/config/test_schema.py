@@ -175,6 +175,7 @@ BAD_VALUES = [
     *[("sync_mode", value, A_MODE) for value in ("PSO", "ddp", "")],
     *[("sync_mode", value, "must be a valid string") for value in (3, None, True, ["pso"])],
     *[("sync_interval", value, "must be greater than or equal to 1") for value in (0, -32)],
+    ("sync_interval", "Never", "must be a valid integer"),
     *[("sync_interval", value, "must be a valid integer") for value in (32.0, "32", True, None, math.nan)],
     *[("per_particle", value, "must be a valid list") for value in (8, None, "auto", {})],
     *[("particle_weights", value, "must be 'samples' or 'equal'") for value in ("tokens", None, 1)],
@@ -751,6 +752,31 @@ def test_all_mistakes_of_a_section_are_said_at_once():
     message = message_of({"swarm": {"particles": 0, "sync_interval": 0}})
     assert "swarm.particles = 0" in message
     assert "swarm.sync_interval = 0" in message
+
+
+# -- experts --------------------------------------------------------------------------------
+
+
+def test_particles_may_never_sync():
+    config = {"scheduler": {"params": {"total_num_steps": 100}}, "swarm": {"particles": 2, "sync_interval": "never"}}
+    config["swarm"]["total_steps"] = 100
+    ds_config, swarm = load_config(config)
+    schedule = swarm.build_schedule(ds_config)
+    assert not any(schedule.is_due(step) for step in (1, 32, 100, 2**40))
+    assert swarm.resolved()["sync_interval"] == "never"
+    assert load(swarm.resolved()) == swarm
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"schedule": {"type": "adaptive"}}, 'swarm.schedule.type = "adaptive" has nothing to vary; set a number'),
+        ({"delay": 2}, "swarm.delay = 2, and there is nothing to come late; set a number, or remove the delay"),
+        ({"sync_mode": "nosync", "total_steps": 64}, "options swarm.nosync changes from one sync point to the next"),
+    ],
+)
+def test_what_needs_sync_points_is_refused_without_any(section, said):
+    assert said in message_of({"swarm": {"sync_interval": "never", **section}})
 
 
 # -- batches of their own -------------------------------------------------------------------

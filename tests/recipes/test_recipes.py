@@ -170,6 +170,30 @@ def test_causal_lm_finetune(pool, tmp_path, lora):
     assert held_out_loss(model, run) == pytest.approx(metric, abs=0.1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+def test_experts_finetune(pool, tmp_path, lora):
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "run"
+    arguments = ["--smoke", "--output_dir", str(folder), *(["--lora"] if lora else [])]
+    environment = under_accelerate(ROOT / "recipes/experts.json")
+    results = pool.run(run_recipe, "experts_finetune", arguments, env=environment, world_size=4, timeout=200)
+    assert [code for code, _, _ in results] == [0] * 4, results
+    printed = dict(
+        re.findall(r"^(best expert|mean of all|final test_loss) ([\d.]+)", results[0][1], flags=re.MULTILINE)
+    )
+    best, mean, found = (float(printed[name]) for name in ("best expert", "mean of all", "final test_loss"))
+    assert found < best, "each expert knows one of the target's two languages"
+    assert found <= mean + 0.02
+    records = read_metrics(folder / "metrics.jsonl")
+    assert not [record for record in records if record["event"] == "sync"]
+    assert len([record for record in records if record["event"] == "search"]) > 20
+    weights = {path.name for path in (folder / "model").glob("*.safetensors")}
+    assert weights == {"adapter_model.safetensors" if lora else "model.safetensors"}
+    AutoModelForCausalLM.from_pretrained(folder / "model")
+
+
 @pytest.mark.parametrize(
     ("name", "argv", "named"),
     [
