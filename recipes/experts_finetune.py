@@ -57,6 +57,8 @@ def loss_on(swarm: Swarm, engine: torch.nn.Module, blocks: Blocks, samples: rang
 
 def train(arguments: argparse.Namespace) -> None:
     with ds_pso.init(run_dir=arguments.output_dir) as swarm:
+        # Accelerate would ask a loader, and the data of one particle is none that the swarm shards.
+        swarm.ds_config["train_micro_batch_size_per_gpu"] = recipe.batch_size(swarm, arguments)
         accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=swarm.ds_config))
         recipe.begin(swarm, arguments)
         base, texts, target = arguments.model, arguments.dataset, arguments.target

@@ -47,7 +47,7 @@ def experts_of(swarm: Any, engine: Any) -> list[Weights]:
     return [{name: np.array(value, np.float32) for name, value in weights.items()} for weights in found]
 
 
-def searched(case: Case, folder: Path, **settings: Any) -> tuple[list[Weights], Any, Weights]:
+def searched(case: Case, folder: Path, settings: dict[str, Any]) -> tuple[list[Weights], Any, Weights]:
     """The experts, what was found, and the weights that this particle has in the end."""
     with swarm_of(case, run_dir=folder) as (swarm, engine):
         train(case, engine)
@@ -85,7 +85,7 @@ def in_numpy(experts: list[Weights], num_ranks: int, **settings: Any) -> tuple[l
 def test_it_scores_and_finds_what_a_search_in_one_process_does(
     pool: Pool, tmp_path: Path, stage: int, settings: dict[str, Any]
 ) -> None:
-    found = pool.run(searched, replace(CASE, stage=stage), tmp_path, **settings)
+    found = pool.run(searched, replace(CASE, stage=stage), tmp_path, settings)
     experts, result, weights = found[0]
     evaluations, coefficients = in_numpy(experts, len(found), **settings)
     written = json.loads((tmp_path / "search.json").read_text())
@@ -105,8 +105,8 @@ def test_it_scores_and_finds_what_a_search_in_one_process_does(
 
 
 def test_the_ranks_of_a_particle_do_not_matter(pool: Pool, tmp_path: Path) -> None:
-    (_, one, alone), *_ = pool.run(searched, replace(CASE, stage=0), tmp_path / "1", world_size=2)
-    (_, two, shared), *_ = pool.run(searched, replace(CASE, stage=3), tmp_path / "2", world_size=4)
+    (_, one, alone), *_ = pool.run(searched, replace(CASE, stage=0), tmp_path / "1", {}, world_size=2)
+    (_, two, shared), *_ = pool.run(searched, replace(CASE, stage=3), tmp_path / "2", {}, world_size=4)
     assert one.winner.by == two.winner.by
     for name, row in one.coefficients.items():
         assert row == pytest.approx(two.coefficients[name], rel=1e-12)
