@@ -376,11 +376,11 @@ def follow(
                 assert fragment_of is not None
                 for number in range(turns) if is_last else [(count - 1) % turns]:
                     oracles[number].index = count - 1
-                    moved = oracles[number].sync(x, means)
+                    moved = _mixed(case, x, oracles[number].sync(x, means), late=delay > 0)
                     pending.append((step + 1 + delay, fragment_of == number, x, moved, None))
                 pending = _arrive(case, models, optimizers, pending, step + 1)
                 continue
-            moved = oracle.sync(x, means)
+            moved = _mixed(case, x, oracle.sync(x, means), late=delay > 0)
             for number in range(fragments):
                 elements = slice(None) if fragment_of is None else fragment_of == number
                 completes = number == fragments - 1
@@ -388,6 +388,12 @@ def follow(
                 pending.append((due, elements, x, moved, list(oracle.lr_factors) if completes else None))
             pending = _arrive(case, models, optimizers, pending, step + 1)
     return [{name: p.detach().numpy().copy() for name, p in model.named_parameters()} for model in models], oracle
+
+
+def _mixed(case: Case, before: Particles, after: Particles, *, late: bool) -> Particles:
+    """Where a late result leads, of which a particle leaves out a part."""
+    left_out = case.swarm.get("mixing", 0.0) if late else 0.0
+    return after if left_out == 0 else [x + (1 - left_out) * (y - x) for x, y in zip(before, after, strict=True)]
 
 
 def _arrive(
@@ -403,7 +409,7 @@ def _arrive(
             continue
         for model, x, y in zip(models, before, after, strict=True):
             weights = flat(model)
-            weights[elements] += (1 - case.swarm.get("mixing", 0.0)) * (y - x)[elements]
+            weights[elements] = (y + (weights - x))[elements]
             _set(model, weights)
         if factors is not None:
             for optimizer, factor in zip(optimizers, factors, strict=True):
