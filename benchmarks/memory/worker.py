@@ -85,6 +85,7 @@ def trained(stack: str, section: dict[str, Any], syncs: list[int]) -> Iterator[C
 def _watch(swarm: Any, syncs: list[int]) -> None:
     """Measure sync points apart from training: one in the background is waited for before training goes on."""
     synchronizer, world = swarm.session.synchronizer, swarm.world
+    overlap = synchronizer.overlap
 
     def measured(real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
@@ -97,7 +98,7 @@ def _watch(swarm: Any, syncs: list[int]) -> None:
 
         return call
 
-    synchronizer.sync, synchronizer.begin = measured(synchronizer.sync), measured(synchronizer.begin)
+    synchronizer.sync, overlap.begin = measured(synchronizer.sync), measured(overlap.begin)
 
 
 def main() -> None:
