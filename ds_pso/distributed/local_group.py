@@ -20,7 +20,7 @@ class LocalGroup(Protocol):
 
 def local_device() -> torch.device:
     """Return where the particle's own collectives run, once DeepSpeed has built its world."""
-    if dist.is_initialized() and dist.get_backend() == "nccl":
+    if dist.is_initialized() and "nccl" in dist.get_backend_config():  # of several, such as cpu:gloo,cuda:nccl
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
