@@ -22,6 +22,7 @@ from ds_pso.sync.buffers import average
 from ds_pso.sync.fitness import NO_LOSSES, FitnessWindow, ParticleReport, WindowState
 from ds_pso.sync.parts import SyncParts
 from ds_pso.sync.rollback import Snapshot, residuals, shared_state
+from ds_pso.utils.device import wait_for_device
 
 _SAVED = ("begun", "delay", "cut_into", "numbers", "applied", "held_up_s", "background_s")
 _ALSO_SAVED = ("broken_off", "lr_factors", "window", "distances", "arrived_s")
@@ -217,6 +218,7 @@ class Overlap:
             updater = parts.updater.of(fragment)
             note = updater.displace(plan, own, alive=point.alive[parts.exchange.particle])
             squares.append(updater.take_distance())
+            wait_for_device()  # who waits for it goes on at once, on another stream
             pending.arrived_s.append(time.perf_counter() - begin)
             arrived.set()
         parts.memories[memory] = plan.memory

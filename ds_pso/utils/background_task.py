@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -105,8 +106,14 @@ class Writer:
             task.wait()
 
 
+@functools.cache
+def _stream_of_jobs(device: int) -> torch.cuda.Stream:
+    """Return the stream of all jobs on a GPU: torch's allocator keeps memory apart for each stream that is used."""
+    return torch.cuda.Stream(device)
+
+
 def _same_device() -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """For another thread: this thread's GPU, and a stream that begins where the present one is."""
+    """For another thread: this thread's GPU, and a stream that goes on behind what the present one was given."""
     if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
         return contextlib.nullcontext
     device, before = torch.cuda.current_device(), torch.cuda.current_stream().record_event()
@@ -114,7 +121,7 @@ def _same_device() -> Callable[[], contextlib.AbstractContextManager[None]]:
     @contextlib.contextmanager
     def enter() -> Iterator[None]:
         torch.cuda.set_device(device)
-        stream = torch.cuda.Stream()
+        stream = _stream_of_jobs(device)
         with torch.cuda.stream(stream):
             stream.wait_event(before)
             yield
