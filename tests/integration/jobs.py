@@ -80,8 +80,7 @@ class Net(nn.Module):
 
 
 def build_model(case: Case) -> Net:
-    # LOCAL_RANK is the launcher's even inside a particle.
-    torch.manual_seed(int(os.environ["LOCAL_RANK"]) + 100 if case.seed is None else case.seed)
+    torch.manual_seed(launched_rank() + 100 if case.seed is None else case.seed)
     return Net(case.batch_norm, case.dropout, case.layers)
 
 
@@ -108,9 +107,14 @@ def rank_batches(case: Case, particle: int, rank: int, size: int, step: int) -> 
         yield x[begin : begin + rows], y[begin : begin + rows]
 
 
+def launched_rank() -> int:
+    """The rank in the launcher's world, also inside a particle: its number on the machine, unless ranks share a GPU."""
+    return int(os.environ.get("LAUNCHED_RANK") or os.environ["LOCAL_RANK"])
+
+
 def place(case: Case) -> tuple[int, int, int]:
     """(particle, rank in it, its size) as the config's number of particles divides the launcher's world."""
-    rank, world_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LAUNCHED_WORLD_SIZE"])
+    rank, world_size = launched_rank(), int(os.environ["LAUNCHED_WORLD_SIZE"])
     size = world_size // int(case.particles)
     return rank // size, rank % size, size
 
@@ -165,6 +169,10 @@ def build_engine(case: Case, ds_config: dict[str, Any], model: nn.Module | None 
     return engine
 
 
+def loss_of(case: Case, engine: Any, x: Tensor, y: Tensor) -> Tensor:
+    return nn.functional.mse_loss(engine(x.to(engine.device, case.dtype)).float(), y.to(engine.device))
+
+
 def probe_of(case: Case, engine: Any) -> Callable[[int], Tensor]:
     """Loss on what nobody trains on, free of noise; each rank of a particle sees its own part of the batch."""
 
@@ -172,7 +180,7 @@ def probe_of(case: Case, engine: Any) -> Callable[[int], Tensor]:
         rank, size = dist.get_rank(), dist.get_world_size()
         ((x, y),) = rank_batches(replace(case, accumulate=1), CLEAN, rank, size, index)
         engine.eval()
-        loss = nn.functional.mse_loss(engine(x.to(case.dtype)).float(), y)
+        loss = loss_of(case, engine, x, y)
         engine.train()
         return loss
 
@@ -218,7 +226,7 @@ def train(
     losses = []
     for step in range(case.steps) if steps is None else steps:
         for x, y in rank_batches(case, particle, rank, size, step):
-            loss = nn.functional.mse_loss(engine(x.to(case.dtype)).float(), y)
+            loss = loss_of(case, engine, x, y)
             if spoil is not None:
                 loss = spoil(step, loss)
             engine.backward(loss)
@@ -236,8 +244,8 @@ def working_weights(engine: Any) -> Weights:
     for name, parameter in engine.module.named_parameters():
         gather = hasattr(parameter, "ds_id")
         with deepspeed.zero.GatheredParameters([parameter]) if gather else contextlib.nullcontext():
-            found[name] = parameter.detach().float().numpy().copy()
-    buffers = {name: buffer.detach().float().numpy().copy() for name, buffer in engine.module.named_buffers()}
+            found[name] = parameter.detach().float().cpu().numpy().copy()
+    buffers = {name: buffer.detach().float().cpu().numpy().copy() for name, buffer in engine.module.named_buffers()}
     return found | buffers
 
 
@@ -246,7 +254,7 @@ def master_pieces(swarm: Swarm) -> list[tuple[str, int, np.ndarray]]:
     shards = swarm.session.synchronizer.parts.shards
     tensors = shards.tensors
     return [
-        (s.name, s.param_start, tensors[s.shard][s.shard_start : s.shard_start + s.numel].numpy().copy())
+        (s.name, s.param_start, tensors[s.shard][s.shard_start : s.shard_start + s.numel].cpu().numpy().copy())
         for s in shards.segments
     ]
 
@@ -255,7 +263,7 @@ def optimizer_state(engine: Any) -> dict[str, np.ndarray]:
     """The moments of this rank, in the optimizer's own order."""
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     return {
-        f"{i}.{key}": torch.as_tensor(value).detach().float().numpy().copy()
+        f"{i}.{key}": torch.as_tensor(value).detach().float().cpu().numpy().copy()
         for i, state in enumerate(optimizer.state.values())
         for key, value in state.items()
     }
