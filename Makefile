@@ -6,13 +6,16 @@ NUM_GPUS ?= $(shell nvidia-smi -L 2>/dev/null | grep -c . | sed 's/^0$$/4/')
 MASTER_PORT ?= 29500
 CONFIG ?= ds_config_examples/zero2_slow_network.json
 ARGS ?=
+# The Python of the machine with a GPU, and what may be missing there.
+GPU_PYTHON ?= 3.12
+GPU_PACKAGES ?= pydantic hjson
 # The example has two particles; with an odd number of GPUs the built-in config makes each GPU one.
 WITH_CONFIG = $(if $(and $(filter file,$(origin CONFIG)),$(filter %1 %3 %5 %7 %9,$(NUM_GPUS))),,--deepspeed_config $(CONFIG))
 
 # The deepspeed launcher and DeepSpeed's own builds look for python and ninja on PATH.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help train test coverage test-slow lint docs clean
+.PHONY: help train test coverage test-slow gpu-check gpu-wheels lint docs clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -28,6 +31,17 @@ coverage: $(VENV)/.installed ## The default test suite with coverage; takes twic
 
 test-slow: $(VENV)/.installed ## The tests that take minutes
 	pytest -m slow $(ARGS)
+
+gpu-check: ## Try everything on a GPU, in eight minutes; the table: runs/gpu_check.md
+	$(if $(wildcard $(BIN)/python),python,python3) tests/gpu_check.py $(ARGS)
+
+gpu-wheels: $(VENV)/.installed ## What gpu-check needs beside torch and transformers, to take to another machine
+	rm -rf gpu_wheels
+	DS_BUILD_OPS=0 python -m pip wheel -q --no-deps --no-build-isolation -w gpu_wheels \
+		"deepspeed==$$(python -c 'from importlib.metadata import version; print(version("deepspeed"))')"
+	python -m pip download -q -d gpu_wheels --only-binary :all: --python-version $(GPU_PYTHON) \
+		$(foreach glibc,2_28 2_27 2_17,--platform manylinux_$(glibc)_x86_64) --platform manylinux2014_x86_64 $(GPU_PACKAGES)
+	du -sh gpu_wheels
 
 lint: $(VENV)/.installed ## What pre-commit runs: ruff and mypy
 	pre-commit run --all-files
