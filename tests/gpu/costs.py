@@ -81,9 +81,9 @@ def exchange(folder: Path) -> str:
 
     numel = 10**8 if ON_GPU else 10**5
     world = carve(2, peer_backend="gloo", timeout_s=60)
-    meeting, found = Exchange(world, bucket_mb=64), []
+    peers, found = Exchange(world, bucket_mb=64), []
     for rule, wire in (("local_sgd", "fp32"), ("diloco", "fp32"), ("local_sgd", "int4"), ("local_sgd", "sparse")):
-        cost = measure(CostCase(rule, wire, numel, 2, "cuda" if ON_GPU else "cpu"), meeting, runs=2)
+        cost = measure(CostCase(rule, wire, numel, 2, "cuda" if ON_GPU else "cpu"), peers, runs=2)
         found.append(f"{rule} {wire} {cost.collectives_s:.2f} + {cost.rest_s:.2f}")
     world.close()
     return f"{numel:.0e} elements, two ranks of one machine: {'; '.join(found)}"

@@ -94,7 +94,8 @@ def simulation(folder: Path) -> str:
 def hf_trainer(folder: Path) -> str:
     from test_hf_trainer import CONFIG, a_trainer, changed, joined, weights
 
-    with joined(changed(CONFIG, peer_backend="gloo"), folder) as swarm:
+    ds_config = changed(CONFIG, peer_backend="gloo") | {"bf16": {"enabled": ON_GPU}}
+    with joined(ds_config, folder) as swarm:
         trainer = a_trainer(swarm, folder, dropout=0.1, bf16=ON_GPU)
         trainer.train()
         assert (trainer.args.device.type == "cuda") == ON_GPU
