@@ -6,6 +6,10 @@ NUM_GPUS ?= $(shell nvidia-smi -L 2>/dev/null | grep -c . | sed 's/^0$$/4/')
 MASTER_PORT ?= 29500
 CONFIG ?= ds_config_examples/zero2_slow_network.json
 ARGS ?=
+# A virtual environment of the oldest versions, and the tests that run there.
+OLDEST := .venv-oldest
+TELLING := tests/rules tests/comm tests/sync tests/shards tests/export tests/integration/test_truth.py \
+	tests/integration/test_publish.py tests/integration/test_resume.py tests/test_hf_trainer.py
 # The Python of the machine with a GPU, and what may be missing there.
 GPU_PYTHON ?= 3.12
 GPU_PACKAGES ?= pydantic hjson
@@ -15,7 +19,7 @@ WITH_CONFIG = $(if $(and $(filter file,$(origin CONFIG)),$(filter %1 %3 %5 %7 %9
 # The deepspeed launcher and DeepSpeed's own builds look for python and ninja on PATH.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help train test coverage test-slow gpu-check gpu-wheels lint docs clean
+.PHONY: help train test coverage test-slow test-versions gpu-check gpu-wheels lint docs clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -31,6 +35,9 @@ coverage: $(VENV)/.installed ## The default test suite with coverage; takes twic
 
 test-slow: $(VENV)/.installed ## The tests that take minutes
 	pytest -m slow $(ARGS)
+
+test-versions: $(OLDEST)/.installed ## The oldest versions that pyproject.toml allows, and the tests that see most of them
+	$(CURDIR)/$(OLDEST)/bin/python -m pytest -m "not slow" $(TELLING) $(ARGS)
 
 gpu-check: ## Try everything on a GPU, in eight minutes; the table: runs/gpu_check.md
 	$(if $(wildcard $(BIN)/python),python,python3) tests/gpu_check.py $(ARGS)
@@ -52,5 +59,8 @@ docs: $(VENV)/.installed ## Build the documentation into site/
 $(VENV)/.installed: pyproject.toml launcher/install.sh
 	launcher/install.sh $(VENV)
 
+$(OLDEST)/.installed: pyproject.toml launcher/install.sh
+	launcher/install.sh $(OLDEST) oldest
+
 clean: ## Remove the virtual environment and caches; run folders stay
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* build site *.egg-info
+	rm -rf $(VENV) $(OLDEST) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* build site *.egg-info
