@@ -65,8 +65,8 @@ def export(folder: Path) -> str:
         swarm.world.gather("exported", True)
         opened = AutoModelForCausalLM.from_pretrained(folder / "model")
         found = {name: value.detach().float().numpy() for name, value in opened.named_parameters()}
-        for name, value in expected.items():
-            np.testing.assert_array_equal(found[name], value, err_msg=name)
+        for name, value in found.items():
+            np.testing.assert_array_equal(value, expected[name], err_msg=name)
     return f"{len(found)} tensors, ZeRO 3 in bf16"
 
 

@@ -56,12 +56,21 @@ STAGES = (0, 1, 2, 3)
 NEVER = 100  # an interval beyond the last step
 OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
 OFFLOAD_ALL = OFFLOAD | {"offload_param": {"device": "cpu", "pin_memory": True}}
+SWARM = {
+    "inertia": 0.3,
+    "guard": True,
+    "fitness_steps": 2,
+    "temperature": 0.03,
+    "unequal_above": 0.1,
+    "lr_spread": 2.0,
+    "lr_step": 1.3,
+}
 RULES = [
     Case(),
     Case(sync_mode="diloco", steps=6),
     Case(sync_mode="easgd", steps=6, stage=0),
     Case(sync_mode="pso", steps=6, stage=3, options={"inertia": 0.4, "cognitive": 0.6, "social": 0.8}),
-    Case(sync_mode="swarm", steps=6, probe=True, options={"inertia": 0.3, "guard": True, "fitness_steps": 2}),
+    Case(sync_mode="swarm", steps=6, probe=True, options=SWARM),
     Case(sync_mode="local_sgd", steps=6, interval=3, stage=1, swarm={"delay": 1}),
 ]
 
@@ -182,15 +191,17 @@ def fp16(folder: Path) -> str:
 
 def loss_scaling(folder: Path) -> str:
     scale = {"fp16": {"initial_scale_power": 24, "hysteresis": 1}}
+    base = Case(precision="fp16", steps=12, deepspeed=scale)
     skipped = []
-    for case, swarm, engine in each(Case(stage=s, precision="fp16", steps=12, deepspeed=scale) for s in STAGES):
+    # At ZeRO 0 DeepSpeed 0.19.8 does not multiply the loss by the scale, so that nothing overflows.
+    for case, swarm, engine in each(replace(base, stage=stage) for stage in (1, 2, 3)):
         train(case, engine)
         skipped.append(engine.skipped_steps)
         assert 0 < engine.skipped_steps < case.steps, f"{case}: {engine.skipped_steps} steps were skipped"
         weights = working_weights(engine)
         assert all(np.isfinite(value).all() for value in weights.values()), f"{case}: not finite"
         assert_alike(swarm, bits(weights), "weights")
-    return f"steps skipped of 12 at ZeRO 0 to 3: {', '.join(map(str, skipped))}"
+    return f"steps skipped of 12 at ZeRO 1 to 3: {', '.join(map(str, skipped))}"
 
 
 def nccl(folder: Path) -> str:
