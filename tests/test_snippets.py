@@ -23,10 +23,21 @@ from test_docs import PAGES, ROOT, TEXT, blocks, page, short
 import ds_pso
 from ds_pso.cli import main as cli
 
+
+def part_of(diff: str, sign: str) -> str:
+    """The file before ("-") or after ("+")."""
+    return "\n".join(line[1:] for line in diff.splitlines() if line[:1] in ("", " ", sign)) + "\n"
+
+
 CONFIGS = {
     f"{short(path)}-{index}": json.loads(snippet)
     for path in PAGES
     for index, snippet in enumerate(blocks(TEXT[path], "json"))
+} | {
+    f"{short(path)}-diff-{index}": json.loads(part_of(diff, "+"))
+    for path in PAGES
+    for index, diff in enumerate(blocks(TEXT[path], "diff"))
+    if part_of(diff, "+").startswith("{")
 }
 
 
@@ -39,11 +50,6 @@ def completed(config: dict[str, Any]) -> dict[str, Any]:
     if config["swarm"].get("particles", "node") == "node":
         config["swarm"]["particles"] = 2
     return config
-
-
-def part_of(diff: str, sign: str) -> str:
-    """The file before ("-") or after ("+")."""
-    return "\n".join(line[1:] for line in diff.splitlines() if line[:1] in ("", " ", sign)) + "\n"
 
 
 # -- configs --------------------------------------------------------------------------------
