@@ -1,0 +1,74 @@
+"""A plugin that makes a training by Axolotl a particle of a swarm."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from axolotl.integrations.base import BasePlugin
+
+from ds_pso.errors import ConfigError, UnsupportedError
+from ds_pso.hf_trainer import SwarmCallback
+from ds_pso.swarm import Swarm, init
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerCallback
+
+
+class AxolotlConfig(Protocol):
+    """What the plugin reads of Axolotl's config; a key that is not in the YAML is None."""
+
+    deepspeed: str | Mapping[str, Any] | None
+    output_dir: str | None
+    sample_packing: bool | None
+    is_preprocess: bool | None
+
+
+class SwarmPlugin(BasePlugin):  # type: ignore[misc]  # of a library that mypy does not see
+    """``plugins: [ds_pso.axolotl.SwarmPlugin]`` in Axolotl's YAML makes its Trainer's model a particle of the swarm.
+
+    The JSON that ``deepspeed:`` names has a ``swarm`` section. What becomes of the Trainer's features is that of
+    ``ds_pso.hf_trainer.SwarmCallback``.
+
+    Raises:
+        ConfigError: by ``register``, if the YAML names no JSON, or for what ``ds_pso.init`` says.
+        UnsupportedError: by ``register``, if samples are packed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._swarm: Swarm | None = None
+
+    def register(self, cfg: AxolotlConfig) -> None:
+        """Join the swarm, before Axolotl counts ranks; from here on it reads the JSON without the ``swarm`` section."""
+        if cfg.is_preprocess:  # on one rank, and nothing is trained
+            return
+        _check_supported(cfg)
+        config = cfg.deepspeed
+        self._swarm = init(
+            json.loads(json.dumps(config)) if isinstance(config, Mapping) else config, run_dir=cfg.output_dir
+        )
+        cfg.deepspeed = self._swarm.ds_config
+
+    def add_callbacks_post_trainer(self, cfg: AxolotlConfig, trainer: Trainer) -> list[TrainerCallback]:
+        assert self._swarm is not None
+        return [SwarmCallback(self._swarm, trainer)]
+
+    def post_train_unload(self, cfg: AxolotlConfig) -> None:
+        """Leave the swarm; the model is saved."""
+        if self._swarm is not None:
+            self._swarm.close()
+
+
+def _check_supported(cfg: AxolotlConfig) -> None:
+    if not cfg.deepspeed:
+        raise ConfigError(
+            "SwarmPlugin: deepspeed is not set in Axolotl's YAML, and a particle is a DeepSpeed job; give it the path "
+            'of a JSON with a "swarm" section'
+        )
+    if cfg.sample_packing:
+        raise UnsupportedError(
+            "SwarmPlugin: sample_packing: true in Axolotl's YAML brings a batch sampler of its own, and the swarm "
+            "splits the data over its ranks itself; set it to false"
+        )
