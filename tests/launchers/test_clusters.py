@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import sys
 import tomllib
 import types
@@ -57,13 +58,16 @@ def told(
     """
     stub(folder / "bin", "torchrun", SHOW)
     stub(folder / "bin", "nvidia-smi", "exit(9)")
-    shown, run_dir = folder / "shown", folder / "runs"
+    shown, run_dir, clone = folder / "shown", folder / "runs", folder / "clone"
+    shutil.copytree(LAUNCHER, clone / "launcher")  # without the .venv of this one, which would come first
+    for name in ("ds_pso", "ds_config_examples"):
+        (clone / name).symlink_to(ROOT / name)
     if resumes:
         (run_dir / "checkpoints").mkdir(parents=True)
         (run_dir / "checkpoints/latest").write_text("step_00000001")
     if "RUN_DIR" in given:
         given = given | {"RUN_DIR": str(run_dir)}
-    run([*command], environment(folder / "bin", SHOW_IN=shown, **given), folder=ROOT)
+    run([*command], environment(folder / "bin", SHOW_IN=shown, **given), folder=clone)
     (words,) = [json.loads(line) for line in shown.read_text().splitlines()]
     for name in [name for name in os.environ if name.startswith("PET_")]:
         monkeypatch.delenv(name)
