@@ -20,6 +20,7 @@ import pytest
 import yaml
 from pool import Pool
 
+from ds_pso.distributed.layout import Layout
 from launchers.test_scripts import (
     LAUNCHER,
     NODE_SCRIPT,
@@ -175,6 +176,70 @@ def test_a_variable_that_nobody_sets_ends_the_command(tmp_path: Path, monkeypatc
     pod = PARTICLES["template"]["spec"]["template"]
     with pytest.raises(AssertionError, match="JOB_COMPLETION_INDEX: unbound variable"):
         told([*container(pod)["command"], *container(pod)["args"]], tmp_path, monkeypatch, variables(pod))
+
+
+# -- Kubernetes, elastic --------------------------------------------------------------------
+
+ELASTIC = documents("kubernetes/elastic.yaml")
+LIGHTHOUSE, PLACES = ELASTIC["JobSet"]["spec"]["replicatedJobs"]
+
+
+def test_the_lighthouse_is_the_one_that_ds_pso_launch_would_start(tmp_path: Path) -> None:
+    from ds_pso.config.load import load_config
+    from ds_pso.elastic.supervisor import Lighthouse
+
+    config = load_config(ROOT / "ds_config_examples/zero2_elastic.json")[1]
+    assert config.elastic.straggler == "wait"
+    expected = Lighthouse("$(POD_IP)", 29510, config.timeout_s, config.elastic.heartbeat_s).command()
+    found = container(LIGHTHOUSE["template"]["spec"]["template"])
+    assert [*found["command"], *found["args"]] == [Path(expected[0]).name, *expected[1:]]
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_a_pod_of_the_elastic_jobset_fills_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resumes: bool
+) -> None:
+    from ds_pso.cli import launch
+    from ds_pso.cli import main as cli
+    from ds_pso.elastic import launch_env
+    from ds_pso.training.arguments import parse_arguments
+
+    pod = PLACES["template"]["spec"]["template"]
+    given = {item["name"]: item["value"] for item in container(pod)["env"] if "value" in item}
+    assert {item["name"] for item in container(pod)["env"]} - set(given) == {"POD_IP", "PARTICLE"}
+    run_dir = tmp_path / "runs"
+    given |= {"POD_IP": "10.0.0.9", "PARTICLE": "3", "RUN_DIR": str(run_dir)}
+    if resumes:
+        own = Layout(rank=3, world_size=4, num_particles=4).particle_folder(run_dir) / "checkpoints"
+        own.mkdir(parents=True)
+        (own / "latest").write_text("step_00000001")
+    stub(tmp_path / "bin", "ds-pso", SHOW)
+    command = [*container(pod)["command"], *container(pod)["args"]]
+    run(command, environment(tmp_path / "bin", SHOW_IN=tmp_path / "shown", **given), folder=ROOT)
+    words = json.loads((tmp_path / "shown").read_text())
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(launch, "_check_host", lambda host: None)  # not of this machine
+    monkeypatch.setattr(launch, "_devices", lambda here, size, *_: {number: ["0"] * size for number in here})
+    supervisor = launch.supervisor_of(cli._parser().parse_args(words))
+    assert (list(supervisor.particles), supervisor.size) == (
+        [3],
+        container(pod)["resources"]["limits"]["nvidia.com/gpu"],
+    )
+    assert supervisor.lighthouse is None
+    name = ELASTIC["JobSet"]["metadata"]["name"]
+    assert supervisor.env[launch_env.LIGHTHOUSE] == f"http://{name}-{LIGHTHOUSE['name']}-0-0.{name}:29510"
+    assert supervisor.env[launch_env.PARTICLES] == str(PLACES["replicas"])
+    assert supervisor.grace_s < pod["spec"]["terminationGracePeriodSeconds"]
+    assert parse_arguments(supervisor.script[1:]).resume == resumes
+
+
+def test_pods_of_the_elastic_jobset_are_started_again_alone() -> None:
+    for job in (LIGHTHOUSE, PLACES):
+        assert job["template"]["spec"]["backoffLimit"] > 100
+        assert job["template"]["spec"]["template"]["spec"]["securityContext"]["runAsNonRoot"]
+    assert ELASTIC["JobSet"]["spec"]["successPolicy"]["targetReplicatedJobs"] == [PLACES["name"]]
+    check_policy(ELASTIC["NetworkPolicy"], "jobset.sigs.k8s.io/jobset-name")
 
 
 # -- SkyPilot -------------------------------------------------------------------------------
