@@ -239,5 +239,7 @@ def test_the_tests_that_are_named_exist(number: int) -> None:
 
 @pytest.mark.parametrize("number", REASONS)
 def test_the_errors_that_are_named_are_said(number: int) -> None:
-    for message in re.findall(r"`([^`]{20,})`", REASONS[number]):
+    for message in re.findall(r"`([^`]+)`", REASONS[number]):
+        if len(message) < 20:
+            continue  # a name
         assert any(message.strip("…") in text for text in templates()), message
