@@ -46,7 +46,7 @@ def documents(name: str) -> dict[str, Document]:
 JOBSET, PYTORCHJOB = documents("kubernetes/jobset.yaml"), documents("kubernetes/pytorchjob.yaml")
 PARTICLES = JOBSET["JobSet"]["spec"]["replicatedJobs"][0]
 REPLICAS = PYTORCHJOB["PyTorchJob"]["spec"]["pytorchReplicaSpecs"]
-TASK = yaml.safe_load((LAUNCHER / "skypilot/swarm.yaml").read_text(encoding="utf-8"))
+TASK = yaml.safe_load((LAUNCHER / "skypilot/task.yaml").read_text(encoding="utf-8"))
 
 
 def told(
