@@ -45,6 +45,7 @@ PRELOAD = [
     "deepspeed.runtime.superoffload.superoffload_stage3",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen3_moe.modeling_qwen3_moe",
     "transformers.trainer",
     "ds_pso",
     "ds_pso.report.page",

@@ -90,6 +90,46 @@ def shift_a_segment() -> None:
     Zero12Shards._find_segments = shifted
 
 
+@sabotage("integration/test_moe.py")
+def count_experts_from_zero() -> None:
+    """Every rank calls its experts as DeepSpeed does, also where they are others than those of the next rank."""
+    from ds_pso.shards import base, experts
+
+    base.whole_parameters = lambda module: [experts.WholeParameter(n, p) for n, p in module.named_parameters()]
+
+
+@sabotage("integration/test_moe.py")
+def share_experts_with_all() -> None:
+    """At ZeRO 0 the ranks of a particle send each other parts of experts that the others do not have."""
+    from ds_pso.shards import replicated
+
+    replicated.replicas_of = lambda parameter: None
+
+
+@sabotage("integration/test_moe.py")
+def leave_experts_in_their_files() -> None:
+    """What DeepSpeed has not saved with the module is not read."""
+    from ds_pso.checkpoint import deepspeed_reshard, reader
+
+    reader.is_of_expert = deepspeed_reshard.is_of_expert = lambda path: False
+
+
+@sabotage("integration/test_moe.py")
+def compare_the_tokens_of_a_rank() -> None:
+    """Tokens of the other ranks of a particle are not counted."""
+    from ds_pso.sync.assessment import Assessor
+
+    real = Assessor.report
+
+    def report(self: Any, window: Any) -> Any:
+        taken = self.expert_load.take() if self.expert_load is not None else []
+        found = real(self, window)
+        self._tokens = taken
+        return found
+
+    Assessor.report = report
+
+
 # -- exchange -----------------------------------------------------------------------------------
 
 

@@ -16,11 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ds_pso.checkpoint.reader import ModelStates, SavedParticle
+from ds_pso.checkpoint.reader import ModelStates, SavedParticle, is_of_expert
 from ds_pso.errors import CheckpointError
 from ds_pso.shards import Engine, SavedPartition, Shards
 from ds_pso.shards.optimizer_state import MUON_MOMENTUM
 from ds_pso.utils.wrappers import without_wrapper_parts
+
+_OF_THE_GROUP = ("params", "name")  # DeepSpeed names a group of experts after the number of ranks they are spread over
 
 
 def check_same_model(saved: SavedParticle, engine: Engine, shards: Shards) -> None:
@@ -34,11 +36,11 @@ def _difference(saved: SavedParticle, engine: Engine, shards: Shards) -> str | N
     foreign = saved.pieces.keys() ^ {without_wrapper_parts(name) for name in shards.trained_names()}
     if foreign:
         return f"{min(foreign)} was trained there or is here, but not both"
-    for full_name, parameter in engine.module.named_parameters():
-        name = without_wrapper_parts(full_name)
+    for parameter in shards.whole:
+        name, like = without_wrapper_parts(parameter.name), parameter.like
         if name not in saved.module:
             return f"{name} was not saved"
-        now = (tuple(getattr(parameter, "ds_shape", parameter.shape)), parameter.dtype)
+        now = (tuple(getattr(like, "ds_shape", like.shape)), like.dtype)
         before = (tuple(saved.shape(name)), saved.module[name].dtype)
         if now != before:
             return f"{name} was saved as {before[1]} {list(before[0])}, and is {now[1]} {list(now[0])} now"
@@ -107,7 +109,7 @@ class _Repartition:
         )
         mine.base["state"] = self._moments([mine.group_of(shard) for shard in range(len(self._sizes))])
         mine.base["param_groups"] = [
-            {**saved, "params": own["params"]}
+            {**saved, **{name: own[name] for name in _OF_THE_GROUP if name in own}}
             for own, saved in zip(mine.base["param_groups"], theirs.base["param_groups"], strict=True)
         ]
         return mine
@@ -210,7 +212,7 @@ class RepartitionedFiles:
     def in_place_of_the_files(self, engine: Engine) -> Iterator[None]:
         """In the block ``engine.load_checkpoint`` of the folder that was saved loads this."""
         reader = engine.checkpoint_engine
-        some_file = str(next(self.folder.glob("*_model_states.pt")))
+        some_file = str(next(path for path in self.folder.glob("*_model_states.pt") if not is_of_expert(path)))
         engine.checkpoint_engine = _Reader(self)  # type: ignore[assignment]  # nothing is written in the block
         engine._get_all_ckpt_names = lambda *_: [some_file]  # a rank with a new number has none of its own
         try:
@@ -227,6 +229,8 @@ class _Reader:
         self._content = content
 
     def load(self, path: str, map_location: object = None) -> object:
+        if is_of_expert(Path(path)):  # the same file on any number of ranks
+            return torch.load(path, map_location="cpu", weights_only=True)
         if Path(path).name.endswith("_model_states.pt"):
             return self._content.model
         return {"optimizer_state_dict": self._content.optimizer}

@@ -6,6 +6,7 @@ Files are mapped into memory: what is not asked for is not read.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from ds_pso.shards import SavedOptimizer, Segment, saved_optimizer
 from ds_pso.utils.wrappers import without_wrapper_parts
 
 Value = TypeVar("Value")
+_EXPERT = re.compile(r"layer_\d+_expert_\d+_mp_rank_\d+_model_states\.pt")
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,12 @@ class SavedParticle:
             assert record["shards"] is not None
             for name, *numbers in record["shards"]["segments"]:
                 pieces.setdefault(without_wrapper_parts(name), []).append(SavedPiece(rank, *numbers))
+        if stage == 0 and len(list(folders.deepspeed.glob("expp_rank_*_optim_states.pt"))) > 1:
+            raise CheckpointError(
+                f"{folders.deepspeed}: under expert parallelism at ZeRO 0 each rank keeps a whole optimizer of other "
+                "parameters, which is read on the ranks that saved it; load it there and use swarm.export, or train at "
+                "ZeRO 1 or 2"
+            )
         prefixes = [f"zero_pp_rank_{rank}_" for rank in range(size)] if stage == 3 else [""]
         return cls(
             folders.deepspeed,
@@ -104,7 +112,10 @@ class SavedParticle:
     @functools.cached_property
     def module(self) -> dict[str, Tensor]:
         """The module's state; at ZeRO 3 of its parameters only the names and dtypes."""
-        return _plain(self.model_states[0]["module"])
+        found = dict(self.model_states[0]["module"])
+        for path in sorted(filter(is_of_expert, self.folder.iterdir())):  # DeepSpeed has left these out of the module
+            found |= torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return _plain(found)
 
     @functools.cached_property
     def optimizers(self) -> list[SavedOptimizer]:
@@ -182,6 +193,11 @@ class SavedParticle:
                     values = read(piece.rank, piece.shard)[start + there : stop + there]
                     tensors[segment.shard][start + here : stop + here] = values
         return tensors
+
+
+def is_of_expert(path: Path) -> bool:
+    """True for a file in which DeepSpeed keeps one expert of one layer, by its names in the whole model."""
+    return _EXPERT.fullmatch(path.name) is not None
 
 
 def _plain(values: Mapping[str, Value]) -> dict[str, Value]:

@@ -15,8 +15,11 @@ from ds_pso.rules import Rule, RuleConfig, find_rule
 from ds_pso.sync.schedule import NEVER, Schedule, ScheduleConfig, make_schedule
 from ds_pso.utils.strict_model import StrictModel
 
-# What travels between particles, in which form, and what hides that.
-_OF_AN_EXCHANGE = ("wire", "residual", "residual_decay", "delay", "fragments", "streaming", "mixing")
+# What travels between particles, in which form, what hides that, and what is compared.
+_OF_AN_EXCHANGE = (
+    *("wire", "residual", "residual_decay", "delay", "fragments", "streaming", "mixing"),
+    "expert_load",
+)
 
 
 def total_num_steps(ds_config: Mapping[str, object]) -> object:
@@ -151,6 +154,11 @@ class SwarmConfig(StrictModel):
         default="fp32",
         description="How movements in that state are kept: momenta, velocities, and the residual of the wire. "
         "Positions are always kept in fp32.",
+    )
+    expert_load: bool = Field(
+        default=False,
+        description="Of a mixture of experts, record at each sync point how far the particles are apart in the share "
+        "of tokens that their routers give to each expert.",
     )
     bucket_mb: float = Field(default=64.0, gt=0, le=4096, description="Exchange buffer, in MiB.")
     checksums: bool = Field(

@@ -23,10 +23,11 @@ from ds_pso.errors import ConfigError
 from ds_pso.export import contents
 from ds_pso.session.session import Session
 from ds_pso.shards import Segment, Shards, find_shards
+from ds_pso.shards.experts import WholeParameter, replicas_of
 from ds_pso.shards.untrained import as_bytes
 from ds_pso.sync.consensus import Choice, Collected
 from ds_pso.utils.model_folder import replacing_model
-from ds_pso.utils.wrappers import plain_name, taken_off
+from ds_pso.utils.wrappers import plain_name, taken_off, without_wrapper_parts
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def export(session: Session, folder: Path, which: Choice = "consensus", tokenize
     with session.world.coordinator.agree("exporting the model"):
         if session.is_leader:
             with replacing_model(folder) as temporary:
-                _write(session.engine.module, state_dict, shards.trained_names(), temporary, of_module=of_module)
+                _write(shards, state_dict, temporary, of_module=of_module)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(temporary)
             log.info("%s: exported the %s model in %.1f s", folder, which, time.perf_counter() - begin)
@@ -78,9 +79,9 @@ def _state_dict(session: Session, shards: Shards, model: Collected) -> dict[str,
     """Return the whole model in its working dtype on the leader, under names without wrappers; elsewhere nothing."""
     module = shards.module
     state_dict: dict[str, Tensor] = {}
-    for name, tensor in _parameters(session, shards, model.tensors):
+    for parameter, tensor in _parameters(session, shards, model.tensors):
         if session.is_leader:
-            state_dict[plain_name(module, name)] = tensor.cpu()
+            state_dict[_plain(module, parameter)] = tensor.cpu()
     if not session.is_leader:
         return state_dict
     for (name, buffer), values in zip(shards.buffers(), model.buffers, strict=True):
@@ -92,52 +93,64 @@ def _state_dict(session: Session, shards: Shards, model: Collected) -> dict[str,
     return state_dict
 
 
-def _parameters(session: Session, shards: Shards, tensors: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _plain(module: torch.nn.Module, parameter: WholeParameter) -> str:
+    """Return the name of a parameter of the whole model, without wrappers."""
+    name = plain_name(module, parameter.name)
+    return name if parameter.is_here else without_wrapper_parts(name)  # the wrappers themselves are elsewhere
+
+
+def _parameters(session: Session, shards: Shards, tensors: list[Tensor]) -> Iterator[tuple[WholeParameter, Tensor]]:
     """Yield full parameters, one at a time; their values are right on rank 0 of each particle."""
     pieces: dict[str, list[Segment]] = {}
     for segment in shards.segments:
         pieces.setdefault(segment.name, []).append(segment)
     trained = shards.trained_names()  # all ranks must reduce the same parameters
-    for name, parameter in shards.module.named_parameters():
-        if name not in trained:
-            yield name, _frozen(parameter)
+    for parameter in shards.whole:
+        if parameter.name not in trained:
+            yield parameter, _frozen(parameter)
             continue
-        shape = getattr(parameter, "ds_shape", parameter.shape)
+        like = parameter.like
+        shape = getattr(like, "ds_shape", like.shape)
         full = torch.zeros(shape.numel(), dtype=torch.float32, device=local_device())
-        for s in pieces.get(name, []):
+        for s in pieces.get(parameter.name, []):
             values = tensors[s.shard][s.shard_start : s.shard_start + s.numel]
             full[s.param_start : s.param_start + s.numel].copy_(values)
         if session.world.layout.particle_size > 1:
             dist.reduce(full, 0)  # an element is zero on all ranks but its owner
-        yield name, full.view(shape).to(parameter.dtype)
+        yield parameter, full.view(shape).to(like.dtype)
 
 
-def _frozen(parameter: Tensor) -> Tensor:
-    """Return a parameter that is not trained, gathered if ZeRO 3 has partitioned it."""
-    if hasattr(parameter, "ds_id"):
-        with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.detach().clone()
-    return parameter.detach()
+def _frozen(parameter: WholeParameter) -> Tensor:
+    """Return a parameter that is not trained, gathered if ZeRO 3 has partitioned it, or if it is of an expert."""
+    like = parameter.like
+    replicas = replicas_of(like)
+    if replicas is not None:
+        full = like.detach().clone() if parameter.is_here and dist.get_rank(replicas) == 0 else torch.zeros_like(like)
+        dist.reduce(full, 0)  # zero on all ranks but one
+        return full.detach()
+    if hasattr(like, "ds_id"):
+        with deepspeed.zero.GatheredParameters([like]):
+            return like.detach().clone()
+    return like.detach()
 
 
-def _write(
-    module: torch.nn.Module, state_dict: dict[str, Tensor], trained: set[str], folder: Path, *, of_module: bool
-) -> None:
+def _write(shards: Shards, state_dict: dict[str, Tensor], folder: Path, *, of_module: bool) -> None:
     """Write the model, and compare what is in its files with what will be looked for.
 
     Args:
-        trained: names of the parameters in the optimizer, as in ``module.named_parameters()``.
         of_module: whether the values are those that the module holds.
     """
-    parameters = dict(module.named_parameters())
-    trained = {plain_name(module, name) for name in trained if parameters[name].requires_grad}
+    module, names = shards.module, shards.trained_names()
+    trained = {_plain(module, p) for p in shards.whole if p.name in names and p.like.requires_grad}
+    holds_all = all(parameter.is_here for parameter in shards.whole)
     with taken_off(module) as plain:
         opened = contents.as_opened(plain)
         tied = contents.tied_names(plain)
         contents.untied(state_dict, tied, opened)
         if not contents.saves_itself(plain):
             state_dict |= {name: state_dict[source].clone() for name, source in tied.items()}
-        contents.check_tensors(state_dict, trained, opened)
+        if holds_all or opened is not plain:
+            contents.check_tensors(state_dict, trained, opened)
         shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
         if contents.saves_itself(plain):
             plain.save_pretrained(folder, state_dict=state_dict)  # type: ignore[operator]

@@ -40,6 +40,7 @@ def events(record: SyncRecord, samples: int) -> list[tuple[str, float, int]]:
         "alive": record.alive,
         "weight": record.note.get("weights") or (),
         "lr_factor": record.lr_factors,
+        "expert_load_distance": record.expert_load_distances,
     }
     for name, values in of_particles.items():
         numbers |= {f"{name}/particle_{i}": value for i, value in enumerate(values)}

@@ -10,7 +10,10 @@ from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import BeforeValidator, Field, GetPydanticSchema, TypeAdapter, ValidationError
 
-_OPTIONAL = ("left_out", "restored", "repeated", "lr_factors", "fragments_staleness", "fragments_s", "same_samples")
+_OPTIONAL = (
+    *("left_out", "restored", "repeated", "lr_factors", "fragments_staleness", "fragments_s", "same_samples"),
+    "expert_load_distances",
+)
 _UNSET = ("present", "recovered", "fragment", "abandoned")
 # A report is made of these: they must be what they are said to be. A rule's note may have the name of another field.
 _IN_REPORTS = {
@@ -63,6 +66,8 @@ class SyncRecord:
         fragments_staleness: of each fragment.
         fragments_s: seconds after the beginning at which each fragment had come.
         same_samples: groups of particles that have begun to train on the same samples.
+        expert_load_distances: how far the shares of tokens that each particle's routers give to the experts are from
+            the mean of all particles, if they are counted: total variation, 0 to 1.
         note: what the rule noted, such as ``weights`` or ``best``.
     """
 
@@ -90,6 +95,7 @@ class SyncRecord:
     fragments_staleness: Integers = ()
     fragments_s: Numbers = ()
     same_samples: Groups = ()
+    expert_load_distances: Numbers = ()
     note: Mapping[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> object:
@@ -247,6 +253,7 @@ _PLAIN_LISTS: dict[str, frozenset[type]] = {
     "losses": _REALS,
     "lr_factors": _REALS,
     "fragments_s": _REALS,
+    "expert_load_distances": _REALS,
     "present": _INTEGERS,
     "recovered": _INTEGERS,
     "fragments_staleness": _INTEGERS,

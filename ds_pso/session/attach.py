@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
 from ds_pso.config.schema import total_num_steps
-from ds_pso.errors import ConfigError, SwarmError
+from ds_pso.errors import ConfigError, SwarmError, UnsupportedError
 from ds_pso.metrics import deepspeed_monitor
 from ds_pso.rules import Rule
 from ds_pso.session.progress import TrainingProgress
@@ -15,6 +16,7 @@ from ds_pso.session.session import Session
 from ds_pso.shards import Shards, check_precision, find_shards
 from ds_pso.shards.engine import cautions
 from ds_pso.sync.assessment import Probe
+from ds_pso.sync.expert_load import ExpertLoad
 from ds_pso.sync.health import Limits
 from ds_pso.sync.parts import SyncOptions, SyncParts
 from ds_pso.sync.schedule import Schedule
@@ -75,6 +77,7 @@ def build_synchronizer(session: Session, engine: Any, probe: Probe | None) -> Sy
     with session.world.coordinator.agree("attaching the engine"):
         shards: Shards = find_shards(engine)
         check_precision(shards)
+    _check_experts(session, shards)
     if session.world.is_leader:
         for caution in cautions(engine):
             warnings.warn(f"swarm.attach: {caution}", stacklevel=3)
@@ -93,6 +96,7 @@ def build_synchronizer(session: Session, engine: Any, probe: Probe | None) -> Sy
         mixing=config.mixing,
         offload=Offload(config.state_device, config.state_dtype),
         limits=Limits(config.quarantine_loss, config.quarantine_norm),
+        expert_load=_expert_load(engine) if config.expert_load else None,
         section=config.resolved(),
         samples_per_step=engine.train_batch_size if config.particle_weights == "samples" else None,
     )
@@ -109,6 +113,29 @@ def _check_batch(session: Session, engine: Any) -> None:
                 f"{key} = {found}: swarm.per_particle says {value} for particle {session.particle}; give "
                 "deepspeed.initialize swarm.ds_config as it is, and other tools the same numbers"
             )
+
+
+def _expert_load(engine: Any) -> ExpertLoad:
+    load = ExpertLoad(engine.module)
+    if not load.sizes:
+        raise ConfigError(
+            "swarm.expert_load = true: the model has no router whose choices can be counted, which are those of "
+            "deepspeed.moe.layer.MoE and of most mixtures of experts in transformers; set it to false"
+        )
+    return load
+
+
+def _check_experts(session: Session, shards: Shards) -> None:
+    """Raise UnsupportedError unless the ranks of a particle take the same experts of others to be trained."""
+    if all(parameter.is_here for parameter in shards.whole):
+        return
+    mine = zlib.crc32("\n".join(sorted(shards.trained_names())).encode())
+    if len({row[0] for row in session.world.local.gather([float(mine)])}) > 1:
+        raise UnsupportedError(
+            "ds_pso cannot swarm this engine: of one layer some experts are trained and some are not, and not the same "
+            "ones on all ranks; train all experts of a layer, or none",
+            agreed=True,
+        )
 
 
 def _check(session: Session, rule: Rule, schedule: Schedule, probe: Probe | None) -> None:

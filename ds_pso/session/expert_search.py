@@ -114,8 +114,8 @@ def search(session: Session, settings: ExpertSearch) -> SearchResult:
         )
     models = ParticleModels(session, parts)
     models.check_finite()
-    trained = ((name, p) for name, p in session.engine.module.named_parameters() if p.requires_grad)
-    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trained}
+    trained = parts.shards.trained_names()
+    shapes = {p.name: tuple(getattr(p.like, "ds_shape", p.like.shape)) for p in parts.shards.whole if p.name in trained}
     names = tuple(f"particle_{i}" for i in range(session.num_particles))
     space = Space(names, find_blocks(shapes, settings.blocks))
     searcher = make_searcher(settings.searcher, space, settings.seed, options)

@@ -15,6 +15,7 @@ from ds_pso.errors import SwarmError
 from ds_pso.metrics.log import MetricsLog, versions
 from ds_pso.metrics.records import SyncRecord
 from ds_pso.sampler import SwarmSampler
+from ds_pso.shards.experts import whole_parameters
 from ds_pso.sync.fitness import FitnessWindow
 from ds_pso.sync.synchronizer import Synchronizer
 from ds_pso.utils.background_task import Writer
@@ -138,7 +139,7 @@ class Session:
 
     def start_record(self) -> dict[str, Any]:
         """Return what a report must know of the run; JSON values."""
-        trained = [p for p in self.engine.module.parameters() if p.requires_grad]
+        trained = [p.like for p in whole_parameters(self.engine.module) if p.like.requires_grad]
         return {
             "description": self.describe(),
             "particles": self.num_particles,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ds_pso.errors import SwarmError
 from ds_pso.shards.engine import Engine
+from ds_pso.shards.experts import whole_parameters
 from ds_pso.shards.optimizer_state import OptimizerState
 from ds_pso.shards.untrained import Frozen, is_averaged, look_at
 from ds_pso.utils.chunks import in_chunks
@@ -25,7 +26,7 @@ from ds_pso.utils.chunks import in_chunks
 class Segment:
     """A run of real elements: where it lies in the shards, and where in its parameter."""
 
-    name: str  # of the parameter, as in module.named_parameters()
+    name: str  # of the parameter in the whole model, as in ``Shards.whole``
     shard: int  # index into Shards.tensors
     shard_start: int
     param_start: int  # offset in the flattened parameter
@@ -79,6 +80,9 @@ class Shards(ABC):
     Writing to ``tensors`` changes the optimizer's own memory; ``publish`` then brings the
     working weights of the whole particle in line. Call it on all ranks of the particle, outside
     forward and backward.
+
+    Attributes:
+        whole: the parameters of the particle's model, of which some may lie on other ranks.
     """
 
     optimizer: Any  # a subclass says what it uses of it
@@ -87,10 +91,13 @@ class Shards(ABC):
         self.engine = engine
         self.optimizer = engine.optimizer
         self.module = engine.module
-        self._names = {id(p): name for name, p in self.module.named_parameters()}
+        self.whole = whole_parameters(self.module)
+        self._names = {id(parameter.like): parameter.name for parameter in self.whole if parameter.is_here}
         self.segments = self._find_segments()
         self.padding = _gaps(self.segments, [t.numel() for t in self.tensors])
-        self.frozen = Frozen(self.module, self.trained_names(), self.persistent_buffers)
+        trained = self.trained_names()
+        trained_here = {name for name, p in self.module.named_parameters() if self._names[id(p)] in trained}
+        self.frozen = Frozen(self.module, trained_here, self.persistent_buffers)
         self._state = OptimizerState(self.optimizer, has_stepped=engine.global_steps > 0)
         self._has_frozen = bool(self.frozen.compared())
         self.odd_by_design = self._look_at_buffers()[1]
@@ -119,11 +126,15 @@ class Shards(ABC):
         """Make the working weights of every rank of the particle the cast of the masters."""
 
     def trained_names(self) -> set[str]:
-        """Return the names of all parameters in the optimizer, equal on all ranks."""
-        return {self.name_of(parameter) for group in self._parameters() for parameter in group}
+        """Return the names of all parameters that the particle trains, equal on all ranks.
+
+        Of experts on other ranks, those are taken to be trained whose place is trained in an expert here.
+        """
+        here = {self.name_of(parameter) for group in self._parameters() for parameter in group}
+        return {parameter.name for parameter in self.whole if self._names[id(parameter.like)] in here}
 
     def name_of(self, parameter: object) -> str:
-        """Return the name of a parameter of the optimizer, as in ``module.named_parameters()``."""
+        """Return the name of a parameter of the optimizer, as in ``whole``."""
         try:
             return self._names[id(parameter)]
         except KeyError:
@@ -269,9 +280,7 @@ class Shards(ABC):
         """Return a hash that is equal on two ranks exactly when their shards hold the same slices of the same model."""
         segments = [(s.name, s.shard, s.shard_start, s.param_start, s.numel) for s in self.segments]
         sizes = [t.numel() for t in self.tensors]
-        shapes = [
-            (name, list(getattr(p, "ds_shape", p.shape)), str(p.dtype)) for name, p in self.module.named_parameters()
-        ]
+        shapes = [(p.name, list(getattr(p.like, "ds_shape", p.like.shape)), str(p.like.dtype)) for p in self.whole]
         buffers = [(name, list(b.shape), str(b.dtype)) for name, b in self.persistent_buffers()]
         text = json.dumps([type(self.optimizer).__name__, segments, sizes, shapes, buffers])
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from ds_pso.shards.experts import why_not_whole
+
 
 class CheckpointEngine(Protocol):
     """The object through which a DeepSpeed engine writes and reads its files."""
@@ -54,7 +56,6 @@ class Engine(Protocol):
     data_parallel_group: dist.ProcessGroup
     dp_world_size: int
     seq_dp_world_size: int
-    has_moe_layers: bool
     zenflow: object
 
     # Attributes rather than methods: they are replaced on one engine.
@@ -88,7 +89,11 @@ def why_unsupported(engine: Engine) -> str | None:
     master_dtype = getattr(engine.optimizer, "master_weights_and_grads_dtype", torch.float32)
     checks = [
         (isinstance(engine, PipelineEngine), "it is a pipeline engine, which has no engine.step(); use ZeRO"),
-        (engine.has_moe_layers, "it has mixture-of-experts layers, whose shards are not aligned; use a dense model"),
+        (
+            bool(getattr(engine._config.expert_parallel_config, "enabled", False)),
+            "AutoEP makes one tensor of a rank's experts, of which other ranks hold the rest under the same name; set "
+            "expert_parallel.enabled to false, or build the model with deepspeed.moe.layer.MoE",
+        ),
         (
             engine.dp_world_size != dist.get_world_size(),
             f"its data-parallel world has {engine.dp_world_size} of the particle's {dist.get_world_size()} ranks "
@@ -117,7 +122,9 @@ def why_unsupported(engine: Engine) -> str | None:
             f"its master weights are {master_dtype}, and sync points need fp32; remove *_master_weights_and_grads",
         ),
     ]
-    return next((reason for wrong, reason in checks if wrong), None)
+    return next((reason for wrong, reason in checks if wrong), None) or why_not_whole(
+        engine.module, engine.zero_optimization_stage()
+    )
 
 
 def cautions(engine: Engine) -> list[str]:

@@ -83,8 +83,7 @@ def trained_numels(shards: Shards) -> dict[str, int]:
     later would be synced by nobody.
     """
     trained = shards.trained_names()
-    parameters = shards.module.named_parameters()
-    return {name: int(getattr(p, "ds_numel", p.numel())) for name, p in parameters if name in trained}
+    return {p.name: int(getattr(p.like, "ds_numel", p.like.numel())) for p in shards.whole if p.name in trained}
 
 
 def cut(shards: Shards, count: int) -> list[Fragment]:

@@ -2,6 +2,7 @@
 
 The swarm still gives each rank one 1/S of it, so that S ranks share the traffic between the
 particles as under ZeRO; publishing ends with the ranks of a particle sending each other their parts.
+Experts under expert parallelism are shared out likewise among the ranks that hold the same ones.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch import Tensor
@@ -16,21 +18,49 @@ from torch import Tensor
 from ds_pso.errors import UnsupportedError
 from ds_pso.shards.base import Segment, Shards, equal_parts, intersect
 from ds_pso.shards.engine import Engine
+from ds_pso.shards.experts import replicas_of
+
+_Part = list[tuple[int, int, int]]  # (master, start, stop)
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """Masters that the ranks of a group hold alike, and the part of each rank."""
+
+    group: dist.ProcessGroup
+    parts: list[_Part]
 
 
 class ReplicatedShards(Shards):
     """Equal parts of whole masters. A subclass names these, the parameters that lie in them, and how they are cast."""
 
     def __init__(self, engine: Engine) -> None:
-        self._group = engine.data_parallel_group
-        self._rank = dist.get_rank(self._group)
-        self._size = dist.get_world_size(self._group)
+        self._particle = engine.data_parallel_group
         super().__init__(engine)
 
     @functools.cached_property
-    def _owned(self) -> list[list[tuple[int, int, int]]]:
-        """The part of each rank: (master, start, stop)."""
-        return equal_parts([master.numel() for master in self._masters()], self._size)
+    def _shared(self) -> list[_Shared]:
+        """All masters, by the ranks that hold them; in the same order on all ranks."""
+        masters, contents = self._masters(), self._parameters()
+        held_by: dict[dist.ProcessGroup, list[int]] = {}
+        for number, params in enumerate(contents):
+            groups = {replicas_of(param) or self._particle for param in params}
+            if len(groups) > 1:
+                raise UnsupportedError(
+                    "a parameter group of the optimizer holds experts and other parameters; divide it with "
+                    "deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer"
+                )
+            held_by.setdefault(groups.pop() if groups else self._particle, []).append(number)
+        found = []
+        for group, numbers in held_by.items():
+            parts = equal_parts([masters[number].numel() for number in numbers], dist.get_world_size(group))
+            found.append(_Shared(group, [[(numbers[i], start, stop) for i, start, stop in part] for part in parts]))
+        return found
+
+    @property
+    def _own(self) -> _Part:
+        """The part of this rank."""
+        return [piece for shared in self._shared for piece in shared.parts[dist.get_rank(shared.group)]]
 
     @abstractmethod
     def _masters(self) -> Sequence[Tensor]:
@@ -53,11 +83,11 @@ class ReplicatedShards(Shards):
     @property
     def tensors(self) -> list[Tensor]:
         masters = self._flat_masters()
-        return [masters[m][start:stop] for m, start, stop in self._owned[self._rank]]
+        return [masters[m][start:stop] for m, start, stop in self._own]
 
     def _find_segments(self) -> list[Segment]:
         segments, contents = [], self._parameters()
-        for shard, (master, start, stop) in enumerate(self._owned[self._rank]):
+        for shard, (master, start, stop) in enumerate(self._own):
             offset = 0
             for param in contents[master]:
                 segments += intersect(self.name_of(param), offset, param.numel(), (start, stop), shard)
@@ -71,24 +101,21 @@ class ReplicatedShards(Shards):
 
     def moments(self) -> list[Tensor]:
         masters = self._masters()
-        return [
-            moment[start:stop]
-            for m, start, stop in self._owned[self._rank]
-            for moment in self._state.moments_of(masters[m])
-        ]
+        return [moment[start:stop] for m, start, stop in self._own for moment in self._state.moments_of(masters[m])]
 
     def publish_moments(self) -> None:
         self._share_with_local_ranks([self._state.moments_of(master) for master in self._masters()])
 
     def _share_with_local_ranks(self, flat: list[list[Tensor]]) -> None:
-        """Each rank of the particle sends its own part of each master's tensors to the others."""
-        if self._size == 1:
-            return
-        for rank, parts in enumerate(self._owned):
-            source = dist.get_global_rank(self._group, rank)
-            for master, start, stop in parts:
-                for tensor in flat[master]:
-                    dist.broadcast(tensor[start:stop], source, group=self._group)
+        """Each rank sends its own part of each master's tensors to the others that hold the master."""
+        for shared in self._shared:
+            if len(shared.parts) == 1:
+                continue
+            for rank, part in enumerate(shared.parts):
+                source = dist.get_global_rank(shared.group, rank)
+                for master, start, stop in part:
+                    for tensor in flat[master]:
+                        dist.broadcast(tensor[start:stop], source, group=shared.group)
 
     @abstractmethod
     def _cast(self, masters: list[Tensor]) -> None:

@@ -15,6 +15,7 @@ from ds_pso.distributed.world import World
 from ds_pso.errors import SwarmError
 from ds_pso.rules import SyncPoint
 from ds_pso.shards import Shards
+from ds_pso.sync.expert_load import ExpertLoad
 from ds_pso.sync.fitness import FitnessWindow, ParticleReport
 from ds_pso.sync.health import USUAL, Limits, judge
 from ds_pso.utils.step_timer import StepTimer
@@ -43,6 +44,7 @@ class Assessor:
         total: syncs of the whole training, if known.
         limits: of particles that are finite, and have diverged all the same.
         samples_per_step: see ``SyncOptions``.
+        expert_load: what counts the tokens of each expert on this rank, if somebody does.
 
     Attributes:
         index: syncs so far.
@@ -55,6 +57,7 @@ class Assessor:
         frozen_differs: whether what is not trained differs between the particles, by the last table.
         changed: the particles that have changed it, if others have not.
         compares_all: whether the next report is about all of it, and not a part.
+        expert_load_distances: see ``ExpertLoad``, as the last sync has found; empty if nobody counts.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Assessor:
         total: int | None = None,
         limits: Limits = USUAL,
         samples_per_step: Callable[[], int] | None = None,
+        expert_load: ExpertLoad | None = None,
     ) -> None:
         self.world = world
         self.exchange = exchange
@@ -79,6 +83,7 @@ class Assessor:
         self.total = total
         self.limits = limits
         self.samples_per_step = samples_per_step
+        self.expert_load = expert_load
         self.index = 0
         self.losses: Sequence[float] = (math.nan,) * exchange.num_particles
         self.highest_loss = math.nan
@@ -89,6 +94,8 @@ class Assessor:
         self.frozen_differs = False
         self.changed: Sequence[int] = ()
         self.compares_all = True
+        self.expert_load_distances: Sequence[float] = ()
+        self._tokens = self._no_tokens()  # of this particle, since the particles last compared them
 
     def report(self, window: FitnessWindow) -> ParticleReport:
         """Report on this particle, with the same bits on all its ranks.
@@ -107,6 +114,9 @@ class Assessor:
                 "call engine.backward(loss), not loss.backward()"
             )
         found = ParticleReport.combined(self.world.local.gather(astuple(mine)), window.steps)
+        if self.expert_load is not None:
+            rows = [self._tokens, *self.world.local.gather(self.expert_load.take())]
+            self._tokens = [sum(column) for column in zip(*rows, strict=True)]
         if math.isnan(self.highest_loss) and not self.ranks_by_probe:
             self.highest_loss = found.highest_loss
         if nothing_new:
@@ -120,7 +130,14 @@ class Assessor:
         Args:
             done: part of the training, if known.
         """
-        return self._point(ParticleReport.from_rows(self.exchange.all_gather(mine.to_row())), done)
+        point = self._point(ParticleReport.from_rows(self.exchange.all_gather(mine.to_row())), done)
+        if self.expert_load is not None:
+            self.expert_load_distances = self.expert_load.distances(self.exchange.all_gather(self._tokens))
+            self._tokens = self._no_tokens()
+        return point
+
+    def _no_tokens(self) -> list[float]:
+        return [0.0] * sum(self.expert_load.sizes) if self.expert_load is not None else []
 
     def alone(self, mine: ParticleReport, done: float | None) -> SyncPoint:
         """Assess this particle alone, where nobody waits for the others: their losses are NaN."""

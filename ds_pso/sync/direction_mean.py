@@ -23,9 +23,9 @@ def matrices(shards: Shards) -> list[str]:
     embeddings = {id(layer.weight) for layer in layers}
     trained = shards.trained_names()
     return sorted(
-        name
-        for name, p in shards.module.named_parameters()
-        if name in trained and len(getattr(p, "ds_shape", p.shape)) >= 2 and id(p) not in embeddings
+        p.name
+        for p in shards.whole
+        if p.name in trained and len(getattr(p.like, "ds_shape", p.like.shape)) >= 2 and id(p.like) not in embeddings
     )
 
 

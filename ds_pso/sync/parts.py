@@ -17,6 +17,7 @@ from ds_pso.shards import Shards
 from ds_pso.shards.fragments import Fragment, cut
 from ds_pso.sync.assessment import Assessor, Pace, Probe
 from ds_pso.sync.direction_mean import DirectionMean, matrices
+from ds_pso.sync.expert_load import ExpertLoad
 from ds_pso.sync.health import USUAL, Limits
 from ds_pso.sync.schedule import Observed, Schedule
 from ds_pso.sync.update import Updater
@@ -42,6 +43,7 @@ class SyncOptions:
         mixing: part of a late movement that is left out.
         offload: where state lies, and in how many bits.
         limits: beyond which a particle has diverged.
+        expert_load: what counts the tokens of each expert; None: nobody does.
         section: the resolved ``swarm`` section, which must be equal on all particles.
         samples_per_step: how many this particle trains on, by which it counts in a mean; None: all count alike.
     """
@@ -59,6 +61,7 @@ class SyncOptions:
     mixing: float = 0.0
     offload: Offload = NO_OFFLOAD
     limits: Limits = USUAL
+    expert_load: ExpertLoad | None = None
     section: Mapping[str, Any] = field(default_factory=dict)
     samples_per_step: Callable[[], int] | None = None
 
@@ -111,6 +114,7 @@ class SyncParts:
             total=schedule.count,
             limits=options.limits,
             samples_per_step=options.samples_per_step,
+            expert_load=options.expert_load,
         )
         offload = options.offload
         differences = None
@@ -157,7 +161,11 @@ class SyncParts:
         # Names of a JSON object are strings; so the record is the same before and after a checkpoint.
         left_out = {str(i): reason for i, reason in point.left_out.items()}
         record = SyncRecord(point.index, point.fitness, point.alive, left_out, **self.traffic_since(before))
-        return replace(record, same_samples=self.assessor.same_samples)
+        return replace(
+            record,
+            same_samples=self.assessor.same_samples,
+            expert_load_distances=self.assessor.expert_load_distances,
+        )
 
     def conclude(self, record: SyncRecord, begun: int, pace: Pace, *, counts: bool = True) -> SyncRecord:
         """Count a sync, let the schedule know what it was like, and complete its record.

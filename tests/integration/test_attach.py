@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -203,7 +204,11 @@ REFUSED: dict[str, tuple[Case, Callable[[Any], None], str]] = {
     "zenflow": (Case(), pretend_engine("zenflow", True), "ZenFlow"),
     "quantised weights": (Case(stage=3), pretend("zero_quantized_weights", True), "zero_quantized_weights"),
     "deepcompile": (Case(stage=3), pretend_engine("is_deepcompile_enabled", lambda: True), "DeepCompile"),
-    "experts": (Case(), pretend_engine("has_moe_layers", True), "mixture-of-experts"),
+    "AutoEP": (
+        Case(),
+        lambda engine: setattr(engine._config, "expert_parallel_config", SimpleNamespace(enabled=True)),
+        "AutoEP makes one tensor of a rank's experts",
+    ),
     "tensor parallel": (Case(), pretend_engine("dp_world_size", 1), "data-parallel world has 1"),
     "fp16 masters": (
         Case(),
@@ -221,7 +226,7 @@ def attach_refused(name: str) -> None:
         swarm.attach(engine)
 
 
-@pytest.mark.parametrize("name", slow_but(["experts", "quantised weights", "unknown optimizer"], REFUSED))
+@pytest.mark.parametrize("name", slow_but(["AutoEP", "quantised weights", "unknown optimizer"], REFUSED))
 def test_unsupported_features_are_refused(pool: Pool, name: str) -> None:
     for outcome in pool.outcomes(attach_refused, name):
         assert outcome.kind == "UnsupportedError", outcome

@@ -48,6 +48,7 @@ FULL = SyncRecord(
     fragments_staleness=[1, 2],
     fragments_s=[0.5, 0.75],
     same_samples=[[0, 1]],
+    expert_load_distances=[0.125, 0.0625],
     note={"weights": [0.25, 0.75], "guard": "mean"},
 )
 LEAST = {"losses": [1.0, None]}
@@ -148,6 +149,8 @@ def test_numbers_for_deepspeeds_monitor():
         "Swarm/weight/particle_1": 0.75,
         "Swarm/lr_factor/particle_0": 1,
         "Swarm/lr_factor/particle_1": 2,
+        "Swarm/expert_load_distance/particle_0": 0.125,
+        "Swarm/expert_load_distance/particle_1": 0.0625,
     }
     assert all(type(value) is float for _, value, _ in events)
 
