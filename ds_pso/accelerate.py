@@ -7,7 +7,7 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
 
 from ds_pso import checkpoint
+from ds_pso.config import parallelism
 from ds_pso.distributed.layout import Layout
 from ds_pso.errors import ConfigError, SwarmError, UnsupportedError
 from ds_pso.metrics import deepspeed_monitor
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 Batches = DataLoader[object]
 Counted = Literal["epochs", "steps"]
+Collate = Callable[[list[Any]], Any]
 _SCHEDULE = "accelerate_scheduler"  # what a checkpoint of the engine calls the state of the script's scheduler
 
 
@@ -54,6 +56,7 @@ def prepare(
             agreed=True,
         )
     see_the_particle(swarm.world.layout)
+    _take_parallelism(swarm, accelerator)
     batch_size = _batch_size(swarm, accelerator, given.data)
     _fill_in(swarm, accelerator, batch_size)
     faster = swarm.num_particles if schedule == "epochs" else 1
@@ -85,15 +88,20 @@ def see_the_particle(layout: Layout) -> None:
 
 
 def with_other_samples(
-    loader: Batches, dataset: object, batch_size: int, sampler: Sampler[Any] | None, drop_last: bool
+    loader: Batches,
+    dataset: object,
+    batch_size: int,
+    sampler: Sampler[Any] | None,
+    drop_last: bool,
+    collate_fn: Collate | None = None,
 ) -> Batches:
-    """Return a loader like ``loader`` in everything else."""
+    """Return a loader like ``loader`` in everything else; so is ``collate_fn``, if it is not given."""
     return DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_size=batch_size,
         sampler=sampler,
         drop_last=drop_last,
-        collate_fn=loader.collate_fn,
+        collate_fn=loader.collate_fn if collate_fn is None else collate_fn,
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,
         timeout=loader.timeout,
@@ -209,13 +217,23 @@ def _batch_size(swarm: Swarm, accelerator: Accelerator, loader: Batches | None) 
         )
     if not accelerator.split_batches:
         return int(loader.batch_size)
-    size = swarm.world.layout.particle_size
+    size = swarm.world.layout.particle_size // swarm.ranks_per_sample
     if loader.batch_size % size:
         raise ConfigError(
             f"split_batches = True: a batch of {loader.batch_size} cannot be split over the {size} ranks of a "
             "particle; make it a multiple"
         )
     return int(loader.batch_size) // size
+
+
+def _take_parallelism(swarm: Swarm, accelerator: Accelerator) -> None:
+    """Let the config say over how many ranks sequences are divided, as the Accelerator does."""
+    parallelism_config = accelerator.parallelism_config
+    if parallelism_config is not None and parallelism_config.sp_size > 1:
+        sections = (swarm.ds_config, accelerator.deepspeed_plugin.deepspeed_config)
+        for section in sections:
+            section.setdefault(parallelism.SEQUENCE, parallelism_config.sp_size)
+        parallelism.check_divides(swarm.ds_config, swarm.world.layout.particle_size)
 
 
 def _fill_in(swarm: Swarm, accelerator: Accelerator, batch_size: int) -> None:
@@ -295,16 +313,18 @@ def _keep(engine: Any, scheduler: AcceleratedScheduler) -> None:
 
 def _shard(swarm: Swarm, accelerator: Accelerator, loader: Batches, batch_size: int) -> Batches:
     """Return a loader of this rank's part of the training data, whose batches are put on the accelerator's device."""
-    sampler = None
+    session, sampler = swarm.session, None
+    collate: Collate | None = None
+    if swarm.engine.sequence_parallel_size > 1:
+        collate = SequencePart(loader.collate_fn, session.world.layout.shard_rank, swarm.engine.sequence_parallel_size)
     if isinstance(loader.dataset, IterableDataset):
-        layout = swarm.world.layout
         dataset = IterableDatasetShard(
-            loader.dataset, batch_size, True, num_processes=layout.world_size, process_index=layout.rank
+            loader.dataset, batch_size, True, num_processes=session.num_data_ranks, process_index=session.data_rank
         )
-        mine = with_other_samples(loader, dataset, batch_size, None, loader.drop_last)
+        mine = with_other_samples(loader, dataset, batch_size, None, loader.drop_last, collate)
     else:
         sampler = _sampler(swarm, accelerator, loader, batch_size)
-        mine = with_other_samples(loader, loader.dataset, batch_size, sampler, drop_last=True)
+        mine = with_other_samples(loader, loader.dataset, batch_size, sampler, True, collate)
     prepared = prepare_data_loader(
         mine,
         accelerator.device,
@@ -320,6 +340,51 @@ def _shard(swarm: Swarm, accelerator: Accelerator, loader: Batches, batch_size: 
     if sampler is not None:
         _follow(accelerator, prepared, sampler)
     return prepared
+
+
+class SequencePart:
+    """Collates the samples of a batch, and keeps the part of each sequence that is this rank's.
+
+    The batches are those of DeepSpeed's UlyssesSPDataLoaderAdapter, with which Accelerate wraps loaders: the labels,
+    shifted by one, are ``shift_labels``. The adapter gathers batches of all ranks and hands them out one after the
+    other, and so knows its place between two steps alone; here the ranks of a sequence read the same samples.
+
+    Args:
+        collate: makes a batch, a dict with tensors of shape (batch, tokens, ...) of "input_ids", "position_ids",
+            "labels" and whatever else there is for each token.
+        rank: inside the particle.
+        size: of the group of ranks that share sequences.
+    """
+
+    def __init__(self, collate: Collate, rank: int, size: int) -> None:
+        self._collate, self._rank, self._size = collate, rank % size, size
+
+    def __call__(self, samples: list[Any]) -> dict[str, Any]:
+        collated = self._collate(samples)
+        if not isinstance(collated, Mapping) or not {"input_ids", "position_ids", "labels"} <= collated.keys():
+            raise ConfigError(
+                "swarm.prepare: where sequences are divided over ranks, a batch is a dict with input_ids, labels and "
+                "position_ids, the places of its tokens; let the collate_fn of the training loader add what is missing"
+            )
+        batch = dict(collated)
+        labels = torch.nn.functional.pad(batch.pop("labels"), (0, 1), value=-100)
+        batch["shift_labels"] = labels[:, 1:]
+        length = batch["input_ids"].shape[1]
+        if length % self._size:
+            raise ConfigError(
+                f"swarm.prepare: sequences of {length} tokens cannot be divided over {self._size} ranks; pad them to a "
+                "multiple of that"
+            )
+        part = length // self._size
+        mine = slice(self._rank * part, (self._rank + 1) * part)
+        return {
+            name: value[:, mine].contiguous() if _is_per_token(value, length) else value
+            for name, value in batch.items()
+        }
+
+
+def _is_per_token(value: object, length: int) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[1] == length
 
 
 def _sampler(swarm: Swarm, accelerator: Accelerator, loader: Batches, batch_size: int) -> SwarmSampler:

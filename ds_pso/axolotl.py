@@ -25,7 +25,7 @@ class AxolotlConfig(Protocol):
     is_preprocess: bool | None
 
 
-class SwarmPlugin(BasePlugin):  # type: ignore[misc]  # of a library that mypy does not see
+class SwarmPlugin(BasePlugin):
     """``plugins: [ds_pso.axolotl.SwarmPlugin]`` in Axolotl's YAML makes its Trainer's model a particle of the swarm.
 
     The JSON that ``deepspeed:`` names has a ``swarm`` section. What becomes of the Trainer's features is that of

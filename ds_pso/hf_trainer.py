@@ -18,8 +18,9 @@ from transformers.utils import is_peft_available
 from transformers.utils import logging as transformers_logging
 
 from ds_pso import checkpoint
-from ds_pso.accelerate import see_the_particle, with_other_samples
+from ds_pso.accelerate import SequencePart, see_the_particle, with_other_samples
 from ds_pso.checkpoint.format import plain_data_only
+from ds_pso.config import parallelism
 from ds_pso.errors import CheckpointError, ConfigError, UnsupportedError
 from ds_pso.metrics import deepspeed_monitor
 from ds_pso.metrics.records import SyncRecord
@@ -45,7 +46,7 @@ class SwarmCallback(TrainerCallback):
     lines.
 
     For that it wraps ``get_train_dataloader``, ``evaluate``, ``evaluation_loop``, ``train``, ``log``, ``log_metrics``
-    and what loads checkpoints, of this Trainer.
+    and what loads checkpoints, of this Trainer; and what divides sequences, of its Accelerator.
 
     Args:
         swarm: what ``ds_pso.init`` returned, before ``TrainingArguments`` was made.
@@ -80,6 +81,7 @@ class SwarmCallback(TrainerCallback):
         if swarm.num_particles > 1:
             trainer.args.output_dir = str(Path(self._folder, f"particle_{swarm.particle}"))
             trainer.get_train_dataloader = self._data.sharded(trainer.get_train_dataloader)
+            trainer.accelerator.deepspeed_ulysses_dl_adapter = self._data.divided
             _leave_to_the_leader(swarm, trainer)
 
     def on_train_begin(
@@ -128,10 +130,17 @@ class _ShardedData:
     def __init__(self, swarm: Swarm, trainer: Trainer) -> None:
         self._layout = swarm.world.layout
         self._trainer = trainer
+        self._given: Batches | None = None
+        self._share_by(parallelism.tensor_parallel_size(swarm.ds_config))
         self._shuffled: DistributedSampler[object] | IterableDatasetShard | None = None
         self.epoch = 0
         self.skips = False
         self._begun = 0  # epochs, since the training began or was resumed
+
+    def _share_by(self, ranks_per_sample: int) -> None:
+        """Divide the data over groups of so many ranks."""
+        self._rank = self._layout.rank // ranks_per_sample
+        self._num_ranks = self._layout.world_size // ranks_per_sample
 
     def resume(self, epoch: int, *, skips: bool) -> None:
         """Begin with this epoch."""
@@ -165,8 +174,19 @@ class _ShardedData:
 
         return get_sharded
 
-    def _shard(self, loader: Batches) -> Batches:
-        dataset = loader.dataset
+    def divided(self, loader: Batches, model: object) -> Batches:
+        """Stand in for ``Accelerator.deepspeed_ulysses_dl_adapter``, which divides sequences over ranks.
+
+        The adapter takes batches of each of these ranks in turn, and the Trainer counts with as many more. It has no
+        dataset in which one could skip to where training was. Here the ranks of a sequence read the same samples.
+        """
+        assert self._given is not None
+        size = self._trainer.accelerator.parallelism_config.sp_size
+        self._share_by(size)
+        return self._shard(self._given, SequencePart(self._given.collate_fn, self._layout.shard_rank, size))
+
+    def _shard(self, loader: Batches, collate_fn: SequencePart | None = None) -> Batches:
+        self._given, dataset = loader, loader.dataset
         sampler: DistributedSampler[object] | None = None
         if loader.batch_size is None:
             raise UnsupportedError(
@@ -174,15 +194,16 @@ class _ShardedData:
                 "it a batch_size instead"
             )
         if isinstance(dataset, IterableDataset):
-            ranks, rank = self._layout.world_size, self._layout.rank
-            dataset = IterableDatasetShard(dataset, loader.batch_size, True, num_processes=ranks, process_index=rank)
+            dataset = IterableDatasetShard(
+                dataset, loader.batch_size, True, num_processes=self._num_ranks, process_index=self._rank
+            )
             self._shuffled = dataset
         else:
             self._shuffled = sampler = self._sampler(loader)
-        return with_other_samples(loader, dataset, loader.batch_size, sampler, loader.drop_last)
+        return with_other_samples(loader, dataset, loader.batch_size, sampler, loader.drop_last, collate_fn)
 
     def _sampler(self, loader: Batches) -> DistributedSampler[object]:
-        args, ranks = self._trainer.args, self._layout.world_size
+        args, ranks = self._trainer.args, self._num_ranks
         num_samples = len(loader.dataset)  # type: ignore[arg-type]
         if not isinstance(loader.sampler, RandomSampler | SequentialSampler):
             raise UnsupportedError(
@@ -194,7 +215,7 @@ class _ShardedData:
         return DistributedSampler(
             loader.dataset,
             ranks,
-            self._layout.rank,
+            self._rank,
             shuffle=isinstance(loader.sampler, RandomSampler),
             seed=args.seed if args.data_seed is None else args.data_seed,
             drop_last=True,  # all ranks take as many steps

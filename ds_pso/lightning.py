@@ -250,7 +250,7 @@ def _check_data(swarm: Swarm, loaders: object) -> None:
             continue
         sampler = loader.sampler
         ranks = sampler.num_replicas if isinstance(sampler, DistributedSampler) else 0
-        if not isinstance(sampler, SwarmSampler) and ranks != swarm.world.layout.world_size:
+        if not isinstance(sampler, SwarmSampler) and ranks != swarm.session.num_data_ranks:
             raise ConfigError(
                 f"SwarmCallback: the training loader has a {type(sampler).__name__}, so that all particles would train "
                 "on the same samples; give it sampler=swarm.sampler(dataset, batch_size=...)"

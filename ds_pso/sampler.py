@@ -88,6 +88,11 @@ class SwarmSampler(Sampler[int]):
         self._moves = 0  # how often the place was moved elsewhere
         self._yielded = self._rows = self._backwards = 0  # samples and batches since an iteration began
 
+    @property
+    def num_ranks(self) -> int:
+        """The number of ranks, or of groups of ranks, that share the data."""
+        return self._world_size
+
     def __len__(self) -> int:
         """Return the number of samples of this rank in a whole epoch."""
         return self._num_batches * self._batch_size
@@ -182,6 +187,10 @@ class SwarmSampler(Sampler[int]):
             if state[key] != mine[key]:
                 return f"the data's {key} was {state[key]} and is {mine[key]} now"
         return None
+
+    def is_shared_otherwise(self, state: dict[str, int]) -> bool:
+        """Return true if another number of ranks shared the data, as with other groups for sequence parallelism."""
+        return state["of_all"] * self._share.size != self._share.total * state["share"]
 
     def continued(self, state: dict[str, int]) -> dict[str, int]:
         """Return the state of a sampler that shared the data in another way as this one's, for ``load_state_dict``.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ds_pso import checkpoint
 from ds_pso.checkpoint.engine_calls import EngineCheckpoints
+from ds_pso.config import parallelism
 from ds_pso.config.load import ConfigSource, find_config, load_config
 from ds_pso.config.schema import ALLREDUCE, SwarmConfig
 from ds_pso.distributed import logs
@@ -28,7 +29,7 @@ from ds_pso.metrics import deepspeed_monitor
 from ds_pso.metrics.records import SyncRecord
 from ds_pso.sampler import Share, SwarmSampler
 from ds_pso.session import lr_schedule
-from ds_pso.session.attach import build_synchronizer, check_engine, take_filled_in
+from ds_pso.session.attach import build_synchronizer, check_engine, check_samples, take_filled_in
 from ds_pso.session.callbacks import own_callbacks
 from ds_pso.session.data_watch import shard_training_data
 from ds_pso.session.ending import warn_at_end
@@ -86,6 +87,12 @@ def init(config: ConfigSource | None = None, *, run_dir: str | Path | None = Non
             f"swarm.particles = {particles}: the world that was given has {world.layout.num_particles}; "
             "use that number, or start another launch"
         )
+    try:
+        parallelism.check_divides(ds_config, world.layout.particle_size)
+    except ConfigError:  # raised by all ranks alike
+        if is_new:
+            world.close()
+        raise
     logs.head_tracebacks()
     logs.set_place(world.layout.particle, world.layout.shard_rank, of_thread=world.peers.backend == "simulated")
     if swarm_config.per_particle:
@@ -203,6 +210,14 @@ class Swarm:
         return self.session.particle
 
     @property
+    def ranks_per_sample(self) -> int:
+        """The number of ranks of a particle that compute on the same samples together.
+
+        1, but under sequence or tensor parallelism: ``swarm.sampler`` gives these ranks the same samples.
+        """
+        return self.session.ranks_per_sample
+
+    @property
     def is_leader(self) -> bool:
         """True on one rank of the whole swarm: the one that prints and logs."""
         return self.world.is_leader
@@ -263,6 +278,7 @@ class Swarm:
             raise SwarmError("swarm.attach was called twice; one swarm trains one engine", agreed=True)
         check_engine(engine)
         take_filled_in(session, engine.config)
+        check_samples(session, engine)
         synchronizer = build_synchronizer(session, engine, probe)
         if synchronizer is not None:
             synchronizer.start(session.window, engine.global_steps)
@@ -354,6 +370,9 @@ class Swarm:
     ) -> SwarmSampler:
         """Sampler of this rank's part of ``dataset``, over all P x S ranks. Make one for the training data only.
 
+        Ranks that compute on the same samples together get the same part: those of a sequence, if the config has
+        ``sequence_parallel_size``, and those of a layer, if it has ``tensor_parallel.autotp_size``.
+
         Args:
             dataset: anything with a length.
             batch_size: of the DataLoader; DeepSpeed's ``train_micro_batch_size_per_gpu`` if not given. With
@@ -373,7 +392,7 @@ class Swarm:
             raise ConfigError(
                 'swarm.sampler needs batch_size, or a number as "train_micro_batch_size_per_gpu" in the config'
             )
-        layout, entries, share = self.world.layout, self.config.per_particle, None
+        session, layout, entries, share = self.session, self.world.layout, self.config.per_particle, None
         if entries:
             mine = entries[layout.particle].train_micro_batch_size_per_gpu
             if batch_size != mine:
@@ -381,19 +400,20 @@ class Swarm:
                     f"swarm.sampler batch_size = {batch_size}: swarm.per_particle says {mine} for particle "
                     f'{layout.particle}; give it swarm.ds_config["train_micro_batch_size_per_gpu"], or leave it out'
                 )
-            share = Share.of([entry.samples_of_a_rank for entry in entries], layout.particle_size, layout.rank)
+            parts = layout.particle_size // session.ranks_per_sample
+            share = Share.of([entry.samples_of_a_rank for entry in entries], parts, session.data_rank)
         sampler = SwarmSampler(
             dataset,
-            rank=layout.rank,
-            world_size=layout.world_size,
+            rank=session.data_rank,
+            world_size=session.num_data_ranks,
             batch_size=batch_size,
             shuffle=shuffle,
             seed=seed,
             share=share,
         )
-        self.session.samplers.append(sampler)
-        if self.session.synchronizer is not None:
-            self.session.synchronizer.recovery.progress.place(sampler)
+        session.samplers.append(sampler)
+        if session.synchronizer is not None:
+            session.synchronizer.recovery.progress.place(sampler)
         return sampler
 
     @contextlib.contextmanager

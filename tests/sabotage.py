@@ -1374,6 +1374,80 @@ def heed_sigterm_alone() -> None:
     ending_signals.SIGNALS = (signal.SIGTERM,)
 
 
+# -- sequences and layers divided over ranks ----------------------------------------------------
+
+
+@sabotage("integration/test_sequence_parallel.py")
+def give_each_rank_its_own_samples() -> None:
+    """Also the ranks of a sequence."""
+    from ds_pso.session.session import Session
+
+    Session.ranks_per_sample = 1
+
+
+@sabotage("integration/test_sequence_parallel.py")
+def believe_the_config() -> None:
+    """Nobody asks the engine over how many ranks it divides sequences."""
+    from ds_pso import swarm
+
+    swarm.check_samples = do_nothing
+
+
+@sabotage("integration/test_sequence_parallel.py")
+def train_on_a_mesh() -> None:
+    """The engine's groups are not looked at."""
+    from ds_pso.shards import engine
+
+    engine._parallelism_checks = lambda _: []
+
+
+@sabotage("recipes/test_prepare_sequences.py")
+def shift_the_labels_in_each_part() -> None:
+    """The last token of a part does not learn the first of the next."""
+    import torch
+
+    from ds_pso.accelerate import SequencePart
+
+    real = SequencePart.__call__
+
+    def call(self: Any, samples: Any) -> Any:
+        batch = real(self, samples)
+        batch["shift_labels"] = torch.nn.functional.pad(batch["input_ids"], (0, 1), value=-100)[:, 1:].contiguous()
+        return batch
+
+    SequencePart.__call__ = call
+
+
+@sabotage("integration/test_tensor_parallel.py")
+def export_a_part() -> None:
+    from ds_pso.export import live
+
+    live.made_whole = lambda parameter, part: part
+
+
+@sabotage("integration/test_tensor_parallel.py")
+def add_up_the_parts() -> None:
+    """The export reduces over all ranks of a particle, also those with other parts of a layer."""
+    import torch.distributed as dist
+
+    from ds_pso.export import live
+
+    class Everybody:
+        get_world_size = staticmethod(lambda group: dist.get_world_size())
+        get_global_rank = staticmethod(lambda group, rank: rank)
+        reduce = staticmethod(lambda tensor, target, group: dist.reduce(tensor, target))
+
+    live.dist = Everybody
+
+
+@sabotage("integration/test_tensor_parallel.py")
+def count_parts_of_layers_alone() -> None:
+    """The start record says how many parameters a rank has."""
+    from ds_pso.session import session
+
+    session.is_split = lambda parameter: False
+
+
 # -- running them -------------------------------------------------------------------------------
 
 

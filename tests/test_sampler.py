@@ -210,6 +210,17 @@ def test_as_many_ranks_go_on_exactly():
     assert wide.continued(state) == wide.state_dict() | {"epoch": 2, "batch": 2}
 
 
+def test_groups_of_ranks_that_share_samples_are_counted_as_one():
+    """Four ranks, of which each pair computes on the same samples: a checkpoint says that two parts were seen."""
+    pair = make_samplers(48, 2, 4)[1]
+    state = pair.state_dict() | {"batch": 2}
+    assert pair.continued(state) == state
+    single = make_samplers(48, 4, 4)[0]
+    assert single.is_shared_otherwise(state)
+    assert single.continued(state)["batch"] == 1
+    assert single.check(state) == "the data's of_all was 8 and is 16 now"
+
+
 # -- batches of their own -------------------------------------------------------------------------
 
 

@@ -78,7 +78,7 @@ class _Repartition:
 
     def model(self) -> ModelStates:
         """Return DeepSpeed's model states, with this rank's blocks of frozen parameters."""
-        rank = self._engine.data_parallel_group.rank()
+        rank = self._engine.seq_data_parallel_group.rank()
         model = self._saved.model_states[rank % len(self._saved.model_states)].copy()
         model["dp_world_size"] = self._engine.seq_dp_world_size
         if self._saved.stage == 3 and (frozen := model.get("frozen_param_fragments")):

@@ -78,6 +78,7 @@ class RankRecord(Identity):
     window: WindowState
     synchronizer: dict[str, Any] | None  # ``Synchronizer.state_dict``
     samplers: list[dict[str, int]]
+    tensor_parallel: NotRequired[int]  # over how many ranks layers are split; older records have none: over 1
     random: RandomRecord | None  # None: a rank that was not there, and begins from its seed
     files: NotRequired[dict[str, tuple[int, str]]]  # bytes and SHA-256 by path; of a record that was written
 

@@ -173,6 +173,12 @@ def _check_fits(record: RankRecord, session: Session, source: Path, or_reshape: 
                 f"{source}: saved with {key} {saved[key]}, and this run has {value}; {remedies[key]}, "
                 "or start without resuming"
             )
+    split = record.get("tensor_parallel", 1)
+    if split != session.engine.mp_world_size:
+        raise CheckpointError(
+            f"{source}: saved with tensor_parallel.autotp_size {split}, and this run has "
+            f"{session.engine.mp_world_size}; set it to that, or start without resuming"
+        )
     if len(record["samplers"]) != len(session.samplers):
         raise CheckpointError(
             f"{source}: saved with {len(record['samplers'])} samplers, and this run has made "

@@ -93,6 +93,7 @@ def taken(session: Session) -> tuple[RankRecord, dict[str, Tensor]]:
         "window": session.window.state(),
         "synchronizer": session.synchronizer.state_dict() if session.synchronizer else None,
         "samplers": [sampler.state_dict() for sampler in session.samplers],
+        "tensor_parallel": session.engine.mp_world_size,
         "random": {
             "python": random.getstate(),
             "numpy": [numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]],

@@ -28,6 +28,7 @@ from ds_pso.checkpoint.format import (
 )
 from ds_pso.checkpoint.reader import Flat, SavedParticle
 from ds_pso.errors import CheckpointError
+from ds_pso.sampler import SwarmSampler
 from ds_pso.session.session import Session
 from ds_pso.shards import Segment, Shards, find_shards
 from ds_pso.shards.fragments import ModelFragment, cut_model, part_of, trained_numels
@@ -37,18 +38,24 @@ T = TypeVar("T")
 
 
 def is_of_another_shape(session: Session, source: Path) -> bool:
-    """True if checkpoint ``source`` has other P or S than this run."""
-    layout = session.world.layout
-    return _shape(source) != (layout.num_particles, layout.particle_size)
+    """True if checkpoint ``source`` has other P or S than this run, or other groups of ranks that share samples."""
+    layout, record = session.world.layout, _any_record(source)
+    if _shape(source) != (layout.num_particles, layout.particle_size):
+        return True
+    return any(map(SwarmSampler.is_shared_otherwise, session.samplers, record["samplers"]))
 
 
 def _shape(source: Path) -> tuple[int, int]:
     """Return P and S, as any of the ranks has recorded them."""
+    record = _any_record(source)
+    return record["num_particles"], record["particle_size"]
+
+
+def _any_record(source: Path) -> RankRecord:
     path = next(iter(sorted((source / "swarm").glob("rank_*.json"))), None)
     if path is None:
         raise CheckpointError(f"{source}: holds no record of any rank; resume from another step_* folder")
-    record = parse_record(path)
-    return record["num_particles"], record["particle_size"]
+    return parse_record(path)
 
 
 class Reshaped:
@@ -98,6 +105,11 @@ class Reshaped:
             raise CheckpointError(
                 f"{source}: does not say where the parameters of its engine lie, so it cannot be brought to another "
                 "number of ranks; resume on as many as it was saved with"
+            )
+        if any(record.get("tensor_parallel", 1) > 1 for record in records) or session.engine.mp_world_size > 1:
+            raise CheckpointError(
+                f"{source}: layers are or were split over ranks (tensor_parallel.autotp_size), and are not divided "
+                "anew; resume with the particles, ranks per particle and autotp_size that it was saved with"
             )
         local_ranks = session.world.coordinator.local_ranks_on_this_node
         for record in records[local_ranks.index(layout.rank) :: len(local_ranks)]:

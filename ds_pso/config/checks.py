@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ds_pso.comm.compression import UNCOMPRESSED, is_partial
+from ds_pso.config import parallelism
 from ds_pso.config.schema import SwarmConfig, total_num_steps
 from ds_pso.errors import ConfigError
 from ds_pso.rules import Rule
@@ -60,6 +61,12 @@ class Combination:
         return None
 
     @property
+    def zero_stage(self) -> object:
+        """The stage of ZeRO that the config names; 0: none."""
+        section = self.ds_config.get("zero_optimization")
+        return section.get("stage", 0) if isinstance(section, Mapping) else 0
+
+    @property
     def narrow_masters(self) -> str | None:
         """The key by which DeepSpeed keeps masters, too, in half precision; None: it keeps them in fp32."""
         for name, key in _NARROW_MASTERS:
@@ -75,6 +82,7 @@ _NARROW_MASTERS = [
     ("bf16", "bf16_master_weights_and_grads"),
     ("bfloat16", "bf16_master_weights_and_grads"),  # the older name of the section
 ]
+_ELEMENT_BY_ELEMENT = (UNCOMPRESSED, "bf16")  # the wires that round each element by itself
 Predicate = Callable[[Combination], bool]
 
 
@@ -174,6 +182,14 @@ def averages_moments(c: Combination) -> bool:
 
 def never_syncs(c: Combination) -> bool:
     return c.swarm.never_syncs
+
+
+def divides_sequences(c: Combination) -> bool:
+    return parallelism.sequence_parallel_size(c.ds_config) > 1
+
+
+def splits_layers(c: Combination) -> bool:
+    return parallelism.tensor_parallel_size(c.ds_config) > 1
 
 
 def syncs(c: Combination) -> bool:
@@ -443,6 +459,34 @@ EXCLUSIONS: list[Exclusion] = [
         lambda c: c.swarm.fitness == "probe",
         'swarm.fitness = "probe": particles that wait for nobody are not ranked',
         'use "train", or set swarm.{swarm.sync_mode}.asynchronous to false',
+    ),
+    Exclusion(
+        divides_sequences,
+        lambda c: parallelism.MESH in c.ds_config,
+        "data_parallel_size = {config.ds_config[data_parallel_size]}: with sequence_parallel_size DeepSpeed makes a "
+        "mesh of the two, and does not reduce gradients over the ranks of a sequence, whose weights would drift apart",
+        "remove it, and give deepspeed.initialize mpu=deepspeed.runtime.sequence_parallel.parallel_state_sp",
+    ),
+    Exclusion(
+        splits_layers,
+        divides_sequences,
+        "tensor_parallel.autotp_size = {config.ds_config[tensor_parallel][autotp_size]}: the layers of a particle are "
+        "split, or its sequences, and sequence_parallel_size = {config.ds_config[sequence_parallel_size]}",
+        "remove one of them",
+    ),
+    Exclusion(
+        splits_layers,
+        lambda c: c.zero_stage == 3,
+        "tensor_parallel.autotp_size = {config.ds_config[tensor_parallel][autotp_size]}: zero_optimization.stage = 3 "
+        "would partition the parts of the layers once more",
+        "use stage 0 to 2, or remove tensor_parallel",
+    ),
+    Exclusion(
+        splits_layers,
+        lambda c: c.swarm.wire not in _ELEMENT_BY_ELEMENT,
+        'swarm.wire = "{swarm.wire}": with tensor_parallel.autotp_size some parameters are the same on several ranks, '
+        "and this wire rounds an element by what lies beside it, which is not the same",
+        'use "fp32" or "bf16"',
     ),
     Exclusion(
         syncs,

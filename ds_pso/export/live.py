@@ -24,6 +24,7 @@ from ds_pso.export import contents
 from ds_pso.session.session import Session
 from ds_pso.shards import Segment, Shards, find_shards
 from ds_pso.shards.experts import WholeParameter, replicas_of
+from ds_pso.shards.tensor_parallel import made_whole
 from ds_pso.shards.untrained import as_bytes
 from ds_pso.sync.consensus import Choice, Collected
 from ds_pso.utils.model_folder import replacing_model
@@ -115,13 +116,14 @@ def _parameters(session: Session, shards: Shards, tensors: list[Tensor]) -> Iter
         for s in pieces.get(parameter.name, []):
             values = tensors[s.shard][s.shard_start : s.shard_start + s.numel]
             full[s.param_start : s.param_start + s.numel].copy_(values)
-        if session.world.layout.particle_size > 1:
-            dist.reduce(full, 0)  # an element is zero on all ranks but its owner
-        yield parameter, full.view(shape).to(like.dtype)
+        group = session.engine.seq_data_parallel_group
+        if dist.get_world_size(group) > 1:
+            dist.reduce(full, dist.get_global_rank(group, 0), group=group)  # zero on all ranks but an element's owner
+        yield parameter, made_whole(like, full.view(shape).to(like.dtype))
 
 
 def _frozen(parameter: WholeParameter) -> Tensor:
-    """Return a parameter that is not trained, gathered if ZeRO 3 has partitioned it, or if it is of an expert."""
+    """Return a parameter that is not trained, gathered if ZeRO 3 or AutoTP has divided it, or if it is of an expert."""
     like = parameter.like
     replicas = replicas_of(like)
     if replicas is not None:
@@ -131,7 +133,7 @@ def _frozen(parameter: WholeParameter) -> Tensor:
     if hasattr(like, "ds_id"):
         with deepspeed.zero.GatheredParameters([like]):
             return like.detach().clone()
-    return like.detach()
+    return made_whole(like, like.detach())
 
 
 def _write(shards: Shards, state_dict: dict[str, Tensor], folder: Path, *, of_module: bool) -> None:

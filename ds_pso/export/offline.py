@@ -104,10 +104,16 @@ def consolidate(source: Path, which: Literal["consensus", "best"] | int = "conse
 
     Raises:
         CheckpointError: missing, damaged, of another format; or no weights are finite.
+        UnsupportedError: saved under tensor parallelism.
         ConfigError: no such particle.
     """
     first = verified_record(particle_folders(source, 0).part, 0)
     P, S = first["num_particles"], first["particle_size"]
+    if first.get("tensor_parallel", 1) > 1:
+        raise UnsupportedError(
+            f"export: {source}: saved by ranks that had a part of each layer (tensor_parallel.autotp_size), which only "
+            "the layers themselves can put together; resume it on as many ranks, and call swarm.export"
+        )
     if isinstance(which, int) and not 0 <= which < P:
         raise ConfigError(f"--particle {which}: {source} has particles 0 to {P - 1}")
     with weights_only():

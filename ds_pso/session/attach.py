@@ -7,14 +7,15 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
+from ds_pso.config import parallelism
 from ds_pso.config.schema import total_num_steps
 from ds_pso.errors import ConfigError, SwarmError, UnsupportedError
 from ds_pso.metrics import deepspeed_monitor
 from ds_pso.rules import Rule
 from ds_pso.session.progress import TrainingProgress
 from ds_pso.session.session import Session
-from ds_pso.shards import Shards, check_precision, find_shards
-from ds_pso.shards.engine import cautions
+from ds_pso.shards import Engine, Shards, check_precision, find_shards
+from ds_pso.shards.engine import cautions, ranks_per_sample
 from ds_pso.sync.assessment import Probe
 from ds_pso.sync.expert_load import ExpertLoad
 from ds_pso.sync.health import Limits
@@ -58,6 +59,28 @@ def take_filled_in(session: Session, config: object) -> None:
                 "which each has a folder of its own, and not the file itself"
             )
     session.ds_config = {key: value for key, value in config.items() if key != "swarm"}
+
+
+def check_samples(session: Session, engine: Engine) -> None:
+    """Check that the engine has the groups of ranks for which the data were shared out.
+
+    Raises:
+        ConfigError: it has not, so that ranks of a group would see different samples, or ranks of two the same.
+    """
+    wanted, found = parallelism.sequence_parallel_size(session.ds_config), engine.sequence_parallel_size
+    if wanted > 1 and found != wanted:
+        raise ConfigError(
+            f"{parallelism.SEQUENCE} = {wanted}: the engine divides sequences over {found} ranks; give "
+            "deepspeed.initialize mpu=deepspeed.runtime.sequence_parallel.parallel_state_sp, after its "
+            f"initialize_sequence_parallel({wanted}), or remove the key"
+        )
+    ranks = session.world.layout.world_size // ranks_per_sample(engine)
+    for sampler in session.samplers:
+        if sampler.num_ranks != ranks:
+            raise ConfigError(
+                f"swarm.sampler was made for {sampler.num_ranks} ranks with samples of their own, and the engine has "
+                f'{ranks}; write "{parallelism.SEQUENCE}": {found} into the config, or call it after swarm.attach'
+            )
 
 
 def build_synchronizer(session: Session, engine: Any, probe: Probe | None) -> Synchronizer | None:

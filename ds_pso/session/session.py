@@ -9,13 +9,16 @@ from typing import Any
 
 from ds_pso.comm.compression import UNCOMPRESSED
 from ds_pso.comm.exchange import Exchange
+from ds_pso.config import parallelism
 from ds_pso.config.schema import SwarmConfig
 from ds_pso.distributed.world import World
 from ds_pso.errors import SwarmError
 from ds_pso.metrics.log import MetricsLog, versions
 from ds_pso.metrics.records import SyncRecord
 from ds_pso.sampler import SwarmSampler
+from ds_pso.shards.engine import ranks_per_sample
 from ds_pso.shards.experts import whole_parameters
+from ds_pso.shards.tensor_parallel import is_split
 from ds_pso.sync.fitness import FitnessWindow
 from ds_pso.sync.synchronizer import Synchronizer
 from ds_pso.utils.background_task import Writer
@@ -93,6 +96,25 @@ class Session:
         return self.world.layout.particle
 
     @property
+    def ranks_per_sample(self) -> int:
+        """The number of ranks of a particle that compute on the same samples together: more than 1 under sequence and
+        tensor parallelism. Of the engine, or before there is one of the config.
+        """
+        if self.attached_engine is None:
+            return parallelism.ranks_per_sample(self.ds_config)
+        return ranks_per_sample(self.attached_engine)
+
+    @property
+    def data_rank(self) -> int:
+        """The number of the part of the data that this rank trains on, of ``num_data_ranks``."""
+        return self.world.layout.rank // self.ranks_per_sample
+
+    @property
+    def num_data_ranks(self) -> int:
+        """The number of parts into which the data are divided, over all particles."""
+        return self.world.layout.world_size // self.ranks_per_sample
+
+    @property
     def is_leader(self) -> bool:
         """True on the rank that prints and logs."""
         return self.world.is_leader
@@ -139,7 +161,6 @@ class Session:
 
     def start_record(self) -> dict[str, Any]:
         """Return what a report must know of the run; JSON values."""
-        trained = [p.like for p in whole_parameters(self.engine.module) if p.like.requires_grad]
         return {
             "description": self.describe(),
             "particles": self.num_particles,
@@ -148,7 +169,15 @@ class Session:
             "sync_points": self.has_sync_points,
             "total_steps": self.config.training_steps(self.ds_config),
             "zero_stage": self.engine.zero_optimization_stage(),
-            "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in trained),
+            "parameters": self._num_trained(),
             "swarm": self.config.resolved(),
             "versions": versions(),
         }
+
+    def _num_trained(self) -> int:
+        """Count the elements of all trained parameters of the model; called on all ranks."""
+        trained = [p.like for p in whole_parameters(self.engine.module) if p.like.requires_grad]
+        local = sum(getattr(p, "ds_numel", p.numel()) for p in trained if not is_split(p))
+        parts = float(sum(p.numel() for p in trained if is_split(p)))
+        group = self.world.local.gather([parts])[: self.engine.mp_world_size]  # the ranks of one group
+        return int(local + sum(row[0] for row in group))

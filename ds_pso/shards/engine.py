@@ -53,9 +53,11 @@ class Engine(Protocol):
     device: torch.device
     global_steps: int
     global_samples: int
-    data_parallel_group: dist.ProcessGroup
-    dp_world_size: int
+    seq_data_parallel_group: dist.ProcessGroup  # over which ZeRO divides the optimizer, and gradients are reduced
     seq_dp_world_size: int
+    sequence_parallel_size: int
+    mp_world_size: int  # of a group with tensor parallelism
+    has_moe_layers: bool
     zenflow: object
 
     # Attributes rather than methods: they are replaced on one engine.
@@ -69,6 +71,8 @@ class Engine(Protocol):
     def zero_optimization_stage(self) -> int: ...
     def zero_elastic_checkpoint(self) -> bool: ...
     def is_deepcompile_enabled(self) -> bool: ...
+    def autotp_size(self) -> int: ...
+    def get_sequence_parallel_group(self) -> dist.ProcessGroup: ...
     def gradient_accumulation_steps(self) -> int: ...
     def gradient_clipping(self) -> float: ...
     def train_batch_size(self) -> int: ...
@@ -94,11 +98,7 @@ def why_unsupported(engine: Engine) -> str | None:
             "AutoEP makes one tensor of a rank's experts, of which other ranks hold the rest under the same name; set "
             "expert_parallel.enabled to false, or build the model with deepspeed.moe.layer.MoE",
         ),
-        (
-            engine.dp_world_size != dist.get_world_size(),
-            f"its data-parallel world has {engine.dp_world_size} of the particle's {dist.get_world_size()} ranks "
-            "(tensor, sequence or pipeline parallelism); use data parallelism alone inside a particle",
-        ),
+        *_parallelism_checks(engine),
         ("nvme" in devices, 'its shards are on NVMe; set offload_optimizer.device and offload_param.device to "cpu"'),
         (
             getattr(offload_optimizer, "ratio", 1.0) != 1.0,
@@ -125,6 +125,59 @@ def why_unsupported(engine: Engine) -> str | None:
     return next((reason for wrong, reason in checks if wrong), None) or why_not_whole(
         engine.module, engine.zero_optimization_stage()
     )
+
+
+def _parallelism_checks(engine: Engine) -> list[tuple[bool, str]]:
+    """Return what is wrong with the groups of ranks that share their samples, as in ``why_unsupported``."""
+    size, ranks = dist.get_world_size(), dist.get_process_group_ranks(engine.seq_data_parallel_group)
+    sequence, tensor = engine.sequence_parallel_size, engine.mp_world_size
+    return [
+        (
+            sequence > 1 and len(ranks) != size,
+            "its gradients are reduced over one rank of each sequence (mesh_param, or data_parallel_size in the "
+            "config), so that the others' weights drift away; give deepspeed.initialize "
+            "mpu=deepspeed.runtime.sequence_parallel.parallel_state_sp instead",
+        ),
+        (
+            sequence > 1 and not _are_neighbours(engine.get_sequence_parallel_group()),
+            "the ranks that have the parts of a sequence are not neighbours; give deepspeed.initialize an mpu in which "
+            "they are, as in deepspeed.runtime.sequence_parallel.parallel_state_sp",
+        ),
+        (
+            tensor > 1 and engine.autotp_size() != tensor,
+            f"its layers are split over {tensor} ranks by an mpu of its own, and nobody else knows how; use "
+            "tensor_parallel.autotp_size instead",
+        ),
+        (
+            tensor > 1 and sequence > 1,
+            "its layers and its sequences are split over ranks; remove tensor_parallel or sequence_parallel_size",
+        ),
+        (
+            sequence * tensor > 1 and engine.has_moe_layers,
+            "it has mixture-of-experts layers, and its layers or sequences are split over ranks, which has not been "
+            "tried together; remove tensor_parallel or sequence_parallel_size",
+        ),
+        (
+            tensor > 1 and engine.zero_optimization_stage() == 3,
+            "its layers are split over ranks (tensor_parallel.autotp_size) and partitioned by ZeRO 3; use ZeRO 0 to 2",
+        ),
+        (
+            len(ranks) != size // tensor,
+            f"its gradients are reduced over {len(ranks)} of the particle's {size} ranks (an mpu of its own); use "
+            "sequence_parallel_size, tensor_parallel.autotp_size, or data parallelism alone inside a particle",
+        ),
+    ]
+
+
+def _are_neighbours(group: dist.ProcessGroup) -> bool:
+    """Return true if a group of n ranks begins at a multiple of n, and has no gaps: so data are shared out."""
+    ranks = dist.get_process_group_ranks(group)
+    return ranks[0] % len(ranks) == 0 and ranks == list(range(ranks[0], ranks[0] + len(ranks)))
+
+
+def ranks_per_sample(engine: Engine) -> int:
+    """Return the number of ranks of a particle that compute on the same samples together."""
+    return engine.sequence_parallel_size * engine.mp_world_size
 
 
 def cautions(engine: Engine) -> list[str]:

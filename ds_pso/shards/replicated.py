@@ -35,7 +35,7 @@ class ReplicatedShards(Shards):
     """Equal parts of whole masters. A subclass names these, the parameters that lie in them, and how they are cast."""
 
     def __init__(self, engine: Engine) -> None:
-        self._particle = engine.data_parallel_group
+        self._particle = engine.seq_data_parallel_group
         super().__init__(engine)
 
     @functools.cached_property

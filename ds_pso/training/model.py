@@ -134,8 +134,8 @@ class HeldOut:
     """
 
     def __init__(self, swarm: Swarm, blocks: Blocks, batch_size: int, device: torch.device, num_batches: int = 4):
-        layout = swarm.world.layout
-        one = batch_size * layout.particle_size
+        self._parts = swarm.world.layout.particle_size // swarm.ranks_per_sample
+        one = batch_size * self._parts
         probe = range(min(one * num_batches, max(1, len(blocks) // 4)))
         wanted = one * num_batches
         evaluation = range(len(probe), min(len(probe) + wanted, len(blocks))) or probe  # a single block serves both
@@ -147,9 +147,9 @@ class HeldOut:
         self._probes = [self._share(probe[start : start + one]) for start in whole]
 
     def _share(self, indices: range) -> list[int]:
-        layout = self._swarm.world.layout
-        each = len(indices) // layout.particle_size
-        return list(indices[layout.shard_rank :: layout.particle_size][:each]) if each else list(indices)
+        part = self._swarm.world.layout.shard_rank // self._swarm.ranks_per_sample
+        each = len(indices) // self._parts
+        return list(indices[part :: self._parts][:each]) if each else list(indices)
 
     @torch.no_grad()
     def _loss(self, model: CausalModel, indices: list[int]) -> float:

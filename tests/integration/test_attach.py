@@ -209,7 +209,7 @@ REFUSED: dict[str, tuple[Case, Callable[[Any], None], str]] = {
         lambda engine: setattr(engine._config, "expert_parallel_config", SimpleNamespace(enabled=True)),
         "AutoEP makes one tensor of a rank's experts",
     ),
-    "tensor parallel": (Case(), pretend_engine("dp_world_size", 1), "data-parallel world has 1"),
+    "another mpu": (Case(), pretend_engine("mp_world_size", 2), "by an mpu of its own"),
     "fp16 masters": (
         Case(),
         lambda engine: setattr(engine.optimizer, "master_weights_and_grads_dtype", torch.float16),
