@@ -35,7 +35,9 @@ from ds_pso.session.data_watch import shard_training_data
 from ds_pso.session.ending import warn_at_end
 from ds_pso.session.engine_hooks import EngineHooks
 from ds_pso.session.expert_search import ExpertSearch, search
+from ds_pso.session.pipeline_hooks import PipelineHooks, check_samplers
 from ds_pso.session.session import Session
+from ds_pso.shards.engine import is_pipeline
 from ds_pso.sync.assessment import Probe
 from ds_pso.sync.parts import SyncTotals
 from ds_pso.utils.folder_lock import FolderLock, lock_folder
@@ -160,7 +162,7 @@ class Swarm:
 
     def __init__(self, ds_config: dict[str, Any], config: SwarmConfig, world: World, run_dir: Path | None) -> None:
         self.session = Session.of(ds_config, config, world, run_dir)
-        self._hooks: EngineHooks | None = None
+        self._hooks: EngineHooks | PipelineHooks | None = None
         self._preemption: Preemption | None = None  # None: ``should_stop`` was never called
         self._last_words = weakref.finalize(self, warn_at_end, self.session)  # also if nobody closes it
 
@@ -256,6 +258,8 @@ class Swarm:
     def attach(self, engine: Any, probe: Probe | None = None) -> Any:
         """Let ``engine.step()`` sync with the other particles at sync points, or act alone if there are no others.
 
+        Of a pipeline engine, which has no such call, ``engine.train_batch()``.
+
         Copies the weights of particle 0 to all others, so that all start alike.
 
         Args:
@@ -277,6 +281,7 @@ class Swarm:
         if self._hooks is not None:
             raise SwarmError("swarm.attach was called twice; one swarm trains one engine", agreed=True)
         check_engine(engine)
+        check_samplers(session, engine)
         take_filled_in(session, engine.config)
         check_samples(session, engine)
         synchronizer = build_synchronizer(session, engine, probe)
@@ -285,7 +290,7 @@ class Swarm:
         session.synchronizer, session.attached_engine = synchronizer, engine
         shard_training_data(session, engine, self.sampler)
         session.callbacks[:0] = own_callbacks(session)
-        self._hooks = EngineHooks(session, engine)
+        self._hooks = PipelineHooks(session, engine) if is_pipeline(engine) else EngineHooks(session, engine)
         if synchronizer is not None:
             EngineCheckpoints(session, engine)
         if self.world.membership.has_newer_state:
@@ -371,7 +376,8 @@ class Swarm:
         """Sampler of this rank's part of ``dataset``, over all P x S ranks. Make one for the training data only.
 
         Ranks that compute on the same samples together get the same part: those of a sequence, if the config has
-        ``sequence_parallel_size``, and those of a layer, if it has ``tensor_parallel.autotp_size``.
+        ``sequence_parallel_size``, and those of a layer, if it has ``tensor_parallel.autotp_size``. The stages of
+        a pipeline do so, too, if the sampler is made after ``attach``.
 
         Args:
             dataset: anything with a length.

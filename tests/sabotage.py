@@ -67,6 +67,53 @@ def publish_without_prologue() -> None:
     Zero3Shards.publish = publish
 
 
+@sabotage("integration/test_publish.py")
+def keep_secondary_copies() -> None:
+    """At hpZ the next forward pass finds copies of the weights from before the sync."""
+    from ds_pso.shards.zero3 import Zero3Shards
+
+    real = Zero3Shards.publish
+
+    def publish(self: Any) -> None:
+        self.optimizer.invalidate_secondary_tensor = do_nothing
+        real(self)
+        del self.optimizer.invalidate_secondary_tensor
+
+    Zero3Shards.publish = publish
+
+
+@sabotage("integration/test_publish.py")
+def store_no_copies() -> None:
+    """Masters in half precision stay as they were before the sync."""
+    from ds_pso.shards.fp32_copies import Fp32Copies
+
+    Fp32Copies.store = do_nothing
+
+
+@sabotage("integration/test_publish.py")
+def keep_copies_for_ever() -> None:
+    """The fp32 copies of masters in half precision outlive the next step."""
+    from ds_pso.shards.fp32_copies import Fp32Copies
+
+    Fp32Copies.drop = do_nothing
+
+
+@sabotage("integration/test_pipeline.py")
+def leave_tied_weights_apart() -> None:
+    """The copies of a tied weight in several stages are synced each by itself."""
+    from ds_pso.shards.tied import TiedWeights
+
+    TiedWeights.equalise = do_nothing
+
+
+@sabotage("integration/test_pipeline.py")
+def give_each_stage_its_own_data() -> None:
+    """The sampler splits the data over the stages of a pipeline, too."""
+    from ds_pso import swarm
+
+    swarm.data_parallel_place = lambda session: (session.world.layout.rank, session.world.layout.world_size)
+
+
 @sabotage("integration/test_padding.py")
 def forget_padding() -> None:
     from ds_pso.shards.base import Shards

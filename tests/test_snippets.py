@@ -227,6 +227,25 @@ def test_the_script_of_the_quick_start_before(pool: Pool, tmp_path: Path) -> Non
     assert all("particles" not in line for line in pool.run(execute, *quick_start("-"), tmp_path, world_size=2))
 
 
+PIPELINE_SCRIPT = """
+import torch
+from deepspeed.pipe import LayerSpec
+from safetensors.torch import load_file
+from torch.utils.data import TensorDataset
+dataset = TensorDataset(torch.randn(64, 3), torch.randn(64, 1))
+layers, loss_fn, steps = [LayerSpec(torch.nn.Linear, 3, 4), LayerSpec(torch.nn.Linear, 4, 1)], torch.nn.MSELoss(), 3
+{}
+print(loss.shape, sorted(load_file("model/model.safetensors")) if swarm.is_leader else None)
+"""
+
+
+def test_the_pipeline_of_the_zero_page(pool: Pool, tmp_path: Path) -> None:
+    script = PIPELINE_SCRIPT.format(fragment("docs/zero.md", "PipelineModule"))
+    printed = pool.run(execute, script, completed({"swarm": {"particles": 2, "sync_interval": 2}}), tmp_path)
+    said = [line.splitlines()[-1] for line in printed]
+    assert said == ["torch.Size([]) ['0.bias', '0.weight', '1.bias', '1.weight']"] + ["torch.Size([]) None"] * 3
+
+
 # -- commands -------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from ds_pso.checkpoint.recovery import newest_whole
 from ds_pso.checkpoint.reshard import Reshaped, is_of_another_shape
 from ds_pso.errors import CheckpointError
 from ds_pso.session.session import Session
+from ds_pso.shards.engine import tensor_parallel_size
 
 log = logging.getLogger(__name__)
 
@@ -174,10 +175,10 @@ def _check_fits(record: RankRecord, session: Session, source: Path, or_reshape: 
                 "or start without resuming"
             )
     split = record.get("tensor_parallel", 1)
-    if split != session.engine.mp_world_size:
+    if split != tensor_parallel_size(session.engine):
         raise CheckpointError(
             f"{source}: saved with tensor_parallel.autotp_size {split}, and this run has "
-            f"{session.engine.mp_world_size}; set it to that, or start without resuming"
+            f"{tensor_parallel_size(session.engine)}; set it to that, or start without resuming"
         )
     if len(record["samplers"]) != len(session.samplers):
         raise CheckpointError(

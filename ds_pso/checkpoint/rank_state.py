@@ -16,6 +16,7 @@ from ds_pso.checkpoint.format import FORMAT, Identity, RankRecord, ShardRecord
 from ds_pso.errors import SwarmError
 from ds_pso.session.session import Session
 from ds_pso.shards import find_shards
+from ds_pso.shards.engine import tensor_parallel_size
 from ds_pso.utils.wrappers import without_wrapper_parts
 
 
@@ -93,7 +94,7 @@ def taken(session: Session) -> tuple[RankRecord, dict[str, Tensor]]:
         "window": session.window.state(),
         "synchronizer": session.synchronizer.state_dict() if session.synchronizer else None,
         "samplers": [sampler.state_dict() for sampler in session.samplers],
-        "tensor_parallel": session.engine.mp_world_size,
+        "tensor_parallel": tensor_parallel_size(session.engine),
         "random": {
             "python": random.getstate(),
             "numpy": [numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]],

@@ -82,8 +82,16 @@ class SavedParticle:
         Args:
             records: of its ranks. Their files must have been checked: what is unpickled is trusted to be what was
                 written.
+
+        Raises:
+            CheckpointError: a file is missing, or a pipeline engine has saved its layers one by one.
         """
         folders, size, stage = particle_folders(source, number), len(records), records[0]["zero_stage"]
+        if any(folders.deepspeed.glob("layer_*-model_states.pt")):
+            raise CheckpointError(
+                f"{folders.deepspeed}: holds the layers of a pipeline engine, which only such an engine reads; resume "
+                "with as many particles, ranks and stages as it was saved with, and use swarm.export"
+            )
         pieces: dict[str, list[SavedPiece]] = {}
         for rank, record in enumerate(records):
             assert record["shards"] is not None

@@ -31,6 +31,7 @@ from ds_pso.errors import CheckpointError
 from ds_pso.sampler import SwarmSampler
 from ds_pso.session.session import Session
 from ds_pso.shards import Segment, Shards, find_shards
+from ds_pso.shards.engine import tensor_parallel_size
 from ds_pso.shards.fragments import ModelFragment, cut_model, part_of, trained_numels
 from ds_pso.sync.fitness import NO_LOSSES, WindowState
 
@@ -106,7 +107,7 @@ class Reshaped:
                 f"{source}: does not say where the parameters of its engine lie, so it cannot be brought to another "
                 "number of ranks; resume on as many as it was saved with"
             )
-        if any(record.get("tensor_parallel", 1) > 1 for record in records) or session.engine.mp_world_size > 1:
+        if any(record.get("tensor_parallel", 1) > 1 for record in records) or tensor_parallel_size(session.engine) > 1:
             raise CheckpointError(
                 f"{source}: layers are or were split over ranks (tensor_parallel.autotp_size), and are not divided "
                 "anew; resume with the particles, ranks per particle and autotp_size that it was saved with"

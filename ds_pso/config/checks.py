@@ -66,22 +66,8 @@ class Combination:
         section = self.ds_config.get("zero_optimization")
         return section.get("stage", 0) if isinstance(section, Mapping) else 0
 
-    @property
-    def narrow_masters(self) -> str | None:
-        """The key by which DeepSpeed keeps masters, too, in half precision; None: it keeps them in fp32."""
-        for name, key in _NARROW_MASTERS:
-            section = self.ds_config.get(name)
-            if isinstance(section, Mapping) and section.get(key):
-                return f"{name}.{key}"
-        return None
-
 
 _BATCH_DEFAULTS = {"gradient_accumulation_steps": 1}  # of DeepSpeed
-_NARROW_MASTERS = [
-    ("fp16", "fp16_master_weights_and_grads"),
-    ("bf16", "bf16_master_weights_and_grads"),
-    ("bfloat16", "bf16_master_weights_and_grads"),  # the older name of the section
-]
 _ELEMENT_BY_ELEMENT = (UNCOMPRESSED, "bf16")  # the wires that round each element by itself
 Predicate = Callable[[Combination], bool]
 
@@ -190,12 +176,6 @@ def divides_sequences(c: Combination) -> bool:
 
 def splits_layers(c: Combination) -> bool:
     return parallelism.tensor_parallel_size(c.ds_config) > 1
-
-
-def syncs(c: Combination) -> bool:
-    if c.swarm.particles == "node":
-        return False  # how many these are is seen at attach
-    return c.swarm.has_sync_points(c.swarm.particles)
 
 
 # -- the table, in the order in which rows are tried ------------------------------------------
@@ -487,12 +467,6 @@ EXCLUSIONS: list[Exclusion] = [
         'swarm.wire = "{swarm.wire}": with tensor_parallel.autotp_size some parameters are the same on several ranks, '
         "and this wire rounds an element by what lies beside it, which is not the same",
         'use "fp32" or "bf16"',
-    ),
-    Exclusion(
-        syncs,
-        lambda c: c.narrow_masters is not None,
-        "{config.narrow_masters} = true: the master weights are not fp32, and sync points need that",
-        "remove it",
     ),
 ]
 

@@ -21,8 +21,10 @@ from torch import Tensor
 from ds_pso.distributed.local_group import local_device
 from ds_pso.errors import ConfigError
 from ds_pso.export import contents
+from ds_pso.export.stages import gather_stages, write_stages
 from ds_pso.session.session import Session
 from ds_pso.shards import Segment, Shards, find_shards
+from ds_pso.shards.engine import num_stages
 from ds_pso.shards.experts import WholeParameter, replicas_of
 from ds_pso.shards.tensor_parallel import made_whole
 from ds_pso.shards.untrained import as_bytes
@@ -69,7 +71,10 @@ def export(session: Session, folder: Path, which: Choice = "consensus", tokenize
     with session.world.coordinator.agree("exporting the model"):
         if session.is_leader:
             with replacing_model(folder) as temporary:
-                _write(shards, state_dict, temporary, of_module=of_module)
+                if num_stages(session.engine) > 1:
+                    write_stages(state_dict, temporary)
+                else:
+                    _write(shards, state_dict, temporary, of_module=of_module)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(temporary)
             log.info("%s: exported the %s model in %.1f s", folder, which, time.perf_counter() - begin)
@@ -77,13 +82,14 @@ def export(session: Session, folder: Path, which: Choice = "consensus", tokenize
 
 
 def _state_dict(session: Session, shards: Shards, model: Collected) -> dict[str, Tensor]:
-    """Return the whole model in its working dtype on the leader, under names without wrappers; elsewhere nothing."""
+    """Return the whole model in its working dtype on the leader, under names without wrappers; elsewhere a part."""
     module = shards.module
     state_dict: dict[str, Tensor] = {}
+    collects = _collects(session)
     for parameter, tensor in _parameters(session, shards, model.tensors):
-        if session.is_leader:
+        if collects:
             state_dict[_plain(module, parameter)] = tensor.cpu()
-    if not session.is_leader:
+    if not collects:
         return state_dict
     for (name, buffer), values in zip(shards.buffers(), model.buffers, strict=True):
         state_dict[plain_name(module, name)] = values.view(buffer.shape).cpu()
@@ -91,7 +97,15 @@ def _state_dict(session: Session, shards: Shards, model: Collected) -> dict[str,
     counters = [(name, buffer) for name, buffer in shards.persistent_buffers() if name not in averaged]
     for (name, buffer), values in zip(counters, model.counters, strict=True):
         state_dict[plain_name(module, name)] = values.view(buffer.dtype).view(buffer.shape).cpu()
-    return state_dict
+    return state_dict if num_stages(session.engine) == 1 else gather_stages(session.engine, state_dict)
+
+
+def _collects(session: Session) -> bool:
+    """Return true on the leader, and on the first rank of each stage of its particle's pipeline."""
+    if num_stages(session.engine) == 1:
+        return session.is_leader
+    with_leader = any(row[0] for row in session.world.local.gather([float(session.is_leader)]))
+    return with_leader and session.engine.mpu.get_data_parallel_rank() == 0
 
 
 def _plain(module: torch.nn.Module, parameter: WholeParameter) -> str:
@@ -101,7 +115,7 @@ def _plain(module: torch.nn.Module, parameter: WholeParameter) -> str:
 
 
 def _parameters(session: Session, shards: Shards, tensors: list[Tensor]) -> Iterator[tuple[WholeParameter, Tensor]]:
-    """Yield full parameters, one at a time; their values are right on rank 0 of each particle."""
+    """Yield full parameters, one at a time; their values are right on the first data-parallel rank of each stage."""
     pieces: dict[str, list[Segment]] = {}
     for segment in shards.segments:
         pieces.setdefault(segment.name, []).append(segment)

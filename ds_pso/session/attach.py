@@ -15,7 +15,7 @@ from ds_pso.rules import Rule
 from ds_pso.session.progress import TrainingProgress
 from ds_pso.session.session import Session
 from ds_pso.shards import Engine, Shards, check_precision, find_shards
-from ds_pso.shards.engine import cautions, ranks_per_sample
+from ds_pso.shards.engine import cautions, num_stages, ranks_per_sample
 from ds_pso.sync.assessment import Probe
 from ds_pso.sync.expert_load import ExpertLoad
 from ds_pso.sync.health import Limits
@@ -98,6 +98,11 @@ def build_synchronizer(session: Session, engine: Any, probe: Probe | None) -> Sy
     _check(session, rule, schedule, probe)
     _check_batch(session, engine)
     with session.world.coordinator.agree("attaching the engine"):
+        if rule.keeps_lengths_from is not None and num_stages(engine) > 1:
+            raise UnsupportedError(
+                f'swarm.{config.sync_mode}.merge = "rda": all ranks of a particle must hold a part of every matrix, '
+                'and the stages of a pipeline hold their own; use "mean"'
+            )
         shards: Shards = find_shards(engine)
         check_precision(shards)
     _check_experts(session, shards)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DistributedSampler
 
@@ -22,14 +22,17 @@ class DataWatch:
 
     The first batches are hashed, for the particles to compare at their first sync. Rows are counted while a sampler
     counts batches, so that it can say when the two do not fit.
+
+    Args:
+        watched: the module that is given the batches: the engine, or the model of a pipeline engine.
     """
 
-    def __init__(self, session: Session, engine: Any) -> None:
+    def __init__(self, session: Session, engine: Any, watched: nn.Module) -> None:
         self._session = session
         self._engine = engine
         self._hash = hashlib.blake2b(digest_size=6)  # 48 bits, which a float64 holds exactly
         self._batches = 0
-        engine.register_forward_pre_hook(self._saw, with_kwargs=True)
+        watched.register_forward_pre_hook(self._saw, with_kwargs=True)
 
     def _saw(self, module: object, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
         if not (torch.is_grad_enabled() and self._engine.module.training):
@@ -69,6 +72,7 @@ def shard_training_data(session: Session, engine: Any, make_sampler: Any) -> Non
         make_sampler: ``Swarm.sampler``.
     """
     loader = getattr(engine, "training_dataloader", None)
+    loader = getattr(loader, "loader", loader)  # a pipeline engine repeats it
     if loader is None or session.num_particles == 1 or type(loader.data_sampler) is not DistributedSampler:
         return
     given = loader.data_sampler

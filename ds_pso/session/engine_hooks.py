@@ -19,7 +19,7 @@ class EngineHooks:
         self._engine = engine
         self._backwards = 0  # since the last optimizer step
         self._divided: list[Tensor] = []  # losses since then, each divided by the number of all of them
-        DataWatch(session, engine)
+        DataWatch(session, engine, engine)
         self._backward, self._step = engine.backward, engine.step
         engine.backward, engine.step = self.backward, self.step
 
@@ -54,7 +54,5 @@ class EngineHooks:
             session.window.add(loss * self._backwards)
         self._divided.clear()
         self._backwards = 0
-        session.window.steps += 1
-        if session.synchronizer is not None:
-            session.synchronizer.after_step(session.window, engine.global_steps, session.sync_has_ended)
+        session.step_has_ended()
         return result

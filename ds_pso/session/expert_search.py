@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from ds_pso.comm.exchange import fill
-from ds_pso.errors import ConfigError, SwarmError
+from ds_pso.errors import ConfigError, SwarmError, UnsupportedError
 from ds_pso.search.evaluator import Evaluator, score_references
 from ds_pso.search.record import NAME, Evaluation, Record
 from ds_pso.search.registry import make_options, make_searcher
 from ds_pso.search.result import SearchResult, conclude
 from ds_pso.search.space import BlockKind, Coefficients, Space, find_blocks
 from ds_pso.session.session import Session
+from ds_pso.shards.engine import num_stages
 from ds_pso.sync.buffers import average
 from ds_pso.sync.parts import SyncParts
 
@@ -152,6 +153,12 @@ def _parts_of(session: Session) -> SyncParts:
     session.engine  # noqa: B018 (raises without one)
     if session.synchronizer is None or session.num_particles == 1:
         raise ConfigError("swarm.search: there is one particle, and nothing to combine; set swarm.particles")
+    if num_stages(session.engine) > 1:
+        raise UnsupportedError(
+            "swarm.search: the stages of a pipeline hold layers of their own, and do not agree on the blocks of the "
+            "model; export the particles, and use ds-pso search",
+            agreed=True,
+        )
     parts = session.synchronizer.parts
     if len(parts.membership.reachable()) < session.num_particles:
         raise ConfigError(

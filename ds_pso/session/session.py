@@ -16,7 +16,7 @@ from ds_pso.errors import SwarmError
 from ds_pso.metrics.log import MetricsLog, versions
 from ds_pso.metrics.records import SyncRecord
 from ds_pso.sampler import SwarmSampler
-from ds_pso.shards.engine import ranks_per_sample
+from ds_pso.shards.engine import is_pipeline, num_stages, ranks_per_sample, tensor_parallel_size
 from ds_pso.shards.experts import whole_parameters
 from ds_pso.shards.tensor_parallel import is_split
 from ds_pso.sync.fitness import FitnessWindow
@@ -97,8 +97,8 @@ class Session:
 
     @property
     def ranks_per_sample(self) -> int:
-        """The number of ranks of a particle that compute on the same samples together: more than 1 under sequence and
-        tensor parallelism. Of the engine, or before there is one of the config.
+        """The number of ranks of a particle that compute on the same samples together: more than 1 under sequence,
+        tensor and pipeline parallelism. Of the engine, or before there is one of the config.
         """
         if self.attached_engine is None:
             return parallelism.ranks_per_sample(self.ds_config)
@@ -107,7 +107,10 @@ class Session:
     @property
     def data_rank(self) -> int:
         """The number of the part of the data that this rank trains on, of ``num_data_ranks``."""
-        return self.world.layout.rank // self.ranks_per_sample
+        layout, engine = self.world.layout, self.attached_engine
+        if engine is not None and is_pipeline(engine):  # whose stages are not neighbours
+            return layout.particle * int(engine.dp_world_size) + int(engine.mpu.get_data_parallel_rank())
+        return layout.rank // self.ranks_per_sample
 
     @property
     def num_data_ranks(self) -> int:
@@ -133,6 +136,12 @@ class Session:
     def log(self, event: str, **values: Any) -> None:
         """Append a record to ``metrics.jsonl`` (the leader's; other ranks' are dropped)."""
         self.metrics.write(event, self.step, values)
+
+    def step_has_ended(self) -> None:
+        """Count an optimizer step, and sync if it is due. Called alike on all ranks."""
+        self.window.steps += 1
+        if self.synchronizer is not None:
+            self.synchronizer.after_step(self.window, self.step, self.sync_has_ended)
 
     def sync_has_ended(self, record: SyncRecord) -> None:
         """Remember the record, and call the callbacks."""
@@ -160,7 +169,7 @@ class Session:
         return f"{particles} x {ranks}, {self.config.sync_mode} {when}"
 
     def start_record(self) -> dict[str, Any]:
-        """Return what a report must know of the run; JSON values."""
+        """Return what a report must know of the run; JSON values. Called on all ranks."""
         return {
             "description": self.describe(),
             "particles": self.num_particles,
@@ -176,8 +185,11 @@ class Session:
 
     def _num_trained(self) -> int:
         """Count the elements of all trained parameters of the model; called on all ranks."""
-        trained = [p.like for p in whole_parameters(self.engine.module) if p.like.requires_grad]
-        local = sum(getattr(p, "ds_numel", p.numel()) for p in trained if not is_split(p))
-        parts = float(sum(p.numel() for p in trained if is_split(p)))
-        group = self.world.local.gather([parts])[: self.engine.mp_world_size]  # the ranks of one group
-        return int(local + sum(row[0] for row in group))
+        engine = self.engine
+        trained = [p.like for p in whole_parameters(engine.module) if p.like.requires_grad]
+        whole = sum(getattr(p, "ds_numel", p.numel()) for p in trained if not is_split(p))
+        parts = sum(p.numel() for p in trained if is_split(p))
+        rows = self.world.local.gather([float(whole), float(parts)])
+        if num_stages(engine) > 1:  # of which each stage has some
+            return round(sum(row[0] for row in rows) * num_stages(engine) / len(rows))
+        return int(whole + sum(row[1] for row in rows[: tensor_parallel_size(engine)]))  # the ranks of one group

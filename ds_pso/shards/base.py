@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from torch import Tensor
 from ds_pso.errors import SwarmError
 from ds_pso.shards.engine import Engine
 from ds_pso.shards.experts import whole_parameters
+from ds_pso.shards.fp32_copies import HALF, Fp32Copies
 from ds_pso.shards.optimizer_state import OptimizerState
+from ds_pso.shards.tied import TiedWeights
 from ds_pso.shards.untrained import Frozen, is_averaged, look_at
 from ds_pso.utils.chunks import in_chunks
 
@@ -77,9 +80,9 @@ def equal_parts(numels: Sequence[int], parts: int) -> list[list[tuple[int, int, 
 class Shards(ABC):
     """The fp32 master weights that this rank owns: about 1/S of the model, flat, live.
 
-    Writing to ``tensors`` changes the optimizer's own memory; ``publish`` then brings the
-    working weights of the whole particle in line. Call it on all ranks of the particle, outside
-    forward and backward.
+    Writing to ``tensors`` changes the optimizer's own memory, or fp32 copies of it where the masters are in half
+    precision; ``publish`` then brings masters and working weights of the whole particle in line. Call it on all ranks
+    of the particle, outside forward and backward.
 
     Attributes:
         whole: the parameters of the particle's model, of which some may lie on other ranks.
@@ -93,10 +96,14 @@ class Shards(ABC):
         self.module = engine.module
         self.whole = whole_parameters(self.module)
         self._names = {id(parameter.like): parameter.name for parameter in self.whole if parameter.is_here}
+        self._copies = Fp32Copies()
+        if any(master.dtype in HALF for master in self._masters()):
+            self._drop_copies_at_a_step()
         self.segments = self._find_segments()
         self.padding = _gaps(self.segments, [t.numel() for t in self.tensors])
         trained = self.trained_names()
         trained_here = {name for name, p in self.module.named_parameters() if self._names[id(p)] in trained}
+        self._tied = TiedWeights(engine, self.name_of, trained)
         self.frozen = Frozen(self.module, trained_here, self.persistent_buffers)
         self._state = OptimizerState(self.optimizer, has_stepped=engine.global_steps > 0)
         self._has_frozen = bool(self.frozen.compared())
@@ -104,14 +111,19 @@ class Shards(ABC):
         self._lr_factor = 1.0
         self._lr_hooked = False
 
+    def _drop_copies_at_a_step(self) -> None:
+        copies = self._copies
+        handle = self.engine.basic_optimizer.register_step_pre_hook(lambda *_: copies.drop())
+        weakref.finalize(self, handle.remove)
+
     @abstractmethod
     def _masters(self) -> Sequence[Tensor]:
-        """Return the optimizer's own fp32 masters, by which it also keeps its state."""
+        """Return the optimizer's own masters, by which it also keeps its state."""
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Flat fp32 tensors, detached, in the optimizer's memory."""
-        return [t.detach() for t in self._masters()]
+        """Flat fp32 tensors, detached, in the optimizer's memory; of masters in half precision copies."""
+        return self._copies.of(self._masters())
 
     @abstractmethod
     def _find_segments(self) -> list[Segment]:
@@ -121,9 +133,19 @@ class Shards(ABC):
     def _parameters(self) -> Sequence[Sequence[object]]:
         """Return all parameters that the optimizer trains, on whatever rank their elements lie."""
 
-    @abstractmethod
     def publish(self) -> None:
         """Make the working weights of every rank of the particle the cast of the masters."""
+        self._tied.equalise(self.tensors, self.segments)
+        self.store()
+        self._publish_masters()
+
+    def store(self) -> None:
+        """Round ``tensors`` to masters in half precision; where these are fp32, they are the same."""
+        self._copies.store(self._masters())
+
+    @abstractmethod
+    def _publish_masters(self) -> None:
+        """Bring the working weights of all ranks of the particle in line with the masters."""
 
     def trained_names(self) -> set[str]:
         """Return the names of all parameters that the particle trains, equal on all ranks.
@@ -155,6 +177,7 @@ class Shards(ABC):
             SwarmError: as ``check_present`` does.
         """
         self.check_present()
+        self._copies.refresh(self._masters())
         self.zero_padding()
 
     @property
@@ -227,8 +250,9 @@ class Shards(ABC):
         if hasattr(self.optimizer, "_hp_optimizer_states_linked"):
             self.optimizer._hp_optimizer_states_linked = False  # to tensors that are gone
 
-    def reloaded(self) -> None:  # noqa: B027
+    def reloaded(self) -> None:
         """Take note that DeepSpeed has loaded its checkpoint."""
+        self._copies.refresh(self._masters())
 
     @property
     def lr_factor(self) -> float:

@@ -45,7 +45,7 @@ class BF16Shards(Shards):
     def _parameters(self) -> Sequence[Sequence[Tensor]]:
         return self.optimizer.bf16_groups
 
-    def publish(self) -> None:
+    def _publish_masters(self) -> None:
         self.optimizer.update_lp_params()
 
 

@@ -59,6 +59,7 @@ class Engine(Protocol):
     mp_world_size: int  # of a group with tensor parallelism
     has_moe_layers: bool
     zenflow: object
+    num_stages: int  # of a pipeline engine
 
     # Attributes rather than methods: they are replaced on one engine.
     backward: Callable[..., object]
@@ -70,6 +71,7 @@ class Engine(Protocol):
     def eval(self) -> object: ...
     def zero_optimization_stage(self) -> int: ...
     def zero_elastic_checkpoint(self) -> bool: ...
+    def bfloat16_enabled(self) -> bool: ...
     def is_deepcompile_enabled(self) -> bool: ...
     def autotp_size(self) -> int: ...
     def get_sequence_parallel_group(self) -> dist.ProcessGroup: ...
@@ -83,16 +85,31 @@ class Engine(Protocol):
     ) -> tuple[str | None, object]: ...
 
 
+def is_pipeline(engine: object) -> bool:
+    """Return true if the engine trains a ``PipelineModule``, with ``train_batch``."""
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    return isinstance(engine, PipelineEngine)
+
+
+def num_stages(engine: Engine) -> int:
+    """Return the number of pipeline stages among which a particle's ranks are divided; 1 without a pipeline."""
+    return int(engine.num_stages) if is_pipeline(engine) else 1
+
+
 def why_unsupported(engine: Engine) -> str | None:
     """The feature of the engine whose shards cannot be read or published, with a remedy; None if there is none."""
-    from deepspeed.runtime.pipe.engine import PipelineEngine
+    from deepspeed.runtime.pipe.dualpipev import DualPipeVEngine
 
     zero = engine._config.zero_config
     offload_optimizer, offload_param = zero.offload_optimizer, zero.offload_param
     devices = [str(getattr(c.device, "value", c.device)) for c in (offload_optimizer, offload_param) if c]
-    master_dtype = getattr(engine.optimizer, "master_weights_and_grads_dtype", torch.float32)
     checks = [
-        (isinstance(engine, PipelineEngine), "it is a pipeline engine, which has no engine.step(); use ZeRO"),
+        (isinstance(engine, DualPipeVEngine), "each rank of DualPipeV has two stages; use PipelineModule"),
+        (
+            is_pipeline(engine) and engine.zero_optimization_stage() == 0 and engine.bfloat16_enabled(),
+            "DeepSpeed cannot load what it saves of a pipeline in bf16 at ZeRO 0; set zero_optimization.stage to 1",
+        ),
         (
             bool(getattr(engine._config.expert_parallel_config, "enabled", False)),
             "AutoEP makes one tensor of a rank's experts, of which other ranks hold the rest under the same name; set "
@@ -117,10 +134,6 @@ def why_unsupported(engine: Engine) -> str | None:
             engine.is_deepcompile_enabled() and engine.zero_optimization_stage() == 3,
             "DeepCompile keeps its own copies of ZeRO 3 parameters; remove compile.deepcompile",
         ),
-        (
-            master_dtype != torch.float32,
-            f"its master weights are {master_dtype}, and sync points need fp32; remove *_master_weights_and_grads",
-        ),
     ]
     return next((reason for wrong, reason in checks if wrong), None) or why_not_whole(
         engine.module, engine.zero_optimization_stage()
@@ -130,7 +143,19 @@ def why_unsupported(engine: Engine) -> str | None:
 def _parallelism_checks(engine: Engine) -> list[tuple[bool, str]]:
     """Return what is wrong with the groups of ranks that share their samples, as in ``why_unsupported``."""
     size, ranks = dist.get_world_size(), dist.get_process_group_ranks(engine.seq_data_parallel_group)
-    sequence, tensor = engine.sequence_parallel_size, engine.mp_world_size
+    if is_pipeline(engine):
+        return [
+            (
+                len(ranks) * num_stages(engine) != size,
+                f"its data-parallel world has {len(ranks)} of the particle's {size} ranks (tensor or sequence "
+                "parallelism beside a pipeline); use a pipeline alone inside a particle",
+            ),
+            (
+                engine.has_moe_layers,
+                "it is a pipeline with mixture-of-experts layers, which has not been tried; use a dense model",
+            ),
+        ]
+    sequence, tensor = engine.sequence_parallel_size, tensor_parallel_size(engine)
     return [
         (
             sequence > 1 and len(ranks) != size,
@@ -175,9 +200,14 @@ def _are_neighbours(group: dist.ProcessGroup) -> bool:
     return ranks[0] % len(ranks) == 0 and ranks == list(range(ranks[0], ranks[0] + len(ranks)))
 
 
+def tensor_parallel_size(engine: Engine) -> int:
+    """Return over how many ranks layers are split; 1 of a pipeline, for whose stages DeepSpeed has the same word."""
+    return 1 if is_pipeline(engine) else int(engine.mp_world_size)
+
+
 def ranks_per_sample(engine: Engine) -> int:
     """Return the number of ranks of a particle that compute on the same samples together."""
-    return engine.sequence_parallel_size * engine.mp_world_size
+    return num_stages(engine) if is_pipeline(engine) else engine.sequence_parallel_size * tensor_parallel_size(engine)
 
 
 def cautions(engine: Engine) -> list[str]:

@@ -94,7 +94,7 @@ class ReplicatedShards(Shards):
                 offset += param.numel()
         return segments
 
-    def publish(self) -> None:
+    def _publish_masters(self) -> None:
         masters = self._flat_masters()
         self._share_with_local_ranks([[master] for master in masters])
         self._cast(masters)

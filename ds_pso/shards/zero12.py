@@ -46,7 +46,7 @@ class Zero12Shards(Shards):
     def _parameters(self) -> Sequence[Sequence[Tensor]]:
         return self.optimizer.round_robin_bit16_groups
 
-    def publish(self) -> None:
+    def _publish_masters(self) -> None:
         self.optimizer.update_lp_params()
 
 

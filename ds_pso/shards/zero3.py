@@ -67,6 +67,7 @@ class Zero3Shards(Shards):
             momentum.zero_()
 
     def reloaded(self) -> None:
+        super().reloaded()
         # DeepSpeed loads copies into the optimizer's state, and goes on with what it has here.
         for group, momentum in self._muon_momenta().items():
             loaded = self.optimizer.state.get(self._masters()[group], {}).get("momentum_buffer")
@@ -78,7 +79,7 @@ class Zero3Shards(Shards):
         """Return what ``save_muon_momentum_buffer_in_memory`` keeps outside of the optimizer's state, by sub-group."""
         return getattr(self.optimizer, "muon_momentum_buffer_partitioned_groups_flat", {})
 
-    def publish(self) -> None:
+    def _publish_masters(self) -> None:
         optimizer = self.optimizer
         optimizer.checkpoint_event_prologue()  # lets go of gathered (persistent) parameters
         for sub_group in range(len(optimizer.fp32_partitioned_groups_flat)):

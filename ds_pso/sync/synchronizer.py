@@ -305,6 +305,7 @@ class Synchronizer:
     def _roll_back(self, snapshot: Snapshot, error: PeerError | None) -> None:
         parts = self.parts
         snapshot.restore()
+        parts.shards.store()
         parts.updater.take_distance()
         self.recovery.received = None
         self.load_state_dict(snapshot.numbers)

@@ -987,28 +987,6 @@ def test_json_needs_no_hjson():
         assert done.stdout.strip() == needed
 
 
-# -- masters in half precision --------------------------------------------------------------
-
-
-@pytest.mark.parametrize("stage", [0, 2])
-@pytest.mark.parametrize(
-    ("name", "key"),
-    [
-        ("bf16", "bf16_master_weights_and_grads"),
-        ("bfloat16", "bf16_master_weights_and_grads"),
-        ("fp16", "fp16_master_weights_and_grads"),
-    ],
-)
-def test_masters_in_half_precision_are_refused(stage, name, key):
-    config = {"zero_optimization": {"stage": stage}, name: {"enabled": True, key: True}}
-    said = f"config: {name}.{key} = true: the master weights are not fp32"
-    assert message_of({**config, "swarm": {"particles": 2}}).startswith(said)
-    for section in ({"particles": 1}, {"sync_mode": "allreduce", "particles": 2}):
-        load_config({**config, "swarm": section})
-    config[name][key] = False
-    load_config({**config, "swarm": {"particles": 2}})
-
-
 # -- anything at all ------------------------------------------------------------------------
 
 scalars = st.one_of(

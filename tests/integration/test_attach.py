@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import deepspeed
 import numpy as np
 import pytest
 import torch
@@ -210,11 +209,6 @@ REFUSED: dict[str, tuple[Case, Callable[[Any], None], str]] = {
         "AutoEP makes one tensor of a rank's experts",
     ),
     "another mpu": (Case(), pretend_engine("mp_world_size", 2), "by an mpu of its own"),
-    "fp16 masters": (
-        Case(),
-        lambda engine: setattr(engine.optimizer, "master_weights_and_grads_dtype", torch.float16),
-        "master_weights_and_grads",
-    ),
     "unknown optimizer": (Case(stage=0), pretend_engine("optimizer", object()), "optimizer class object"),
 }
 
@@ -231,15 +225,6 @@ def test_unsupported_features_are_refused(pool: Pool, name: str) -> None:
     for outcome in pool.outcomes(attach_refused, name):
         assert outcome.kind == "UnsupportedError", outcome
         assert REFUSED[name][2] in outcome.text
-
-
-def attach_pipeline(case: Case) -> None:
-    from deepspeed.pipe import PipelineModule
-
-    with ds_pso.init(config(case, place(case)[2])) as swarm:
-        deepspeed.init_distributed("gloo")
-        module = PipelineModule([nn.Linear(7, 5), nn.Linear(5, 3)], num_stages=1, loss_fn=nn.MSELoss())
-        swarm.attach(build_engine(case, swarm.ds_config, module))
 
 
 def attach_channels_last(case: Case) -> None:
@@ -260,7 +245,6 @@ def attach_narrow(case: Case) -> None:
 @pytest.mark.parametrize(
     ("body", "text"),
     [
-        (attach_pipeline, "pipeline engine"),
         (attach_channels_last, "not contiguous"),
         (attach_narrow, "its master weights are torch.bfloat16, and sync points need fp32"),
     ],

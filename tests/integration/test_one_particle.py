@@ -66,13 +66,6 @@ def test_who_has_sync_points() -> None:
     assert alone.build_rule().options == config.build_rule().options
 
 
-def test_masters_must_be_fp32_where_there_are_sync_points() -> None:
-    narrow = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}
-    load_config({**narrow, "swarm": {"particles": 1}})
-    with pytest.raises(ds_pso.ConfigError, match="bf16_master_weights_and_grads = true"):
-        load_config({**narrow, "swarm": {"particles": 1, "sync_mode": "diloco"}})
-
-
 @pytest.mark.parametrize(
     ("section", "said"),
     [

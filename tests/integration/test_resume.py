@@ -18,6 +18,7 @@ from variants import slow_but
 from ds_pso.swarm import Swarm
 
 from .jobs import Case, assert_equal, optimizer_state, place, swarm_of, train, working_weights
+from .test_publish import BF16_MASTERS
 from .test_truth import SWARM
 
 RULES: dict[str, dict[str, Any]] = {
@@ -192,6 +193,8 @@ def test_resume_of_the_later_rules(pool: Pool, tmp_path: Path, rule: str, stage:
         ),
         pytest.param(replace(HALF, stage=2, precision="fp16", groups=2), marks=pytest.mark.slow),
         pytest.param(replace(HALF, stage=3, precision="bf16"), marks=pytest.mark.slow),
+        replace(HALF, stage=2, precision="bf16", deepspeed=BF16_MASTERS),
+        pytest.param(replace(HALF, stage=3, precision="bf16", deepspeed=BF16_MASTERS), marks=pytest.mark.slow),
         replace(
             HALF,
             stage=3,
@@ -202,6 +205,7 @@ def test_resume_of_the_later_rules(pool: Pool, tmp_path: Path, rule: str, stage:
     ],
     ids=lambda case: (
         f"{case}{'-fused' if case.fused else ''}{'-offload' if 'zero_optimization' in case.deepspeed else ''}"
+        f"{'-masters' if 'bf16' in case.deepspeed else ''}"
     ),
 )
 def test_resume_in_half_precision_and_with_offload(pool: Pool, tmp_path: Path, case: Case) -> None:

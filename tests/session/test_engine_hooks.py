@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ds_pso.session.engine_hooks import EngineHooks
+from ds_pso.session.session import Session
 from ds_pso.sync.fitness import FitnessWindow
 
 
@@ -38,6 +39,7 @@ class Engine(nn.Module):
 def hooked() -> tuple[Engine, FitnessWindow]:
     engine, window = Engine(), FitnessWindow()
     session: Any = SimpleNamespace(window=window, samplers=[], synchronizer=None, num_particles=2)
+    session.step_has_ended = MethodType(Session.step_has_ended, session)
     EngineHooks(session, engine)
     return engine, window
 

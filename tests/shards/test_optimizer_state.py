@@ -14,6 +14,7 @@ from deepspeed.ops.lamb import FusedLamb
 from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
 from torch import Tensor, nn
 
+from ds_pso.shards.fp32_copies import Fp32Copies
 from ds_pso.shards.optimizer_state import OptimizerState
 from ds_pso.shards.zero3 import Zero3Shards
 
@@ -247,6 +248,7 @@ class MuonAtStage3(Zero3Shards):
             defaults={},
         )
         self._state = OptimizerState(self.optimizer)
+        self._copies = Fp32Copies()
 
 
 def test_the_momentum_of_muon_at_stage_3():
