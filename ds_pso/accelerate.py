@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler
 
 from ds_pso import checkpoint
 from ds_pso.config import parallelism
+from ds_pso.config.swap_folders import give_each_a_swap_folder
 from ds_pso.distributed.layout import Layout
 from ds_pso.errors import ConfigError, SwarmError, UnsupportedError
 from ds_pso.metrics import deepspeed_monitor
@@ -237,13 +238,15 @@ def _take_parallelism(swarm: Swarm, accelerator: Accelerator) -> None:
 
 
 def _fill_in(swarm: Swarm, accelerator: Accelerator, batch_size: int) -> None:
-    """Complete the config that Accelerate has read: the micro batch, and a folder for the particle's monitor."""
+    """Complete the config that Accelerate has read: the micro batch, and the particle's own folders."""
     config = accelerator.deepspeed_plugin.deepspeed_config
     if batch_size and accelerator.deepspeed_plugin.is_auto("train_micro_batch_size_per_gpu"):
         config["train_micro_batch_size_per_gpu"] = batch_size  # Accelerate would ask the loader, and does not get it
     for name in deepspeed_monitor.OWN_FOLDERS:
         if name in config and name in swarm.ds_config:
             config[name] = copy.deepcopy(swarm.ds_config[name])
+    if swarm.num_particles > 1:
+        give_each_a_swap_folder(config, swarm.particle)
 
 
 def _sooner(stand_in: DummyScheduler, faster: int) -> DummyScheduler:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ds_pso import checkpoint
-from ds_pso.checkpoint.engine_calls import EngineCheckpoints
+from ds_pso.checkpoint.engine_calls import EngineCheckpoints, complete_checkpoints
 from ds_pso.config import parallelism
 from ds_pso.config.load import ConfigSource, find_config, load_config
 from ds_pso.config.schema import ALLREDUCE, SwarmConfig
+from ds_pso.config.swap_folders import give_each_a_swap_folder
 from ds_pso.distributed import logs
 from ds_pso.distributed.extension_locks import warn_of_old_locks
 from ds_pso.distributed.preemption import Preemption
@@ -29,7 +30,13 @@ from ds_pso.metrics import deepspeed_monitor
 from ds_pso.metrics.records import SyncRecord
 from ds_pso.sampler import Share, SwarmSampler
 from ds_pso.session import lr_schedule
-from ds_pso.session.attach import build_synchronizer, check_engine, check_samples, take_filled_in
+from ds_pso.session.attach import (
+    build_synchronizer,
+    check_engine,
+    check_samples,
+    check_swap_folders,
+    take_filled_in,
+)
 from ds_pso.session.callbacks import own_callbacks
 from ds_pso.session.data_watch import shard_training_data
 from ds_pso.session.ending import warn_at_end
@@ -101,6 +108,7 @@ def init(config: ConfigSource | None = None, *, run_dir: str | Path | None = Non
         ds_config |= swarm_config.per_particle[world.layout.particle].model_dump()
     if world.layout.num_particles > 1:
         deepspeed_monitor.give_each_a_folder(ds_config, world.layout.particle)
+        give_each_a_swap_folder(ds_config, world.layout.particle)
     if world.layout.num_particles == 1 and world.is_leader:
         for text in _cautions_for_one(swarm_config):
             warnings.warn(text, stacklevel=2)
@@ -284,6 +292,7 @@ class Swarm:
         check_samplers(session, engine)
         take_filled_in(session, engine.config)
         check_samples(session, engine)
+        check_swap_folders(session, engine)
         synchronizer = build_synchronizer(session, engine, probe)
         if synchronizer is not None:
             synchronizer.start(session.window, engine.global_steps)
@@ -291,6 +300,7 @@ class Swarm:
         shard_training_data(session, engine, self.sampler)
         session.callbacks[:0] = own_callbacks(session)
         self._hooks = PipelineHooks(session, engine) if is_pipeline(engine) else EngineHooks(session, engine)
+        complete_checkpoints(engine)
         if synchronizer is not None:
             EngineCheckpoints(session, engine)
         if self.world.membership.has_newer_state:

@@ -718,6 +718,14 @@ def zero_the_optimizer() -> None:
     OptimizerState.reset = reset
 
 
+@sabotage("integration/test_partial_offload.py")
+def look_at_one_optimizer() -> None:
+    """Of two optimizers in a particle the swarm averages, resets and saves the state of the first."""
+    from ds_pso.shards import complete_checkpoint, zero3
+
+    complete_checkpoint.second_optimizer = zero3.second_optimizer = do_nothing
+
+
 @sabotage("integration/test_attach.py")
 def compare_no_models() -> None:
     from ds_pso.distributed.membership import StaticMembership

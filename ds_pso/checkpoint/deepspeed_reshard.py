@@ -74,7 +74,7 @@ class _Repartition:
 
     def __init__(self, saved: SavedParticle, states: Sequence[SavedPartition], engine: Engine, shards: Shards) -> None:
         self._saved, self._states, self._engine, self._shards = saved, states, engine, shards
-        self._sizes = [tensor.numel() for tensor in shards.tensors]
+        self._sizes = shards.numels
 
     def model(self) -> ModelStates:
         """Return DeepSpeed's model states, with this rank's blocks of frozen parameters."""

@@ -6,6 +6,8 @@ one folder, so each has a folder of its own in it.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,35 @@ from ds_pso.checkpoint.loading import check_part, restore_part
 from ds_pso.checkpoint.saving import save_part
 from ds_pso.errors import CheckpointError, ConfigError
 from ds_pso.session.session import Session
+from ds_pso.shards.complete_checkpoint import all_in_its_files, leaves_something_out
 
 _Loaded = tuple[str | None, Any]
+
+
+def complete_checkpoints(engine: Any) -> None:
+    """Let the two calls of an engine save and load what DeepSpeed's own leave out, if they do.
+
+    A checkpoint of plain DeepSpeed, with its swap files, is loaded as DeepSpeed loads it.
+    """
+    if not leaves_something_out(engine):
+        return
+    save, load = engine.save_checkpoint, engine.load_checkpoint
+
+    @functools.wraps(save)
+    def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        with all_in_its_files(engine, loads=False):
+            return save(*args, **kwargs)
+
+    @functools.wraps(load)
+    def load_checkpoint(load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> _Loaded:
+        latest = Path(load_dir) / "latest"
+        name = latest.read_text().strip() if tag is None and latest.is_file() else tag
+        is_plain = name is not None and (Path(load_dir) / str(name) / "offloaded_tensors").is_dir()
+        with contextlib.nullcontext() if is_plain else all_in_its_files(engine, loads=True):
+            loaded: _Loaded = load(load_dir, tag, *args, **kwargs)
+        return loaded
+
+    engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
 
 
 class EngineCheckpoints:

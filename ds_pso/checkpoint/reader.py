@@ -133,6 +133,15 @@ class SavedParticle:
         names = [f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(self.size)]
         return [saved_optimizer(_load(self.folder, name)["optimizer_state_dict"]) for name in names]
 
+    @property
+    def trains_other_weights(self) -> bool:
+        """True if the masters are those that a schedule-free optimizer trains, and not those to evaluate."""
+        values = self.optimizers[0].values
+        places = [place for place in (values, *values.values()) if isinstance(place, dict)]
+        groups = [group for place in places for group in place.get("param_groups", ())]
+        # At ZeRO 3 the optimizer cannot reach the weights between steps, whatever its mode.
+        return any(group.get("train_mode", False) or (self.stage == 3 and "train_mode" in group) for group in groups)
+
     def masters(self) -> list[list[Tensor]]:
         """Return the fp32 masters by rank and shard, as ``Shards.tensors`` were; padding at an end may be missing."""
         parameters = [self.module[name] for name in self.pieces]

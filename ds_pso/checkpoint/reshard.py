@@ -249,8 +249,7 @@ class _SavedLikeShards:
     shards: Shards
 
     def _gather(self, dtype: torch.dtype, read: Callable[[int, int], Flat]) -> list[Tensor]:
-        sizes = [tensor.numel() for tensor in self.shards.tensors]
-        return self.saved.gather(self.shards.segments, sizes, dtype, read)
+        return self.saved.gather(self.shards.segments, self.shards.numels, dtype, read)
 
     def states(self, kinds: Sequence[str]) -> dict[str, Tensor]:
         """Return the state of the rule and of the wire, by the names that they have in ``rank_state.own_tensors``."""

@@ -161,7 +161,7 @@ class Exchange:
                 here, common = piece.of(tensors[piece.tensor]), piece.of(differences.common[piece.tensor])
                 for part, x, c in in_chunks(piece.in_bucket(values), here, common):
                     if weight != 0:
-                        torch.sub(x, c.to(x), out=part).mul_(scale)
+                        torch.sub(x.to(part), c.to(part), out=part).mul_(scale)
                 if feedback and differences.residual and (weight != 0 or partial_format is None):
                     residual = piece.of(differences.residual[piece.tensor])
                     for part, e in in_chunks(piece.in_bucket(values), residual):
@@ -217,7 +217,7 @@ class Exchange:
                 for piece in pieces:
                     here, common = piece.of(tensors[piece.tensor]), piece.of(differences.common[piece.tensor])
                     for part, x, c in in_chunks(piece.in_bucket(values), here, common):
-                        torch.sub(x, c.to(x), out=part)
+                        torch.sub(x.to(part), c.to(part), out=part)
                 differences.format.encode(values, encoded)
             encoded = self._broadcast(encoded.to(self.device), source).to(values.device)
             differences.format.decode(encoded, values)

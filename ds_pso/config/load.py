@@ -20,6 +20,7 @@ from ds_pso.comm.compression import wire_options
 from ds_pso.config.checks import check_consistent
 from ds_pso.config.presets import ALLREDUCE, PRESETS, apply_preset, rule_of
 from ds_pso.config.schema import SwarmConfig
+from ds_pso.config.swap_folders import check_nvme_paths
 from ds_pso.errors import ConfigError
 from ds_pso.rules import RULES, find_rule
 
@@ -105,6 +106,7 @@ def load_config(source: ConfigSource) -> tuple[DeepSpeedConfig, SwarmConfig]:
         name: _validate(kind, given_wires[name], f"{where}: swarm.{name}") for name, kind in wires.items()
     }
     check_consistent(config, swarm, where)
+    check_nvme_paths(config, where)
     return config, swarm.with_batches_of(config)
 
 

@@ -65,8 +65,9 @@ def export(session: Session, folder: Path, which: Choice = "consensus", tokenize
     else:
         of_module = True
         shards = find_shards(session.engine)
-        with as_bytes(shards.frozen.counters()) as counters:
-            model = Collected(shards.tensors, [buffer for _, buffer in shards.buffers()], counters)
+        with shards.mapped(writes=False), shards.evaluating(), as_bytes(shards.frozen.counters()) as counters:
+            tensors = [tensor.clone() for tensor in shards.tensors]
+            model = Collected(tensors, [buffer for _, buffer in shards.buffers()], counters)
     state_dict = _state_dict(session, shards, model)
     with session.world.coordinator.agree("exporting the model"):
         if session.is_leader:

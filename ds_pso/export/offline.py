@@ -286,6 +286,11 @@ class _Particle:
                 "shards cannot be read); load it and use swarm.export"
             )
         saved = SavedParticle.open(source, number, records)
+        if saved.trains_other_weights:
+            raise CheckpointError(
+                f"{source}: saved while a schedule-free optimizer trained, so that its weights are not those to "
+                "evaluate; load it and use swarm.export, or below ZeRO 3 call optimizer.eval() before swarm.save"
+            )
         loss = math.nan if synced is None else float(synced["last_losses"][number])
         limit = None if synced is None else synced.get("norm_limit")
         states = [record["synchronizer"] for record in records]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ds_pso.config import parallelism
@@ -16,6 +16,7 @@ from ds_pso.session.progress import TrainingProgress
 from ds_pso.session.session import Session
 from ds_pso.shards import Engine, Shards, check_precision, find_shards
 from ds_pso.shards.engine import cautions, num_stages, ranks_per_sample
+from ds_pso.shards.nvme import cautions_of_nvme, swap_folders
 from ds_pso.sync.assessment import Probe
 from ds_pso.sync.expert_load import ExpertLoad
 from ds_pso.sync.health import Limits
@@ -83,6 +84,18 @@ def check_samples(session: Session, engine: Engine) -> None:
             )
 
 
+def check_swap_folders(session: Session, engine: Any) -> None:
+    """Raise ConfigError if the engine swaps to NVMe into a folder that other particles use, too."""
+    own = f"particle_{session.particle}"
+    for folder in swap_folders(engine) if session.num_particles > 1 else ():
+        if own not in folder.parts:
+            raise ConfigError(
+                f"zero_optimization: the engine swaps into {folder}, and so may other particles; give DeepSpeed, and "
+                "deepspeed.zero.Init, swarm.ds_config, in which each has an nvme_path of its own, and not the file "
+                "itself"
+            )
+
+
 def build_synchronizer(session: Session, engine: Any, probe: Probe | None) -> Synchronizer | None:
     """Make the synchronizer of an engine; None where there are no sync points.
 
@@ -107,7 +120,8 @@ def build_synchronizer(session: Session, engine: Any, probe: Probe | None) -> Sy
         check_precision(shards)
     _check_experts(session, shards)
     if session.world.is_leader:
-        for caution in cautions(engine):
+        more = [*cautions_of_nvme(engine), *_cautions_of_schedule_free(session, rule, shards)]
+        for caution in [*cautions(engine), *more]:
             warnings.warn(f"swarm.attach: {caution}", stacklevel=3)
     rule = rule.inside(type(engine.basic_optimizer).__name__)
     options = SyncOptions(
@@ -163,6 +177,22 @@ def _check_experts(session: Session, shards: Shards) -> None:
             "ds_pso cannot swarm this engine: of one layer some experts are trained and some are not, and not the same "
             "ones on all ranks; train all experts of a layer, or none",
             agreed=True,
+        )
+
+
+def _cautions_of_schedule_free(session: Session, rule: Rule, shards: Shards) -> Iterator[str]:
+    """Yield what goes badly with an optimizer whose weights to evaluate are an average of others."""
+    if not shards.is_schedule_free:
+        return
+    if session.config.optimizer_state == "keep" and session.num_particles > 1:
+        yield (
+            'swarm.optimizer_state = "keep": a schedule-free optimizer averages iterates that are in its state, and '
+            'these go apart where only weights are synced; use "average"'
+        )
+    if rule.model_in != "x":
+        yield (
+            f"swarm.sync_mode = {session.config.sync_mode!r}: its model is made of the weights that train, and a "
+            "schedule-free optimizer evaluates others; use a rule whose model is the mean of the particles"
         )
 
 

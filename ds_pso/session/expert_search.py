@@ -106,6 +106,11 @@ class ParticleModels:
 def search(session: Session, settings: ExpertSearch) -> SearchResult:
     """Search, and leave every particle with the best model; see ``Swarm.search``."""
     parts = _parts_of(session)
+    with parts.shards.mapped():
+        return _search(session, parts, settings)
+
+
+def _search(session: Session, parts: SyncParts, settings: ExpertSearch) -> SearchResult:
     options = make_options(settings.searcher, settings.options)
     least = session.num_particles + 2
     if settings.evaluations < least:
@@ -160,6 +165,12 @@ def _parts_of(session: Session) -> SyncParts:
             agreed=True,
         )
     parts = session.synchronizer.parts
+    if parts.shards.is_schedule_free:
+        raise UnsupportedError(
+            "swarm.search: a schedule-free optimizer evaluates other weights than it trains; export the particles, and "
+            "use ds-pso search",
+            agreed=True,
+        )
     if len(parts.membership.reachable()) < session.num_particles:
         raise ConfigError(
             'swarm.search: swarm.transport = "elastic": particles that may go cannot all be in a combination; use '

@@ -97,15 +97,16 @@ class Shards(ABC):
         self.whole = whole_parameters(self.module)
         self._names = {id(parameter.like): parameter.name for parameter in self.whole if parameter.is_here}
         self._copies = Fp32Copies()
-        if any(master.dtype in HALF for master in self._masters()):
-            self._drop_copies_at_a_step()
+        with self.mapped(writes=False):
+            if any(master.dtype in HALF for master in self._masters()):
+                self._drop_copies_at_a_step()
         self.segments = self._find_segments()
-        self.padding = _gaps(self.segments, [t.numel() for t in self.tensors])
+        self.padding = _gaps(self.segments, self.numels)
         trained = self.trained_names()
         trained_here = {name for name, p in self.module.named_parameters() if self._names[id(p)] in trained}
         self._tied = TiedWeights(engine, self.name_of, trained)
         self.frozen = Frozen(self.module, trained_here, self.persistent_buffers)
-        self._state = OptimizerState(self.optimizer, has_stepped=engine.global_steps > 0)
+        self._states = [OptimizerState(o, has_stepped=engine.global_steps > 0) for o in self._optimizers()]
         self._has_frozen = bool(self.frozen.compared())
         self.odd_by_design = self._look_at_buffers()[1]
         self._lr_factor = 1.0
@@ -124,6 +125,40 @@ class Shards(ABC):
     def tensors(self) -> list[Tensor]:
         """Flat fp32 tensors, detached, in the optimizer's memory; of masters in half precision copies."""
         return self._copies.of(self._masters())
+
+    def _optimizers(self) -> list[Any]:
+        """Return DeepSpeed's optimizer, and any other that trains some of the masters."""
+        return [self.optimizer]
+
+    @property
+    def numels(self) -> list[int]:
+        """The sizes of ``tensors``, which may be asked for at any time."""
+        return [t.numel() for t in self.tensors]
+
+    def mapped(self, *, writes: bool = True) -> contextlib.AbstractContextManager[None]:
+        """In the block, ``tensors`` and ``moments`` are there; blocks may be nested.
+
+        Outside of one they are files, where DeepSpeed keeps them on NVMe.
+
+        Args:
+            writes: whether what is written to them counts.
+        """
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """In the block, ``tensors`` are the weights to evaluate: for a schedule-free optimizer not those that train."""
+        try:
+            with self._states[0].evaluating(self._masters()):
+                self._copies.refresh(self._masters())
+                yield
+        finally:
+            self._copies.refresh(self._masters())
+
+    @property
+    def is_schedule_free(self) -> bool:
+        """True if the weights to evaluate are not those that train."""
+        return self._states[0].is_schedule_free
 
     @abstractmethod
     def _find_segments(self) -> list[Segment]:
@@ -174,9 +209,14 @@ class Shards(ABC):
         """Make the shards ready for an exchange.
 
         Raises:
-            SwarmError: as ``check_present`` does.
+            SwarmError: as ``check_present`` does; or they are not those that train.
         """
         self.check_present()
+        if self._states[0].is_in_eval_mode:
+            raise SwarmError(
+                "the optimizer is in eval mode, in which its weights are not those that train; call optimizer.train() "
+                "before the sync"
+            )
         self._copies.refresh(self._masters())
         self.zero_padding()
 
@@ -230,13 +270,17 @@ class Shards(ABC):
 
         Empty before the first step.
         """
-        return [moment for master in self._masters() for moment in self._state.moments_of(master)]
+        return [moment for master in self._masters() for moment in self._moments_of(master)]
+
+    def _moments_of(self, master: Tensor) -> list[Tensor]:
+        return [moment for state in self._states for moment in state.moments_of(master)]
 
     def why_no_mean(self) -> str | None:
         """Return why the optimizer's state cannot be averaged; None if it can, or if there is none yet."""
-        name = next(self._state.without_mean(), None)
-        kind = type(self._state.inner).__name__
-        return None if name is None else f"{kind} keeps {name!r}, which is no moment of gradients, and has no mean"
+        for state in self._states:
+            for name in state.without_mean():
+                return f"{type(state.inner).__name__} keeps {name!r}, which is no moment of gradients, and has no mean"
+        return None
 
     def publish_moments(self) -> None:  # noqa: B027
         """Bring the optimizers of the whole particle in line with ``moments``, after writing to these."""
@@ -246,7 +290,8 @@ class Shards(ABC):
 
         Clearing only what is not finite would leave a huge first moment over a zeroed second one.
         """
-        self._state.reset()
+        for state in self._states:
+            state.reset()
         if hasattr(self.optimizer, "_hp_optimizer_states_linked"):
             self.optimizer._hp_optimizer_states_linked = False  # to tensors that are gone
 
@@ -263,8 +308,9 @@ class Shards(ABC):
     def lr_factor(self, factor: float) -> None:
         # Not in param_groups: there a schedule writes, or reads what it wrote before.
         if factor != 1.0 and not self._lr_hooked:
-            self.engine.basic_optimizer.register_step_pre_hook(lambda optimizer, *_: self._scale_lr(optimizer))
-            self.engine.basic_optimizer.register_step_post_hook(lambda optimizer, *_: self._restore_lr(optimizer))
+            for optimizer in [self.engine.basic_optimizer, *self._optimizers()[1:]]:
+                optimizer.register_step_pre_hook(lambda stepping, *_: self._scale_lr(stepping))
+                optimizer.register_step_post_hook(lambda stepping, *_: self._restore_lr(stepping))
             self._lr_hooked = True
         self._lr_factor = factor
 
@@ -303,7 +349,7 @@ class Shards(ABC):
     def fingerprint(self) -> str:
         """Return a hash that is equal on two ranks exactly when their shards hold the same slices of the same model."""
         segments = [(s.name, s.shard, s.shard_start, s.param_start, s.numel) for s in self.segments]
-        sizes = [t.numel() for t in self.tensors]
+        sizes = self.numels
         shapes = [(p.name, list(getattr(p.like, "ds_shape", p.like.shape)), str(p.like.dtype)) for p in self.whole]
         buffers = [(name, list(b.shape), str(b.dtype)) for name, b in self.persistent_buffers()]
         text = json.dumps([type(self.optimizer).__name__, segments, sizes, shapes, buffers])

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ds_pso.shards.experts import why_not_whole
+from ds_pso.shards.partial_offload import second_optimizer
 
 
 class CheckpointEngine(Protocol):
@@ -102,8 +103,7 @@ def why_unsupported(engine: Engine) -> str | None:
     from deepspeed.runtime.pipe.dualpipev import DualPipeVEngine
 
     zero = engine._config.zero_config
-    offload_optimizer, offload_param = zero.offload_optimizer, zero.offload_param
-    devices = [str(getattr(c.device, "value", c.device)) for c in (offload_optimizer, offload_param) if c]
+    offload_optimizer = zero.offload_optimizer
     checks = [
         (isinstance(engine, DualPipeVEngine), "each rank of DualPipeV has two stages; use PipelineModule"),
         (
@@ -116,10 +116,10 @@ def why_unsupported(engine: Engine) -> str | None:
             "expert_parallel.enabled to false, or build the model with deepspeed.moe.layer.MoE",
         ),
         *_parallelism_checks(engine),
-        ("nvme" in devices, 'its shards are on NVMe; set offload_optimizer.device and offload_param.device to "cpu"'),
         (
-            getattr(offload_optimizer, "ratio", 1.0) != 1.0,
-            "a part of its optimizer runs on the GPU and the rest on the CPU; set offload_optimizer.ratio to 1",
+            _swaps_frozen(engine.module),
+            "parameters that are not trained are on NVMe, where nobody compares or copies them; set "
+            'offload_param.device to "cpu"',
         ),
         (
             bool(getattr(offload_optimizer, "super_offload", False)),
@@ -210,6 +210,13 @@ def ranks_per_sample(engine: Engine) -> int:
     return num_stages(engine) if is_pipeline(engine) else engine.sequence_parallel_size * tensor_parallel_size(engine)
 
 
+def _swaps_frozen(module: torch.nn.Module) -> bool:
+    """Return true if ZeRO 3 has a parameter that is not trained on NVMe, and not in memory."""
+    frozen = [getattr(p, "ds_tensor", None) for p in module.parameters() if not p.requires_grad]
+    places = [getattr(tensor, "final_location", None) for tensor in frozen]
+    return any(getattr(place, "value", place) == "nvme" for place in places)
+
+
 def cautions(engine: Engine) -> list[str]:
     """Return what is allowed, and hardly ever meant, each with a remedy."""
     found = []
@@ -218,6 +225,12 @@ def cautions(engine: Engine) -> list[str]:
             f"gradient_clipping = {engine.gradient_clipping():g}: with Muon at ZeRO 1 to 3 DeepSpeed clips the update "
             "that Newton-Schulz has made, whose norm says nothing of the gradients, so that steps are far shorter than "
             "the learning rate says; set it to 0"
+        )
+    second = second_optimizer(engine.optimizer)
+    if second is not None and engine.lr_scheduler is not None:
+        found.append(
+            "offload_optimizer.ratio: DeepSpeed does not pass the learning-rate schedule on to the sub-groups that are "
+            "not offloaded, of the first parameter group; leave the scheduler out, or set ratio to 1"
         )
     return found
 

@@ -93,7 +93,7 @@ def cut(shards: Shards, count: int) -> list[Fragment]:
     their padding.
     """
     if count == 1:
-        return [[Range(i, 0, t.numel()) for i, t in enumerate(shards.tensors)]]
+        return [[Range(i, 0, numel) for i, numel in enumerate(shards.numels)]]
     return [part_of(shards.segments, fragment) for fragment in cut_model(trained_numels(shards), count)]
 
 

@@ -5,14 +5,15 @@ Knows optimizers by what all of them have; must not know ZeRO stages or peers.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Sums of gradients, of their squares or sizes: a mean over particles is one, too. Not so a step size, or a copy of
 # weights, which a sync has just changed.
@@ -23,7 +24,8 @@ _MOMENTS = frozenset(
 MUON_MOMENTUM = "momentum_buffer"
 # A schedule's, or the script's: a new optimizer would get them, too.
 _SCHEDULED = frozenset(("params", "lr", "initial_lr", "max_lr", "min_lr", "weight_decay", "betas", "momentum"))
-_MODE = "train_mode"  # schedule-free: whether evaluation has changed the weights
+_MODE = "train_mode"  # schedule-free: whether the weights are those that train, or those to evaluate
+_ITERATE = "z"  # schedule-free: the weights are an average of it, so that means of both belong together
 _STEP = "step"
 
 
@@ -76,6 +78,10 @@ class OptimizerState:
 
     def __init__(self, optimizer: _Optimizer, *, has_stepped: bool = False) -> None:
         self._optimizer = optimizer
+        # A schedule-free optimizer's train(), called before DeepSpeed has put masters in the place of the parameters,
+        # leaves empty entries for these, which nobody could save.
+        for parameter in [parameter for parameter, state in optimizer.state.items() if not state]:
+            del optimizer.state[parameter]
         # Most optimizers make their state in their first step, when it is missing, and need none to begin anew (and
         # DeepSpeed's wrappers for half precision take a step without gradients). Some make it when they are made.
         self._made = {
@@ -115,22 +121,55 @@ class OptimizerState:
             if name not in arguments and name not in _SCHEDULED and name not in (_MODE, _STEP)
         }
 
+    @property
+    def is_schedule_free(self) -> bool:
+        """True if the weights that train and those to evaluate differ, and the optimizer turns one into the other."""
+        return any(_MODE in group for group in self._optimizer.param_groups)
+
+    @property
+    def is_in_eval_mode(self) -> bool:
+        """True if the weights are those to evaluate, which are no place to train on from."""
+        groups = self._optimizer.param_groups
+        has_stepped = any(self._optimizer.state.values())
+        return has_stepped and any(group.get(_MODE) is False for group in groups)
+
+    @contextlib.contextmanager
+    def evaluating(self, masters: Sequence[Tensor]) -> Iterator[None]:
+        """In the block the masters are the weights to evaluate; at its end they are what they were, bit for bit."""
+        inner: Any = self.inner
+        if not self.is_schedule_free or self.is_in_eval_mode:
+            yield
+            return
+        own = [master.detach().clone() for master in masters]
+        inner.eval()
+        try:
+            yield
+        finally:
+            inner.train()
+            for master, values in zip(masters, own, strict=True):
+                master.detach().copy_(values)
+
     def moments_of(self, master: Tensor) -> list[Tensor]:
         """Return the moments of a master, flat and live, in the order of their names."""
         state = self._optimizer.state.get(master, {})
-        return [state[name].view(-1) for name in sorted(state) if _is_moment(name, state[name], master)]
+        return [state[name].view(-1) for name in sorted(state) if self._is_moment(name, state[name], master)]
 
     def without_mean(self) -> Iterator[str]:
         """Yield the names of state that has as many elements as weights, or is packed, and is no moment."""
         for master, state in self._optimizer.state.items():
             for name, value in state.items():
                 several = value.dim() > 0 if isinstance(value, Tensor) else isinstance(value, list | tuple | dict)
-                if several and not _is_moment(name, value, master):
+                if several and not self._is_moment(name, value, master):
                     yield name
 
+    def _is_moment(self, name: str, value: object, master: object) -> bool:
+        known = name in _MOMENTS or (name == _ITERATE and self.is_schedule_free)
+        return known and _is_like(name, value, master)
 
-def _is_moment(name: str, value: object, master: object) -> bool:
-    if name not in _MOMENTS or not isinstance(value, Tensor) or not isinstance(master, Tensor):
+
+def _is_like(name: str, value: object, master: object) -> bool:
+    """Return true if the value has numbers for all elements of the master, as they are: not packed into fewer bits."""
+    if not isinstance(value, Tensor) or not isinstance(master, Tensor) or type(value) not in (Tensor, nn.Parameter):
         return False
     # At ZeRO 1 and 2 Muon needs whole matrices: its momentum is that of all of which the rank has a part.
     of_whole_matrices = name == MUON_MOMENTUM and value.dim() == master.dim() == 1

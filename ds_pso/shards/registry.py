@@ -49,12 +49,13 @@ def check_precision(shards: Shards) -> None:
     Raises:
         UnsupportedError: names their type.
     """
-    for tensor in shards.tensors:
-        if tensor.dtype != torch.float32:
-            raise UnsupportedError(
-                f"ds_pso cannot swarm this engine: its master weights are {tensor.dtype}, and sync points need fp32; "
-                "give deepspeed.initialize a model in fp32, and set bf16.enabled or fp16.enabled in the config instead"
-            )
+    with shards.mapped(writes=False):
+        dtypes = {tensor.dtype for tensor in shards.tensors}
+    for dtype in dtypes - {torch.float32}:
+        raise UnsupportedError(
+            f"ds_pso cannot swarm this engine: its master weights are {dtype}, and sync points need fp32; "
+            "give deepspeed.initialize a model in fp32, and set bf16.enabled or fp16.enabled in the config instead"
+        )
 
 
 def saved_optimizer(values: dict[str, object]) -> SavedOptimizer:

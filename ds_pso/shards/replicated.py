@@ -101,10 +101,10 @@ class ReplicatedShards(Shards):
 
     def moments(self) -> list[Tensor]:
         masters = self._masters()
-        return [moment[start:stop] for m, start, stop in self._own for moment in self._state.moments_of(masters[m])]
+        return [moment[start:stop] for m, start, stop in self._own for moment in self._moments_of(masters[m])]
 
     def publish_moments(self) -> None:
-        self._share_with_local_ranks([self._state.moments_of(master) for master in self._masters()])
+        self._share_with_local_ranks([self._moments_of(master) for master in self._masters()])
 
     def _share_with_local_ranks(self, flat: list[list[Tensor]]) -> None:
         """Each rank sends its own part of each master's tensors to the others that hold the master."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
 
 from ds_pso.shards.base import Segment, Shards
+from ds_pso.shards.engine import Engine
 from ds_pso.shards.layout import ShardLayout
+from ds_pso.shards.nvme import NvmeOffload
+from ds_pso.shards.partial_offload import second_optimizer
 from ds_pso.shards.saved import PartitionFormat
 
 
@@ -23,10 +27,13 @@ class _Optimizer(Protocol):
     """The part of ``DeepSpeedZeroOptimizer_Stage3`` that is used here."""
 
     fp32_partitioned_groups_flat: list[Tensor]
+    fp16_partitioned_groups_flat_numel: list[int]
     fp16_groups: list[list[_Parameter]]
     dp_process_group: dist.ProcessGroup
     state: dict[Tensor, dict[str, Tensor]]
 
+    def _set_fp32_optimizer_param_groups(self) -> None: ...
+    def _clear_fp32_optimizer_param_groups(self) -> None: ...
     def checkpoint_event_prologue(self) -> None: ...
     def checkpoint_event_epilogue(self) -> None: ...
     def _reassign_or_swap_out_partitioned_parameters(self, sub_group_id: int) -> None: ...
@@ -41,8 +48,43 @@ class Zero3Shards(Shards):
 
     optimizer: _Optimizer
 
+    def __init__(self, engine: Engine) -> None:
+        self._nvme = NvmeOffload.of(engine.optimizer)
+        super().__init__(engine)
+
+    def _optimizers(self) -> list[Any]:
+        second = second_optimizer(self.optimizer)
+        return [self.optimizer] if second is None else [self.optimizer, second]
+
     def _masters(self) -> Sequence[Tensor]:
+        assert self._nvme is None or self._nvme.is_mapped, "what lies on NVMe is read in a block of mapped()"
         return self.optimizer.fp32_partitioned_groups_flat
+
+    @property
+    def numels(self) -> list[int]:
+        return [int(numel) for numel in self.optimizer.fp16_partitioned_groups_flat_numel]
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        if not self.is_schedule_free:
+            yield
+            return
+        # Outside of a step DeepSpeed leaves the optimizer's groups empty, so that a script's eval() changes no weights.
+        inner: Any = self._states[0].inner
+        in_eval_mode = self._states[0].is_in_eval_mode
+        if in_eval_mode:
+            inner.train()
+        self.optimizer._set_fp32_optimizer_param_groups()
+        try:
+            with super().evaluating():
+                yield
+        finally:
+            self.optimizer._clear_fp32_optimizer_param_groups()
+            if in_eval_mode:
+                inner.eval()
+
+    def mapped(self, *, writes: bool = True) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._nvme is None else self._nvme.mapped(writes=writes)
 
     def _find_segments(self) -> list[Segment]:
         segments = []
@@ -70,10 +112,11 @@ class Zero3Shards(Shards):
         super().reloaded()
         # DeepSpeed loads copies into the optimizer's state, and goes on with what it has here.
         for group, momentum in self._muon_momenta().items():
-            loaded = self.optimizer.state.get(self._masters()[group], {}).get("momentum_buffer")
+            state = self.optimizer.state.get(self.optimizer.fp32_partitioned_groups_flat[group], {})
+            loaded = state.get("momentum_buffer")
             if loaded is not None and loaded is not momentum:
                 momentum.copy_(loaded)
-                self.optimizer.state[self._masters()[group]]["momentum_buffer"] = momentum
+                state["momentum_buffer"] = momentum
 
     def _muon_momenta(self) -> dict[int, Tensor]:
         """Return what ``save_muon_momentum_buffer_in_memory`` keeps outside of the optimizer's state, by sub-group."""

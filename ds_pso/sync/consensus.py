@@ -38,6 +38,9 @@ class Collected:
 class Consensus:
     """The mean of the finite particles, or what the rule keeps for it (``Rule.model_in``); or the best particle.
 
+    With a schedule-free optimizer the mean is of the weights to evaluate, which are not those that train; what a rule
+    keeps is made of the latter.
+
     Buffers that cannot be averaged are those of the first particle in it.
 
     Where no other particle can be reached between two syncs, a particle has only its own to show.
@@ -56,7 +59,8 @@ class Consensus:
         if self._is_own(which):
             yield
             return
-        own = self._copies(self._parts.shards.tensors)
+        with self._parts.shards.mapped(writes=False):
+            own = self._copies(self._parts.shards.tensors)
         try:
             self.adopt(which)
             yield
@@ -67,13 +71,15 @@ class Consensus:
         """True if the model is what a particle without peers trains."""
         parts = self._parts
         has_peers = len(parts.membership.reachable()) > 1
-        return not has_peers and (which == "best" or parts.updater.rule.model_in == "x")
+        evaluates_others = parts.shards.is_schedule_free
+        return not has_peers and not evaluates_others and (which == "best" or parts.updater.rule.model_in == "x")
 
     def _adopt(self, model: Collected) -> None:
         shards = self._parts.shards
-        with shards.flat_buffers() as buffers, as_bytes(shards.frozen.counters()) as counters:
-            replace([*shards.tensors, *buffers, *counters], [*model.tensors, *model.buffers, *model.counters])
-        shards.publish()
+        with shards.mapped():
+            with shards.flat_buffers() as buffers, as_bytes(shards.frozen.counters()) as counters:
+                replace([*shards.tensors, *buffers, *counters], [*model.tensors, *model.buffers, *model.counters])
+            shards.publish()
 
     def _copies(self, models: list[Tensor]) -> Collected:
         shards = self._parts.shards
@@ -87,8 +93,13 @@ class Consensus:
         Raises:
             ConfigError: no particle has finite weights.
         """
+        self._parts.world.background.settle()  # a sync in the background works on the rule's state
+        shards = self._parts.shards
+        with shards.mapped(writes=False), shards.evaluating():
+            return self._collect(which)
+
+    def _collect(self, which: Choice) -> Collected:
         parts = self._parts
-        parts.world.background.settle()  # a sync in the background works on the rule's state
         parts.shards.zero_padding()
         models, model_in = parts.shards.tensors, parts.updater.rule.model_in
         if which == "consensus" and model_in != "x":

@@ -98,6 +98,6 @@ class DirectionMean:
         for number, shard, window in self._places:
             for x, start in in_chunks(tensors[shard][window], origin[shard][window]):
                 moved = x - start.to(x)
-                squares[number] += torch.dot(moved, moved)
+                squares[number] += torch.dot(moved, moved).to(squares.device)  # which may be another
         rows = self._local.gather(squares.tolist())
         return [math.sqrt(sum(column)) for column in zip(*rows, strict=True)]

@@ -124,24 +124,25 @@ class Overlap:
         begin = time.perf_counter()
         parts.schedule.begin(step)
         parts.membership.wait_for_local_ranks()
-        parts.shards.zero_padding()
         numbers: Sequence[int] = range(options.fragments)
         if options.streaming:
             numbers = [parts.schedule.fragment_at(step, options.fragments)]
-        report, losses = parts.assessor.report(window), window.state()
-        window.clear()
-        pending = self.pending = PendingSync(
-            step,
-            options.delay,
-            options.fragments,
-            list(numbers),
-            [],
-            settled_s=parts.world.background.settled_s,
-            record=SyncRecord(parts.assessor.index, (), ()),
-            window=losses,
-            arrived=[threading.Event() for _ in numbers],
-        )
-        pending.movement = [t.clone() for t in self._touched(pending)]
+        with parts.shards.mapped(writes=False):
+            parts.shards.zero_padding()
+            report, losses = parts.assessor.report(window), window.state()
+            window.clear()
+            pending = self.pending = PendingSync(
+                step,
+                options.delay,
+                options.fragments,
+                list(numbers),
+                [],
+                settled_s=parts.world.background.settled_s,
+                record=SyncRecord(parts.assessor.index, (), ()),
+                window=losses,
+                arrived=[threading.Event() for _ in numbers],
+            )
+            pending.movement = [t.clone() for t in self._touched(pending)]
         pending.held_up_s = time.perf_counter() - begin
         parts.world.background.run(lambda: self._exchange(pending, report))
 
@@ -277,8 +278,9 @@ class Overlap:
             window.give_back(*pending.window)
             self.needs_whole = True
         elif pending.applied < end:
-            self._apply(pending, end, window)
-            parts.shards.publish()
+            with parts.shards.mapped():
+                self._apply(pending, end, window)
+                parts.shards.publish()
         pending.waited_s += background.settled_s - settled_before
         if end < pending.fragments:
             pending.held_up_s += time.perf_counter() - begin
@@ -346,5 +348,6 @@ class Overlap:
             return
         state = {**state, "record": SyncRecord(**state["record"]), "pace": Pace(**state["pace"])}
         pending = PendingSync(movement=[], settled_s=self._parts.world.background.settled_s, **state)
-        pending.movement = [values.to(t) for t, values in zip(self._touched(pending), movement, strict=True)]
+        with self._parts.shards.mapped(writes=False):
+            pending.movement = [values.to(t) for t, values in zip(self._touched(pending), movement, strict=True)]
         self.pending = pending

@@ -96,7 +96,6 @@ class SyncParts:
     def __init__(
         self, world: World, exchange: Exchange, rule: Rule, shards: Shards, schedule: Schedule, options: SyncOptions
     ) -> None:
-        shards.zero_padding()  # state of rule and wire is made of the shards
         self.world = world
         self.membership = world.membership
         self.exchange = exchange
@@ -116,7 +115,18 @@ class SyncParts:
             samples_per_step=options.samples_per_step,
             expert_load=options.expert_load,
         )
+        with shards.mapped():
+            self.updater = self._build_updater()
+        self.memories: list[Mapping[str, Any]] = [{}] * (options.fragments if options.streaming else 1)
+        self.totals = SyncTotals()
+        self.is_torn = False
+        self._cuts: dict[int, list[Fragment]] = {}
+
+    def _build_updater(self) -> Updater:
+        """Return the rule with state of its own and of the wire, which is made of the shards."""
+        rule, exchange, shards, options = self.rule, self.exchange, self.shards, self.options
         offload = options.offload
+        shards.zero_padding()
         differences = None
         if options.wire != UNCOMPRESSED:
             differences = Differences(
@@ -132,12 +142,8 @@ class SyncParts:
         ]
         direction_mean = None
         if rule.keeps_lengths_from is not None and exchange.num_particles > 1:  # one movement is as long as itself
-            direction_mean = DirectionMean(exchange, world.local, shards.segments, matrices(shards))
-        self.updater = Updater(exchange, rule, shards.segments, state, differences, direction_mean)
-        self.memories: list[Mapping[str, Any]] = [{}] * (options.fragments if options.streaming else 1)
-        self.totals = SyncTotals()
-        self.is_torn = False
-        self._cuts: dict[int, list[Fragment]] = {}
+            direction_mean = DirectionMean(exchange, self.world.local, shards.segments, matrices(shards))
+        return Updater(exchange, rule, shards.segments, state, differences, direction_mean)
 
     def fragments(self, count: int) -> list[Fragment]:
         """Return this rank's part of each of so many fragments of the model."""
@@ -188,18 +194,18 @@ class SyncParts:
 
     def start_state(self) -> None:
         """Let the state of rule and wire follow from the weights as they are, which are equal on all particles."""
-        tensors = self.shards.tensors
-        for kept, x in zip(self.updater.state, tensors, strict=True):
-            for name, value in self.rule.init_state(x).items():
-                kept[name].copy_(value)
+        with self.shards.mapped(writes=False):
+            for kept, x in zip(self.updater.state, self.shards.tensors, strict=True):
+                for name, value in self.rule.init_state(x).items():
+                    kept[name].copy_(value)
         self.memories = [{}] * len(self.memories)
         self.start_wire()
 
     def start_wire(self) -> None:
         """Let what the wire keeps follow from the weights as they are, which are equal on all particles."""
-        self.shards.zero_padding()
-        tensors = self.shards.tensors
         if self.updater.differences is not None:
-            self.updater.differences.agree_on(tensors)
+            with self.shards.mapped(writes=False):
+                self.shards.zero_padding()
+                self.updater.differences.agree_on(self.shards.tensors)
             for residual in self.updater.differences.residual:
                 residual.zero_()

@@ -145,6 +145,10 @@ class Synchronizer:
             SwarmError: the shards were offloaded, or the rule needs a loss and saw none.
         """
         assert self.overlap.pending is None, "finish what is pending first"
+        with self.parts.shards.mapped():
+            return self._sync(window, step)
+
+    def _sync(self, window: FitnessWindow, step: int) -> SyncRecord | None:
         parts, membership = self.parts, self.parts.membership
         for _ in range(_ATTEMPTS):
             snapshot = Snapshot(self._all_tensors(), window, self.state_dict()) if membership.can_fail else None
@@ -322,8 +326,9 @@ class Synchronizer:
         """Forget all syncs: the particles are equal, and what is remembered follows from the weights as they are."""
         parts = self.parts
         parts.world.background.settle()
-        parts.shards.zero_padding()
-        parts.start_state()
+        with parts.shards.mapped():
+            parts.shards.zero_padding()
+            parts.start_state()
         self.overlap.pending, self.overlap.needs_whole = None, False
         parts.shards.lr_factor = 1.0
         parts.totals = SyncTotals()

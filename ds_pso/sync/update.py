@@ -145,8 +145,9 @@ class Updater:
     def _measure(self, x: Tensor, received: Tensor) -> None:
         apart = x - received
         assert self._squares is not None
-        self._squares[0] += torch.dot(apart, apart)
-        self._squares[1] += torch.dot(received, received)
+        # Of masters on several devices, those of one are counted on another.
+        self._squares[0] += torch.dot(apart, apart).to(self._squares.device)
+        self._squares[1] += torch.dot(received, received).to(self._squares.device)
 
     def _arriving(
         self, plan: Plan, shards: Sequence[Tensor], message: Sequence[Tensor] | None = None

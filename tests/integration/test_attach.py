@@ -196,9 +196,14 @@ def pretend_engine(name: str, value: Any) -> Callable[[Any], None]:
     return lambda engine: setattr(engine, name, value)
 
 
+def freeze_on_nvme(module: nn.Module) -> None:
+    module.scale.requires_grad_(False)
+    module.scale.ds_tensor.final_location = "nvme"
+
+
 OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 REFUSED: dict[str, tuple[Case, Callable[[Any], None], str]] = {
-    "nvme": (Case(stage=3, deepspeed=OFFLOAD), pretend("offload_optimizer.device", "nvme"), "NVMe"),
+    "frozen on nvme": (Case(stage=3), lambda engine: freeze_on_nvme(engine.module), "not trained are on NVMe"),
     "super offload": (Case(stage=3, deepspeed=OFFLOAD), pretend("offload_optimizer.super_offload", True), "SuperOffl"),
     "zenflow": (Case(), pretend_engine("zenflow", True), "ZenFlow"),
     "quantised weights": (Case(stage=3), pretend("zero_quantized_weights", True), "zero_quantized_weights"),

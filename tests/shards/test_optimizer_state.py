@@ -41,6 +41,20 @@ class ScheduleFree(Optimizer):
                 z.sub_(p.grad, alpha=group["lr"])
             group["k"] += 1
 
+    def eval(self) -> None:
+        self._turn(False, lambda beta: 1 - 1 / beta)
+
+    def train(self) -> None:
+        self._turn(True, lambda beta: 1 - beta)
+
+    @torch.no_grad()
+    def _turn(self, mode: bool, share: Any) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if group["train_mode"] != mode and "z" in self.state[p]:
+                    p.lerp_(self.state[p]["z"], share(group["beta"]))
+            group["train_mode"] = mode
+
 
 class Eager(Optimizer):
     """Makes all of its state when it is made: a constant, a copy of the weights, a table, and a number."""
@@ -189,7 +203,6 @@ WITHOUT_MEAN = {
     "Rprop": {"prev", "step_size"},
     "ASGD": {"ax"},
     "Adafactor": {"row_var", "col_var"},  # of the matrix
-    "ScheduleFree": {"z"},
     "Eager": {"slow", "scale", "table"},
 }
 
@@ -209,12 +222,61 @@ def test_what_has_a_mean(name: str) -> None:
         assert found.data_ptr() == optimizer.state[params[0]][key].data_ptr()
 
 
+def test_a_copy_of_weights_is_averaged_with_these_alone():
+    """Where they are an average of it, and not where it is called the same."""
+    params = weights()
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    optimizer.state[params[0]] = {"z": torch.zeros(7)}
+    assert set(OptimizerState(optimizer).without_mean()) == {"z"}
+
+
+def test_what_is_evaluated_of_a_schedule_free_optimizer():
+    params = weights()
+    optimizer = ScheduleFree(params)
+    state = OptimizerState(optimizer)
+    assert state.is_schedule_free
+    with state.evaluating(params):  # there is no state yet
+        assert not state.is_in_eval_mode
+    take_steps(optimizer, params, range(3))
+    before = copy.deepcopy(params)
+    expected = [p.lerp(optimizer.state[p]["z"], 1 - 1 / 0.9) for p in params]
+    with state.evaluating(params):
+        assert state.is_in_eval_mode
+        for p, x in zip(params, expected, strict=True):
+            assert torch.equal(p, x)
+            assert not torch.equal(p, before[0] if p.dim() == 1 else before[1])
+        with state.evaluating(params):
+            assert torch.equal(params[0], expected[0])
+    assert not state.is_in_eval_mode
+    for p, values in zip(params, before, strict=True):
+        assert torch.equal(p, values)
+    assert optimizer.param_groups[0]["train_mode"] is True
+
+
+def test_others_evaluate_what_they_train():
+    params = weights()
+    optimizer = torch.optim.SGD(params, lr=0.1, momentum=0.9)
+    state = OptimizerState(optimizer)
+    take_steps(optimizer, params, range(2))
+    before = params[0].clone()
+    assert not state.is_schedule_free
+    with state.evaluating(params):
+        assert torch.equal(params[0], before)
+
+
+class Packed(Tensor):
+    """As of an 8-bit optimizer whose state says that it is of floating point, and of the shape of the weights."""
+
+
 def test_packed_state_has_no_mean():
     """As of 8-bit optimizers, and of LBFGS."""
     params = weights()
     optimizer = torch.optim.SGD(params, lr=0.1)
-    optimizer.state[params[0]] = {"state1": torch.zeros(7, dtype=torch.uint8), "old_dirs": [torch.zeros(7)], "step": 3}
-    assert set(OptimizerState(optimizer).without_mean()) == {"state1", "old_dirs"}
+    packed = torch.zeros(7).as_subclass(Packed)
+    kept = {"state1": torch.zeros(7, dtype=torch.uint8), "old_dirs": [torch.zeros(7)], "exp_avg": packed, "step": 3}
+    optimizer.state[params[0]] = kept
+    assert set(OptimizerState(optimizer).without_mean()) == {"state1", "old_dirs", "exp_avg"}
+    assert OptimizerState(optimizer).moments_of(params[0]) == []
 
 
 @pytest.mark.parametrize(
@@ -247,7 +309,7 @@ class MuonAtStage3(Zero3Shards):
             param_groups=[{"params": [self.flat], "lr": 0.1}],
             defaults={},
         )
-        self._state = OptimizerState(self.optimizer)
+        self._states, self._nvme = [OptimizerState(self.optimizer)], None
         self._copies = Fp32Copies()
 
 
@@ -265,3 +327,17 @@ def test_the_momentum_of_muon_at_stage_3():
     shards.reset_optimizer_state()
     assert shards.momentum.tolist() == [0.0] * 6
     assert shards.moments()[0].tolist() == [0.0] * 6
+
+
+def test_entries_that_a_mode_has_left_are_dropped():
+    """A schedule-free optimizer makes them for parameters that DeepSpeed then replaces, and cannot save."""
+    params = weights()
+    optimizer = ScheduleFree(params)
+    optimizer.param_groups[0]["train_mode"] = False
+    optimizer.train()
+    masters = copy.deepcopy(params)
+    assert params[0] in optimizer.state
+    optimizer.param_groups[0]["params"] = masters
+    OptimizerState(optimizer)
+    take_steps(optimizer, masters, range(1))
+    assert len(optimizer.state_dict()["state"]) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -98,7 +99,14 @@ def test_the_own_model_is_looked_at_when_nobody_works_on_it() -> None:
     center = torch.zeros(3)  # half way through a sync in the background
     world = SimpleNamespace(background=SimpleNamespace(settle=lambda: center.fill_(1)))
     frozen = SimpleNamespace(counters=lambda: [])
-    shards = SimpleNamespace(tensors=[torch.zeros(3)], zero_padding=lambda: None, buffers=lambda: [], frozen=frozen)
+    shards = SimpleNamespace(
+        tensors=[torch.zeros(3)],
+        zero_padding=lambda: None,
+        buffers=lambda: [],
+        frozen=frozen,
+        mapped=lambda writes: nullcontext(),
+        evaluating=nullcontext,
+    )
     updater = SimpleNamespace(rule=SimpleNamespace(model_in="center"), state=[{"center": center}])
     membership = SimpleNamespace(reachable=lambda: (1,))
     parts: Any = SimpleNamespace(world=world, shards=shards, updater=updater, membership=membership)
