@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,6 +22,8 @@ class AxolotlConfig(Protocol):
 
     deepspeed: str | Mapping[str, Any] | None
     output_dir: str | None
+    max_steps: int | None
+    warmup_steps: int | None
     sample_packing: bool | None
     is_preprocess: bool | None
 
@@ -33,7 +36,7 @@ class SwarmPlugin(BasePlugin):
 
     Raises:
         ConfigError: by ``register``, if the YAML names no JSON, or for what ``ds_pso.init`` says.
-        UnsupportedError: by ``register``, if samples are packed.
+        UnsupportedError: by ``register``, if samples are packed, or particles of one rank share a machine.
     """
 
     def __init__(self) -> None:
@@ -49,10 +52,12 @@ class SwarmPlugin(BasePlugin):
         self._swarm = init(
             json.loads(json.dumps(config)) if isinstance(config, Mapping) else config, run_dir=cfg.output_dir
         )
+        _check_devices(self._swarm)
         cfg.deepspeed = self._swarm.ds_config
 
     def add_callbacks_post_trainer(self, cfg: AxolotlConfig, trainer: Trainer) -> list[TrainerCallback]:
         assert self._swarm is not None
+        _count_steps(self._swarm.num_particles, cfg, trainer)
         return [SwarmCallback(self._swarm, trainer)]
 
     def post_train_unload(self, cfg: AxolotlConfig) -> None:
@@ -72,3 +77,21 @@ def _check_supported(cfg: AxolotlConfig) -> None:
             "SwarmPlugin: sample_packing: true in Axolotl's YAML brings a batch sampler of its own, and the swarm "
             "splits the data over its ranks itself; set it to false"
         )
+
+
+def _check_devices(swarm: Swarm) -> None:
+    """Axolotl sets LOCAL_RANK to 0 where it sees one rank: those of a machine would share its first GPU."""
+    with swarm.world.coordinator.agree("looking for each rank's device"):
+        if swarm.world.layout.particle_size == 1 and os.environ.get("LOCAL_RANK", "0") != "0":
+            raise UnsupportedError(
+                "SwarmPlugin: particles of one rank each share a machine, and Axolotl would put them all on its first "
+                "GPU; give each particle two ranks or more, or a machine of its own"
+            )
+
+
+def _count_steps(particles: int, cfg: AxolotlConfig, trainer: Trainer) -> None:
+    """Axolotl counted the steps that one particle would take through all of the data, and warms up by that count."""
+    if particles > 1 and not cfg.max_steps:
+        trainer.args.max_steps = -1  # the Trainer counts the batches of an epoch, num_epochs times
+        if cfg.warmup_steps is None:
+            trainer.args.warmup_steps //= particles

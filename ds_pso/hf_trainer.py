@@ -80,6 +80,8 @@ class SwarmCallback(TrainerCallback):
             swarm.on_sync(self._sync_log.take)
         if swarm.num_particles > 1:
             trainer.args.output_dir = str(Path(self._folder, f"particle_{swarm.particle}"))
+            if trainer.args.should_save:  # as the Trainer does: a model card is written even if no checkpoint was
+                Path(trainer.args.output_dir).mkdir(parents=True, exist_ok=True)
             trainer.get_train_dataloader = self._data.sharded(trainer.get_train_dataloader)
             trainer.accelerator.deepspeed_ulysses_dl_adapter = self._data.divided
             _leave_to_the_leader(swarm, trainer)

@@ -20,6 +20,7 @@ from test_hf_trainer import CONFIG, Numbered, P, S, changed, llama, same, weight
 from ds_pso.errors import ConfigError, UnsupportedError
 from ds_pso.metrics.log import read_metrics
 
+EPOCHS = 2
 PLUGIN = "ds_pso.axolotl.SwarmPlugin"
 HOOKS = {  # of Axolotl's BasePlugin, of those that are used here
     "register": ["cfg"],
@@ -71,12 +72,15 @@ def run_as_axolotl_does(folder: Path, config: str | dict[str, Any]) -> dict[str,
     cfg = Config(json.loads(json.dumps(cfg)))  # its validation makes another object
 
     data = Numbered(64)
+    counted = len(data) * EPOCHS // (4 * cfg.world_size)
     args = TrainingArguments(
         output_dir=cfg.output_dir,
         deepspeed=cfg.deepspeed,
         per_device_train_batch_size=4,
         learning_rate=0.01,
-        num_train_epochs=2,
+        num_train_epochs=EPOCHS,
+        max_steps=counted,
+        warmup_steps=counted // 4,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -86,12 +90,14 @@ def run_as_axolotl_does(folder: Path, config: str | dict[str, Any]) -> dict[str,
     for callback in plugin.add_callbacks_post_trainer(cfg, trainer):
         trainer.add_callback(callback)
     trainer.train()
+    trainer.create_model_card(model_name="out")
     found = {
         "asked": data.asked,
         "weights": weights(trainer.model),
         "world_size": cfg.world_size,
         "swarm": cfg.deepspeed.get("swarm"),
         "steps": trainer.state.max_steps,
+        "warmup_steps": trainer.args.warmup_steps,
         "output_dir": trainer.args.output_dir,
     }
     plugin.post_train_unload(cfg)
@@ -108,7 +114,8 @@ def test_a_job_is_a_particle(pool: Pool, tmp_path: Path, as_path: bool) -> None:
     for rank in ranks:
         same(rank["weights"], ranks[0]["weights"], rtol=0)
         assert (rank["world_size"], rank["swarm"], rank["given_back"]) == (S, None, True)
-        assert rank["steps"] == 64 * 2 // (4 * P * S)
+        assert rank["steps"] == 64 * EPOCHS // (4 * P * S)
+        assert rank["warmup_steps"] == rank["steps"] // 4
     records = [record for record in read_metrics(tmp_path / "out/metrics.jsonl") if record["event"] == "sync"]
     assert [record["step"] for record in records] == [4, 8]
     assert [Path(rank["output_dir"]).name for rank in ranks] == ["out", "out", "particle_1", "particle_1"]
