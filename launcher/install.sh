@@ -17,8 +17,8 @@ if [ "$which" = oldest ]; then
     "$venv/bin/python" - >"$constraints" <<'END'
 import re, tomllib
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
-ranges = project["dependencies"] + project["optional-dependencies"]["test"]
-print(*(re.sub(r">=([^,]+),.*", r"==\1.*", text) for text in ranges), sep="\n")
+ranges = project["dependencies"] + [text for extra in project["optional-dependencies"].values() for text in extra]
+print(*(re.sub(r">=([^,]+),.*", r"==\1.*", text) for text in ranges if ",<" in text), sep="\n")
 END
     torch=$(grep '^torch==' "$constraints")
     export PIP_CONSTRAINT="$constraints"

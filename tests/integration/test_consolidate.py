@@ -449,7 +449,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
     "bit flip": (flip, [], "damaged (checksum differs)"),
     "another format": (edit("format", 4), [], "format 4 is not 7; use the ds_pso that wrote it"),
     "an older record": (edit("shards", None), [], "does not say where the parameters of its engine lie"),
-    "a pickle that runs code": (poison, [], "it holds io.open, which is no plain data; no code of it was run"),
+    "a pickle that runs code": (
+        poison,
+        [],
+        f"it holds {open.__module__}.open, which is no plain data; no code of it was run",
+    ),
     "output below a file": (
         lambda source: (source.parents[1] / "file").touch(),
         ["--output", "{run}/file/model"],

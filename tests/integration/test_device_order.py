@@ -22,7 +22,7 @@ def arrivals(case: Case) -> list[list[bool]]:
 
 
 def test_a_fragment_has_come_when_the_device_is_done_with_it(pool: Pool) -> None:
-    case = Case(steps=6, interval=3, swarm={"delay": 2, "fragments": 3})
+    case = Case(steps=6, interval=3, swarm={"delay": 3, "fragments": 3})
     for seen in pool.run(arrivals, case, world_size=2):
         assert seen[:3] == [[False, False, False], [True, False, False], [True, True, False]]
 
