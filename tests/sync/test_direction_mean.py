@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ds_pso.shards import Segment
+from ds_pso.shards.experts import whole_parameters
 from ds_pso.sync.direction_mean import DirectionMean, matrices
 
 NUMELS = {"plain": 7, "one": 12, "two": 40}  # in the order in which they lie in the model; the first is no matrix
@@ -139,6 +140,7 @@ def test_embeddings_and_vectors_are_no_matrices() -> None:
 
     class Shards:
         module = Model()
+        whole = whole_parameters(module)
 
         def trained_names(self) -> set[str]:
             return {name for name, _ in self.module.named_parameters() if "frozen" not in name}
