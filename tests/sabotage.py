@@ -1194,7 +1194,7 @@ def begin_the_rule_again() -> None:
 @sabotage("test_hf_trainer.py")
 def split_over_the_particle_alone() -> None:
     """Every particle trains on all of the data, as Accelerate would have it."""
-    from ds_pso.hf_trainer import _ShardedData
+    from ds_pso.hf_trainer.callback import _ShardedData
 
     _ShardedData.sharded = lambda self, get_train_dataloader: get_train_dataloader
 
@@ -1202,7 +1202,7 @@ def split_over_the_particle_alone() -> None:
 @sabotage("test_hf_trainer.py")
 def let_each_find_its_own_best() -> None:
     """Metrics of an evaluation stay those of the particle."""
-    from ds_pso.hf_trainer import _Evaluation
+    from ds_pso.hf_trainer.callback import _Evaluation
 
     _Evaluation.averaged = lambda self, evaluation_loop: evaluation_loop
 
@@ -1210,7 +1210,7 @@ def let_each_find_its_own_best() -> None:
 @sabotage("test_hf_trainer.py")
 def load_the_best_without_its_rule() -> None:
     """What the rule keeps of the model stays that of the last step."""
-    from ds_pso.hf_trainer import _Checkpoints
+    from ds_pso.hf_trainer.callback import _Checkpoints
 
     load = _Checkpoints.load
     _Checkpoints.load = lambda self, folder: 0 if self._trainer.state.best_model_checkpoint else load(self, folder)
@@ -1219,9 +1219,9 @@ def load_the_best_without_its_rule() -> None:
 @sabotage("test_hf_trainer.py")
 def believe_the_pickles_of_a_trainer() -> None:
     """DeepSpeed unpickles what the Trainer resumes from as it likes."""
-    from ds_pso import hf_trainer
+    from ds_pso.hf_trainer import callback
 
-    hf_trainer.plain_data_only = contextlib.nullcontext
+    callback.plain_data_only = contextlib.nullcontext
 
 
 @sabotage("integration/test_consolidate.py")

@@ -21,7 +21,7 @@ from ds_pso.errors import ConfigError, UnsupportedError
 from ds_pso.metrics.log import read_metrics
 
 EPOCHS = 2
-PLUGIN = "ds_pso.axolotl.SwarmPlugin"
+PLUGIN = "ds_pso.hf_trainer.axolotl.SwarmPlugin"
 HOOKS = {  # of Axolotl's BasePlugin, of those that are used here
     "register": ["cfg"],
     "add_callbacks_post_trainer": ["cfg", "trainer"],
@@ -127,12 +127,12 @@ def test_a_job_is_a_particle(pool: Pool, tmp_path: Path, as_path: bool) -> None:
 @pytest.fixture
 def plugin(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The plugin in this process, with the stand-in; later tests import it anew."""
-    for name in ("axolotl", "axolotl.integrations", "axolotl.integrations.base", "ds_pso.axolotl"):
+    for name in ("axolotl", "axolotl.integrations", "axolotl.integrations.base", "ds_pso.hf_trainer.axolotl"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     stand_in()
-    del sys.modules["ds_pso.axolotl"]
+    del sys.modules["ds_pso.hf_trainer.axolotl"]
     found = load_plugin(PLUGIN)
-    monkeypatch.delitem(sys.modules, "ds_pso.axolotl")
+    monkeypatch.delitem(sys.modules, "ds_pso.hf_trainer.axolotl")
     return found
 
 

@@ -395,7 +395,7 @@ def test_a_resumed_training_ends_where_the_whole_one_does(pool: Pool, tmp_path: 
     ],
 )
 def test_what_a_command_line_says(given: Any, meant: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ds_pso.hf_trainer import _as_meant
+    from ds_pso.hf_trainer.callback import _as_meant
 
     assert (_as_meant(given) or None) == (given if meant is ... else meant)
     monkeypatch.chdir(tmp_path)
@@ -722,7 +722,7 @@ def test_an_elastic_swarm_is_refused() -> None:
     from types import SimpleNamespace
 
     import ds_pso
-    from ds_pso.hf_trainer import _check_supported
+    from ds_pso.hf_trainer.callback import _check_supported
 
     swarm: Any = SimpleNamespace(
         num_particles=2, world=SimpleNamespace(membership=SimpleNamespace(reachable=lambda: (0,)))

@@ -30,7 +30,6 @@ FLOORS: list[set[str]] = [
     {"export", "accelerate"},
     {"swarm"},
     {"simulation", "hf_trainer", "lightning"},
-    {"axolotl"},
     {"ds_pso"},
     {"training"},
     {"cli", "train"},
@@ -102,7 +101,7 @@ def test_every_package_stands_on_one_floor():
 
 def test_few_modules_stand_beside_the_packages():
     assert sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in ("__init__", "_version")) == [
-        *("accelerate", "axolotl", "errors", "hf_trainer", "lightning", "sampler", "simulation", "swarm", "train")
+        *("accelerate", "errors", "lightning", "sampler", "simulation", "swarm", "train")
     ]
 
 

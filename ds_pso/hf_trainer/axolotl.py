@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from axolotl.integrations.base import BasePlugin
 
 from ds_pso.errors import ConfigError, UnsupportedError
-from ds_pso.hf_trainer import SwarmCallback
+from ds_pso.hf_trainer.callback import SwarmCallback
 from ds_pso.swarm import Swarm, init
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class AxolotlConfig(Protocol):
 
 
 class SwarmPlugin(BasePlugin):
-    """``plugins: [ds_pso.axolotl.SwarmPlugin]`` in Axolotl's YAML makes its Trainer's model a particle of the swarm.
+    """Makes the model of Axolotl's Trainer a particle: ``plugins: [ds_pso.hf_trainer.axolotl.SwarmPlugin]`` in its YAML.
 
     The JSON that ``deepspeed:`` names has a ``swarm`` section. What becomes of the Trainer's features is that of
     ``ds_pso.hf_trainer.SwarmCallback``.
