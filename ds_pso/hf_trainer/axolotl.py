@@ -29,7 +29,7 @@ class AxolotlConfig(Protocol):
 
 
 class SwarmPlugin(BasePlugin):
-    """Makes the model of Axolotl's Trainer a particle: ``plugins: [ds_pso.hf_trainer.axolotl.SwarmPlugin]`` in its YAML.
+    """Makes Axolotl's model a particle: ``plugins: [ds_pso.hf_trainer.axolotl.SwarmPlugin]`` in its YAML.
 
     The JSON that ``deepspeed:`` names has a ``swarm`` section. What becomes of the Trainer's features is that of
     ``ds_pso.hf_trainer.SwarmCallback``.
