@@ -115,7 +115,8 @@ class NoLoCoOracle(Oracle):
     """u_i <- alpha u_i + beta ((x_i + x_j) / 2 - a_i), a_i <- a_i + u_i, with partners i and j drawn at each sync."""
 
     def begin(self, start: np.ndarray, outer_lr: float = 0.7, outer_momentum: float = 0.5) -> None:
-        self.anchors, self.momenta = [start] * self.problem.num_particles, [np.zeros_like(start)] * len(self.anchors)
+        self.anchors = [start] * self.problem.num_particles
+        self.momenta = [np.zeros_like(start)] * self.problem.num_particles
         self.beta, self.alpha = outer_lr, outer_momentum
 
     def move(self, x: Particles, losses: list[float]) -> Particles:
