@@ -60,6 +60,7 @@ def test_the_losses_are_those_of_whole_sequences(pool: Pool, tmp_path: Path) -> 
         same(rank["weights"], expected["weights"], rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_training_that_is_resumed_in_an_epoch_ends_where_the_whole_one_does(pool: Pool, tmp_path: Path) -> None:
     whole = pool.run(train_divided, tmp_path / "whole", 2, None, False, timeout=120)
     pool.run(train_divided, tmp_path / "parts", 2, 3, False, timeout=120)

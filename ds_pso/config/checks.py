@@ -60,12 +60,6 @@ class Combination:
                     return str(key)
         return None
 
-    @property
-    def zero_stage(self) -> object:
-        """The stage of ZeRO that the config names; 0: none."""
-        section = self.ds_config.get("zero_optimization")
-        return section.get("stage", 0) if isinstance(section, Mapping) else 0
-
 
 _BATCH_DEFAULTS = {"gradient_accumulation_steps": 1}  # of DeepSpeed
 _ELEMENT_BY_ELEMENT = (UNCOMPRESSED, "bf16")  # the wires that round each element by itself
@@ -453,13 +447,6 @@ EXCLUSIONS: list[Exclusion] = [
         "tensor_parallel.autotp_size = {config.ds_config[tensor_parallel][autotp_size]}: the layers of a particle are "
         "split, or its sequences, and sequence_parallel_size = {config.ds_config[sequence_parallel_size]}",
         "remove one of them",
-    ),
-    Exclusion(
-        splits_layers,
-        lambda c: c.zero_stage == 3,
-        "tensor_parallel.autotp_size = {config.ds_config[tensor_parallel][autotp_size]}: zero_optimization.stage = 3 "
-        "would partition the parts of the layers once more",
-        "use stage 0 to 2, or remove tensor_parallel",
     ),
     Exclusion(
         splits_layers,

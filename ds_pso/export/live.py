@@ -147,7 +147,7 @@ def _frozen(parameter: WholeParameter) -> Tensor:
         return full.detach()
     if hasattr(like, "ds_id"):
         with deepspeed.zero.GatheredParameters([like]):
-            return like.detach().clone()
+            return made_whole(like, like.detach().clone())
     return made_whole(like, like.detach())
 
 

@@ -15,7 +15,8 @@ from ds_pso.rules import Rule
 from ds_pso.session.progress import TrainingProgress
 from ds_pso.session.session import Session
 from ds_pso.shards import Engine, Shards, check_precision, find_shards
-from ds_pso.shards.engine import cautions, num_stages, ranks_per_sample
+from ds_pso.shards.engine import cautions, num_stages, ranks_per_sample, tensor_parallel_size
+from ds_pso.shards.fragments import trained_numels
 from ds_pso.shards.nvme import cautions_of_nvme, swap_folders
 from ds_pso.sync.assessment import Probe
 from ds_pso.sync.expert_load import ExpertLoad
@@ -119,6 +120,8 @@ def build_synchronizer(session: Session, engine: Any, probe: Probe | None) -> Sy
         shards: Shards = find_shards(engine)
         check_precision(shards)
     _check_experts(session, shards)
+    if config.fragments > 1 and tensor_parallel_size(engine) > 1:
+        _check_parts(session, shards)
     if session.world.is_leader:
         more = [*cautions_of_nvme(engine), *_cautions_of_schedule_free(session, rule, shards)]
         for caution in [*cautions(engine), *more]:
@@ -176,6 +179,18 @@ def _check_experts(session: Session, shards: Shards) -> None:
         raise UnsupportedError(
             "ds_pso cannot swarm this engine: of one layer some experts are trained and some are not, and not the same "
             "ones on all ranks; train all experts of a layer, or none",
+            agreed=True,
+        )
+
+
+def _check_parts(session: Session, shards: Shards) -> None:
+    """Refuse fragments that would cut what every rank of a split layer has whole at other places on each."""
+    sizes = session.world.coordinator.gather("sizes of the parts of layers", trained_numels(shards))
+    if any(other != sizes[0] for other in sizes):
+        raise UnsupportedError(
+            f"swarm.fragments = {session.config.fragments}: layers are split into unequal parts "
+            "(tensor_parallel.autotp_size), and a parameter that is not split would be cut at other places on each "
+            "rank; use 1, or an autotp_size that divides heads and widths",
             agreed=True,
         )
 

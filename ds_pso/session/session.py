@@ -188,7 +188,7 @@ class Session:
         engine = self.engine
         trained = [p.like for p in whole_parameters(engine.module) if p.like.requires_grad]
         whole = sum(getattr(p, "ds_numel", p.numel()) for p in trained if not is_split(p))
-        parts = sum(p.numel() for p in trained if is_split(p))
+        parts = sum(getattr(p, "ds_numel", p.numel()) for p in trained if is_split(p))
         rows = self.world.local.gather([float(whole), float(parts)])
         if num_stages(engine) > 1:  # of which each stage has some
             return round(sum(row[0] for row in rows) * num_stages(engine) / len(rows))

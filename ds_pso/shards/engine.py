@@ -183,10 +183,6 @@ def _parallelism_checks(engine: Engine) -> list[tuple[bool, str]]:
             "tried together; remove tensor_parallel or sequence_parallel_size",
         ),
         (
-            tensor > 1 and engine.zero_optimization_stage() == 3,
-            "its layers are split over ranks (tensor_parallel.autotp_size) and partitioned by ZeRO 3; use ZeRO 0 to 2",
-        ),
-        (
             len(ranks) != size // tensor,
             f"its gradients are reduced over {len(ranks)} of the particle's {size} ranks (an mpu of its own); use "
             "sequence_parallel_size, tensor_parallel.autotp_size, or data parallelism alone inside a particle",

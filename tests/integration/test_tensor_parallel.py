@@ -29,16 +29,16 @@ ROWS, LENGTH, VOCABULARY = 4, 8, 24
 CASE = Case(steps=5, interval=2, optimizer="SGD", lr=0.5, momentum=0.5, seed=0)
 
 
-def build_llama(kv_heads: int = 2) -> LlamaForCausalLM:
+def build_llama(intermediate_size: int = 24) -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=16,
-            intermediate_size=24,
+            intermediate_size=intermediate_size,
             num_hidden_layers=2,
             num_attention_heads=4,
-            num_key_value_heads=kv_heads,
+            num_key_value_heads=2,
             max_position_embeddings=LENGTH,
             tie_word_embeddings=False,
         )
@@ -46,7 +46,7 @@ def build_llama(kv_heads: int = 2) -> LlamaForCausalLM:
 
 
 @contextlib.contextmanager
-def split_swarm(case: Case, split: int) -> Iterator[tuple[Swarm, Any]]:
+def split_swarm(case: Case, split: int, intermediate_size: int = 24) -> Iterator[tuple[Swarm, Any]]:
     """A swarm whose particles split each layer over ``split`` ranks, and its engine."""
     size = place(case)[2]
     keys: dict[str, Any] = {"train_micro_batch_size_per_gpu": ROWS * split // size}
@@ -54,7 +54,7 @@ def split_swarm(case: Case, split: int) -> Iterator[tuple[Swarm, Any]]:
         keys["tensor_parallel"] = {"autotp_size": split}
     case = replace(case, deepspeed={**keys, **case.deepspeed})
     with ds_pso.init(config(case, size)) as swarm:
-        model = build_llama()
+        model = build_llama(intermediate_size)
         engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=swarm.ds_config)
         yield swarm, swarm.attach(engine)
 
@@ -80,13 +80,19 @@ def train_llama(case: Case, split: int, engine: Any, steps: range | None = None)
     return losses
 
 
+def own_parts(engine: Any, *, whole: bool = False) -> Weights:
+    """The working weights of this rank's part of each layer, or of all of it; ZeRO 3 gathers them."""
+    found = {}
+    for name, parameter in engine.module.named_parameters():
+        gather = hasattr(parameter, "ds_id")
+        with deepspeed.zero.GatheredParameters([parameter]) if gather else contextlib.nullcontext():
+            value = made_whole(parameter, parameter) if whole else parameter
+            found[name] = value.detach().float().numpy().copy()
+    return found
+
+
 def whole_weights(engine: Any) -> Weights:
-    found = {n: made_whole(p, p).detach().float().numpy().copy() for n, p in engine.module.named_parameters()}
-    return {name.removeprefix("module."): value for name, value in found.items()}
-
-
-def own_parts(engine: Any) -> Weights:
-    return {name: p.detach().float().numpy().copy() for name, p in engine.module.named_parameters()}
+    return own_parts(engine, whole=True)
 
 
 def life(case: Case, split: int) -> tuple[list[float], Weights, Weights, tuple[float, ...]]:
@@ -98,7 +104,7 @@ def life(case: Case, split: int) -> tuple[list[float], Weights, Weights, tuple[f
 
 @pytest.mark.parametrize(
     ("stage", "sync_mode"),
-    slow_but([(0, "diloco"), (2, "local_sgd")], [(s, m) for s in (0, 1, 2) for m in ("local_sgd", "diloco", "pso")]),
+    slow_but([(2, "diloco"), (3, "local_sgd")], [(s, m) for s in range(4) for m in ("local_sgd", "diloco", "pso")]),
 )
 def test_a_swarm_with_split_layers_is_the_one_with_whole_ones(pool: Pool, stage: int, sync_mode: str) -> None:
     options = {"inertia": 0.3, "cognitive": 0.5} if sync_mode == "pso" else {}
@@ -128,7 +134,7 @@ def test_what_all_ranks_have_whole_stays_the_same_on_all(pool: Pool, wire: str) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", range(4))
 def test_two_ranks_with_samples_of_their_own(pool: Pool, stage: int) -> None:
     case = replace(CASE, stage=stage)
     split = pool.run(life, case, 2, world_size=8)
@@ -143,8 +149,9 @@ def see(case: Case) -> tuple[list[int], int]:
         return list(swarm.sampler(range(16), batch_size=4)), swarm.session.start_record()["parameters"]
 
 
-def test_the_ranks_of_a_layer_see_the_same_samples(pool: Pool) -> None:
-    ranks = pool.run(see, CASE)
+@pytest.mark.parametrize("stage", slow_but([2], [0, 2, 3]))
+def test_the_ranks_of_a_layer_see_the_same_samples(pool: Pool, stage: int) -> None:
+    ranks = pool.run(see, replace(CASE, stage=stage))
     seen = [samples for samples, _ in ranks]
     assert (seen[0], seen[2]) == (seen[1], seen[3])
     assert sorted(seen[0] + seen[2]) == list(range(16))
@@ -169,7 +176,7 @@ def interrupted(case: Case, folder: Path, stop: int | None, reshape: bool = Fals
 RESUMED = replace(CASE, optimizer="AdamW", momentum=0.0, lr=0.02, sync_mode="diloco")
 
 
-@pytest.mark.parametrize("stage", slow_but([0, 2], [0, 1, 2]))
+@pytest.mark.parametrize("stage", slow_but([2], [0, 1, 2, 3]))
 def test_resuming_is_bit_exact(pool: Pool, tmp_path: Path, stage: int) -> None:
     case = replace(RESUMED, stage=stage)
     straight = pool.run(interrupted, case, tmp_path, 3)
@@ -196,7 +203,7 @@ def export(case: Case, folder: Path) -> tuple[Weights, Weights]:
         return before, whole_weights(engine)
 
 
-@pytest.mark.parametrize("stage", slow_but([2], [0, 1, 2]))
+@pytest.mark.parametrize("stage", slow_but([3], [0, 1, 2, 3]))
 def test_the_export_is_the_mean_and_opens(pool: Pool, tmp_path: Path, stage: int) -> None:
     ranks = pool.run(export, replace(CASE, stage=stage), tmp_path / "model")
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -212,7 +219,6 @@ def test_the_export_is_the_mean_and_opens(pool: Pool, tmp_path: Path, stage: int
     ("keys", "section", "text"),
     [
         ({"sequence_parallel_size": 2}, {}, "the layers of a particle are split, or its sequences"),
-        ({"zero_optimization": {"stage": 3}}, {}, "would partition the parts of the layers once more"),
         ({}, {"wire": "int4"}, "this wire rounds an element by what lies beside it"),
         ({"tensor_parallel": {"autotp_size": "2"}}, {}, "must be a whole number of at least 0"),
     ],
@@ -221,3 +227,16 @@ def test_what_does_not_go_with_split_layers(keys: dict[str, Any], section: dict[
     swarm = {"particles": 2, "sync_mode": "diloco", **section}
     with pytest.raises(ConfigError, match=text):
         load_config({"tensor_parallel": {"autotp_size": 2}, **keys, "swarm": swarm})
+
+
+def attach_in_fragments(case: Case, intermediate_size: int) -> list[float]:
+    with split_swarm(case, 2, intermediate_size) as (_, engine):
+        return train_llama(case, 2, engine)
+
+
+@pytest.mark.parametrize(("intermediate_size", "kind"), [(24, None), (25, "UnsupportedError")])
+def test_fragments_need_equal_parts(pool: Pool, intermediate_size: int, kind: str | None) -> None:
+    case = replace(CASE, interval=3, swarm={"delay": 2, "fragments": 2})
+    for outcome in pool.outcomes(attach_in_fragments, case, intermediate_size):
+        assert outcome.kind == kind, outcome
+        assert kind is None or "layers are split into unequal parts" in outcome.text
