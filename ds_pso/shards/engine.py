@@ -125,7 +125,10 @@ def why_unsupported(engine: Engine) -> str | None:
             bool(getattr(offload_optimizer, "super_offload", False)),
             "SuperOffload updates shards in another process; remove offload_optimizer.super_offload",
         ),
-        (bool(engine.zenflow), "ZenFlow updates shards asynchronously; remove zero_optimization.zenflow"),
+        (
+            bool(engine.zenflow),
+            "with ZenFlow the masters lag behind the weights that are trained; remove zero_optimization.zenflow",
+        ),
         (
             bool(zero.zero_quantized_weights or zero.zero_quantized_nontrainable_weights),
             "quantised ZeRO weights are not published; remove zero_quantized_weights",
