@@ -196,15 +196,8 @@ def _check_parts(session: Session, shards: Shards) -> None:
 
 
 def _cautions_of_schedule_free(session: Session, rule: Rule, shards: Shards) -> Iterator[str]:
-    """Yield what goes badly with an optimizer whose weights to evaluate are an average of others."""
-    if not shards.is_schedule_free:
-        return
-    if session.config.optimizer_state == "keep" and session.num_particles > 1:
-        yield (
-            'swarm.optimizer_state = "keep": a schedule-free optimizer averages iterates that are in its state, and '
-            'these go apart where only weights are synced; use "average"'
-        )
-    if rule.model_in != "x":
+    """Yield what goes badly with an optimizer whose weights to evaluate are not those that train."""
+    if shards.is_schedule_free and rule.model_in != "x":
         yield (
             f"swarm.sync_mode = {session.config.sync_mode!r}: its model is made of the weights that train, and a "
             "schedule-free optimizer evaluates others; use a rule whose model is the mean of the particles"
