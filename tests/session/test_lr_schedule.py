@@ -73,6 +73,13 @@ def test_a_logarithmic_warm_up_is_deepspeeds():
         assert mine.get_last_lr() == theirs.get_last_lr()
 
 
+def test_no_warm_up_is_the_shortest_that_deepspeed_has():
+    """The Trainer of older transformers fills in 0, which DeepSpeed refuses."""
+    assert rates(make_schedule(20, 0), 20) == rates(make_schedule(20, 1), 20)
+    with pytest.raises(ValueError, match="warmup_num_steps"):
+        make_schedule(20, -1)
+
+
 def test_before_the_first_step_the_rate_is_the_lowest():
     optimizer = make_optimizer()
     schedule = make_schedule(10, 2, optimizer)
