@@ -47,7 +47,7 @@ class WarmupHoldDecayLR(lr_schedules.WarmupDecayLR):
             total_num_steps,
             warmup_min_lr,
             warmup_max_lr,
-            # DeepSpeed refuses 0, which the Trainer of older transformers fills in for "auto" where there is no warm-up.
+            # DeepSpeed refuses 0, which the Trainer of older transformers fills in for "auto" without a warm-up.
             1 if warmup_num_steps == 0 else warmup_num_steps,
             warmup_type,
             last_batch_iteration,
