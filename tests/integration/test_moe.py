@@ -160,8 +160,10 @@ def forward(w: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 def trained_by_torch(case: Case, start: Weights) -> list[Weights]:
-    """Both particles, which become their mean every few steps."""
-    particles = [{name: nn.Parameter(torch.tensor(value)) for name, value in start.items()} for _ in range(2)]
+    """Both particles, which become their mean every few steps; or one, which goes half of the way that it has gone."""
+    count = int(case.particles)
+    particles = [{name: nn.Parameter(torch.tensor(value)) for name, value in start.items()} for _ in range(count)]
+    anchor = {name: torch.tensor(value) for name, value in start.items()}
     optimizers = [getattr(torch.optim, case.optimizer)(w.values(), lr=case.lr) for w in particles]
     for step in range(case.steps):
         for number, (w, optimizer) in enumerate(zip(particles, optimizers, strict=True)):
@@ -174,9 +176,10 @@ def trained_by_torch(case: Case, start: Weights) -> list[Weights]:
         if (step + 1) % case.interval == 0:
             with torch.no_grad():
                 for name in start:
-                    mean = (particles[0][name] + particles[1][name]) / 2
+                    mean = sum(w[name] for w in particles) / count
+                    anchor[name] = (anchor[name] + mean) / 2 if count == 1 else mean
                     for w in particles:
-                        w[name].copy_(mean)
+                        w[name].copy_(anchor[name])
     return [{name: value.detach().numpy() for name, value in w.items()} for w in particles]
 
 
@@ -217,6 +220,20 @@ def test_it_is_what_torch_computes_with_all_experts(ends: Any, job: Job) -> None
         found = whole([rank[1] for rank in local_ranks])
         assert_close(found, expected)
         assert_equal(assemble([rank[2] for rank in local_ranks], found), found)  # each element has one owner
+
+
+SHARED = Case(optimizer="SGD", lr=0.3, steps=5, particles=1, sync_mode="diloco")
+
+
+@pytest.mark.parametrize("stage", slow_but([0], [0, 1, 2]))
+def test_two_ranks_that_hold_the_same_experts_share_them_out(pool: Pool, stage: int) -> None:
+    """One particle of four ranks, whose outer step is made on the owner of an element and then told to the other."""
+    case = replace(SHARED, stage=stage, options={"outer_lr": 0.5, "outer_momentum": 0.0})
+    ranks = [rank[0] for rank in pool.run(start_and_end, [Job(case)])]
+    (expected,) = trained_by_torch(case, whole([rank[0] for rank in ranks]))
+    found = whole([rank[1] for rank in ranks])
+    assert_close(found, expected)
+    assert_equal(assemble([rank[2] for rank in ranks], found), found)
 
 
 # -- the same swarm, whose ranks hold all experts each ---------------------------------------------------
