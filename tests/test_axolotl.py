@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import json
@@ -149,6 +150,40 @@ def test_what_cannot_be_is_said_before_any_rank_is_waited_for(plugin: Any, cfg: 
     with pytest.raises(error, match=key):
         plugin.register(cfg)
     plugin.post_train_unload(cfg)
+
+
+@pytest.mark.parametrize(("size", "local_rank", "refused"), [(1, "0", False), (1, "1", True), (2, "1", False)])
+def test_particles_of_one_rank_need_a_machine_each(
+    plugin: Any, monkeypatch: pytest.MonkeyPatch, size: int, local_rank: str, refused: bool
+) -> None:
+    world = types.SimpleNamespace(
+        layout=types.SimpleNamespace(particle_size=size),
+        coordinator=types.SimpleNamespace(agree=lambda doing: contextlib.nullcontext()),
+    )
+    swarm = types.SimpleNamespace(world=world, ds_config={}, close=lambda: None)
+    monkeypatch.setitem(type(plugin).register.__globals__, "init", lambda *_, **__: swarm)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    with pytest.raises(UnsupportedError, match="first GPU") if refused else contextlib.nullcontext():
+        plugin.register(Config(deepspeed=CONFIG))
+
+
+@pytest.mark.parametrize(
+    ("particles", "cfg", "counted", "warmup"),
+    [
+        (1, Config(), 96, 12),
+        (4, Config(), -1, 3),
+        (4, Config(max_steps=96), 96, 12),
+        (4, Config(warmup_steps=12), -1, 12),
+    ],
+    ids=["one particle", "four", "steps given", "warm-up given"],
+)
+def test_steps_that_axolotl_counted_are_counted_anew(
+    plugin: Any, particles: int, cfg: Config, counted: int, warmup: int
+) -> None:
+    args = types.SimpleNamespace(max_steps=96, warmup_steps=12)
+    count = type(plugin).register.__globals__["_count_steps"]
+    count(particles, cfg, types.SimpleNamespace(args=args))
+    assert (args.max_steps, args.warmup_steps) == (counted, warmup)
 
 
 def test_preprocessing_joins_no_swarm(plugin: Any) -> None:

@@ -93,5 +93,5 @@ def _count_steps(particles: int, cfg: AxolotlConfig, trainer: Trainer) -> None:
     """Axolotl counted the steps that one particle would take through all of the data, and warms up by that count."""
     if particles > 1 and not cfg.max_steps:
         trainer.args.max_steps = -1  # the Trainer counts the batches of an epoch, num_epochs times
-        if cfg.warmup_steps is None:
+        if cfg.warmup_steps is None and trainer.args.warmup_steps >= 1:  # below it is a share of the Trainer's count
             trainer.args.warmup_steps //= particles
