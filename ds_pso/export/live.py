@@ -75,7 +75,9 @@ def export(session: Session, folder: Path, which: Choice = "consensus", tokenize
                 if num_stages(session.engine) > 1:
                     write_stages(state_dict, temporary)
                 else:
-                    _write(shards, state_dict, temporary, of_module=of_module)
+                    holds_all = all(parameter.is_here for parameter in shards.whole)
+                    trained = _trained(shards)
+                    _write(shards.module, state_dict, trained, temporary, holds_all=holds_all, of_module=of_module)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(temporary)
             log.info("%s: exported the %s model in %.1f s", folder, which, time.perf_counter() - begin)
@@ -151,15 +153,27 @@ def _frozen(parameter: WholeParameter) -> Tensor:
     return made_whole(like, like.detach())
 
 
-def _write(shards: Shards, state_dict: dict[str, Tensor], folder: Path, *, of_module: bool) -> None:
+def _trained(shards: Shards) -> set[str]:
+    """Return the names, as they are written, of all parameters that are trained."""
+    names = shards.trained_names()
+    return {_plain(shards.module, p) for p in shards.whole if p.name in names and p.like.requires_grad}
+
+
+def _write(
+    module: torch.nn.Module,
+    state_dict: dict[str, Tensor],
+    trained: set[str],
+    folder: Path,
+    *,
+    holds_all: bool,
+    of_module: bool,
+) -> None:
     """Write the model, and compare what is in its files with what will be looked for.
 
     Args:
+        holds_all: whether this rank's module has all parameters of the model.
         of_module: whether the values are those that the module holds.
     """
-    module, names = shards.module, shards.trained_names()
-    trained = {_plain(module, p) for p in shards.whole if p.name in names and p.like.requires_grad}
-    holds_all = all(parameter.is_here for parameter in shards.whole)
     with taken_off(module) as plain:
         opened = contents.as_opened(plain)
         tied = contents.tied_names(plain)

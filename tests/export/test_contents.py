@@ -35,7 +35,7 @@ def export(model: nn.Module, folder: Path, *, of_module: bool = False, **changed
     tensors = {name: value for name, value in (whole(model) | changed).items() if value is not None}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     folder.mkdir(exist_ok=True)
-    _write(model, tensors, trained, folder, of_module=of_module)
+    _write(model, tensors, trained, folder, holds_all=True, of_module=of_module)
 
 
 def assert_opens_as(model: nn.Module, folder: Path) -> None:

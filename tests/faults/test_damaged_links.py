@@ -20,7 +20,8 @@ CASES: dict[str, tuple[Case, str]] = {
     "int8": (Case(swarm={"wire": "int8"}), "alltoall_base"),
     "int8 gathered": (Case(swarm={"wire": "int8"}), "allgather"),
     "delay": (Case(swarm={"delay": 1}), "allreduce"),
-    **{name: (case, "allreduce") for name, case in LATER_RULES.items() if name != "pso"},
+    "noloco": (LATER_RULES["noloco"], "alltoall_base"),
+    **{name: (case, "allreduce") for name, case in LATER_RULES.items() if name not in ("pso", "noloco")},
 }
 
 
