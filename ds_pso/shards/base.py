@@ -297,7 +297,8 @@ class Shards(ABC):
 
     def reloaded(self) -> None:
         """Take note that DeepSpeed has loaded its checkpoint."""
-        self._copies.refresh(self._masters())
+        with self.mapped(writes=False):
+            self._copies.refresh(self._masters())
 
     @property
     def lr_factor(self) -> float:
