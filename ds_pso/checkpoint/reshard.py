@@ -39,11 +39,12 @@ T = TypeVar("T")
 
 
 def is_of_another_shape(session: Session, source: Path) -> bool:
-    """True if checkpoint ``source`` has other P or S than this run, or other groups of ranks that share samples."""
-    layout, record = session.world.layout, _any_record(source)
+    """True if checkpoint ``source`` has other P or S than this run, or this rank another share of the samples."""
+    layout = session.world.layout
     if _shape(source) != (layout.num_particles, layout.particle_size):
         return True
-    return any(map(SwarmSampler.is_shared_otherwise, session.samplers, record["samplers"]))
+    mine = record_of(source, layout.rank)  # particles may have shares of their own
+    return any(map(SwarmSampler.is_shared_otherwise, session.samplers, mine["samplers"]))
 
 
 def _shape(source: Path) -> tuple[int, int]:
