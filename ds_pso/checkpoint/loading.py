@@ -177,7 +177,7 @@ def _check_fits(record: RankRecord, session: Session, source: Path, or_reshape: 
                 f"{source}: saved with {key} {saved[key]}, and this run has {value}; {remedies[key]}, "
                 "or start without resuming"
             )
-    split = record.get("tensor_parallel", 1)
+    split = record["tensor_parallel"]
     if split != tensor_parallel_size(session.engine):
         raise CheckpointError(
             f"{source}: saved with tensor_parallel.autotp_size {split}, and this run has "

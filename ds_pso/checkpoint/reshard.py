@@ -108,7 +108,7 @@ class Reshaped:
                 f"{source}: does not say where the parameters of its engine lie, so it cannot be brought to another "
                 "number of ranks; resume on as many as it was saved with"
             )
-        if any(record.get("tensor_parallel", 1) > 1 for record in records) or tensor_parallel_size(session.engine) > 1:
+        if any(record["tensor_parallel"] > 1 for record in records) or tensor_parallel_size(session.engine) > 1:
             raise CheckpointError(
                 f"{source}: layers are or were split over ranks (tensor_parallel.autotp_size), and are not divided "
                 "anew; resume with the particles, ranks per particle and autotp_size that it was saved with"
