@@ -110,8 +110,8 @@ def build_synchronizer(session: Session, engine: Any, probe: Probe | None) -> Sy
         return None
     schedule = config.build_schedule(session.ds_config)
     _check(session, rule, schedule, probe)
-    _check_batch(session, engine)
     with session.world.coordinator.agree("attaching the engine"):
+        _check_batch(session, engine)
         if rule.keeps_lengths_from is not None and num_stages(engine) > 1:
             raise UnsupportedError(
                 f'swarm.{config.sync_mode}.merge = "rda": all ranks of a particle must hold a part of every matrix, '
