@@ -161,6 +161,12 @@ def _check_batch(session: Session, engine: Any) -> None:
 
 
 def _expert_load(engine: Any) -> ExpertLoad:
+    if num_stages(engine) > 1:
+        raise UnsupportedError(
+            "swarm.expert_load = true: each stage of a pipeline has routers of its own, and no rank counts for all of "
+            "them; set it to false",
+            agreed=True,
+        )
     load = ExpertLoad(engine.module)
     if not load.sizes:
         raise ConfigError(
