@@ -458,11 +458,14 @@ EXCLUSIONS: list[Exclusion] = [
 ]
 
 
-def check_consistent(ds_config: Mapping[str, object], swarm: SwarmConfig, where: str) -> None:
+def check_consistent(
+    ds_config: Mapping[str, object], swarm: SwarmConfig, where: str, *, of: Predicate | None = None
+) -> None:
     """Refuse a section whose keys exclude each other.
 
     Args:
         where: begins the error, such as the path of the file.
+        of: the feature whose rows of the table are tried; None: all are.
 
     Raises:
         ConfigError: names the first row of the table that applies.
@@ -472,5 +475,5 @@ def check_consistent(ds_config: Mapping[str, object], swarm: SwarmConfig, where:
         return
     config = Combination(swarm, rule, ds_config)
     for row in EXCLUSIONS:
-        if row.feature(config) and row.excludes(config):
+        if of in (None, row.feature) and row.feature(config) and row.excludes(config):
             raise ConfigError(f"{where}: {row.message.format(swarm=swarm, config=config)}")

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ds_pso.config import parallelism
+from ds_pso.config.checks import check_consistent, splits_layers
 from ds_pso.config.schema import total_num_steps
 from ds_pso.errors import ConfigError, SwarmError, UnsupportedError
 from ds_pso.metrics import deepspeed_monitor
@@ -120,8 +121,12 @@ def build_synchronizer(session: Session, engine: Any, probe: Probe | None) -> Sy
         shards: Shards = find_shards(engine)
         check_precision(shards)
     _check_experts(session, shards)
-    if config.fragments > 1 and tensor_parallel_size(engine) > 1:
-        _check_parts(session, shards)
+    if tensor_parallel_size(engine) > 1:
+        # The engine may split layers, and ds_pso.init not know.
+        keys = session.ds_config | {parallelism.TENSOR: {parallelism.AUTOTP: tensor_parallel_size(engine)}}
+        check_consistent(keys, config, "swarm.attach", of=splits_layers)
+        if config.fragments > 1:
+            _check_parts(session, shards)
     if session.world.is_leader:
         more = [*cautions_of_nvme(engine), *_cautions_of_schedule_free(session, rule, shards)]
         for caution in [*cautions(engine), *more]:
