@@ -120,7 +120,7 @@ class Overlap:
         """
         assert self.pending is None, "finish what is pending first"
         parts, options = self._parts, self._parts.options
-        parts.shards.check_present()
+        parts.shards.check_ready()
         begin = time.perf_counter()
         parts.schedule.begin(step)
         parts.membership.wait_for_local_ranks()
@@ -264,7 +264,7 @@ class Overlap:
         if pending is None:
             return None
         parts, background = self._parts, self._parts.world.background
-        parts.shards.check_present()
+        parts.shards.check_ready()
         begin = time.perf_counter()
         end = pending.fragments if to_the_end else pending.due_by(step)
         if end == 0:
