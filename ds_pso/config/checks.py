@@ -56,7 +56,8 @@ class Combination:
         """The key by which the batch of some particle is not known; None: it is known of each."""
         for entry in self.swarm.per_particle:
             for key, value in entry:
-                if value is None and not isinstance(self.ds_config.get(key, _BATCH_DEFAULTS.get(key)), int):
+                given = self.ds_config.get(key, _BATCH_DEFAULTS.get(key))
+                if value is None and (not isinstance(given, int) or given < 1):
                     return str(key)
         return None
 
@@ -186,7 +187,7 @@ EXCLUSIONS: list[Exclusion] = [
         has_unequal_batches,
         lambda c: c.unknown_batch is not None,
         'swarm.per_particle: data is shared out by the batches of all particles, and "{config.unknown_batch}" is no '
-        "number for some",
+        "number of at least 1 for some",
         "give it in each entry, or once beside swarm",
     ),
     Exclusion(

@@ -816,11 +816,12 @@ ONE, OTHER = {"train_micro_batch_size_per_gpu": 8}, {"train_micro_batch_size_per
         ({"per_particle": [ONE, 8]}, {}, "swarm.per_particle[1] = 8: must be an object"),
         ({"per_particle": ONE}, {}, "swarm.per_particle = {'train_micro_batch_size_per_gpu': 8}: must be a valid list"),
         ({"per_particle": [ONE, OTHER]}, {"train_batch_size": 12}, "train_batch_size = 12: with swarm.per_particle"),
-        ({"per_particle": [ONE, {}]}, {}, '"train_micro_batch_size_per_gpu" is no number for some; give it in each'),
+        ({"per_particle": [ONE, {}]}, {}, '"train_micro_batch_size_per_gpu" is no number of at least 1 for some; give'),
+        ({"per_particle": [ONE, {}]}, {"train_micro_batch_size_per_gpu": 0}, "is no number of at least 1 for some"),
         (
             {"per_particle": [ONE, OTHER]},
             {"gradient_accumulation_steps": "auto"},
-            '"gradient_accumulation_steps" is no number for some; give it in each entry, or once beside swarm',
+            '"gradient_accumulation_steps" is no number of at least 1 for some; give it in each entry, or once',
         ),
         (
             {"per_particle": [ONE, OTHER], "transport": "elastic"},
