@@ -428,7 +428,7 @@ def template(node: ast.AST) -> str | None:
 EXCLUSIONS = [f"{GAP}: " + re.sub(r"{[^}]*}", GAP, row.message) for row in checks.EXCLUSIONS]
 SOURCES = [
     ast.parse(path.read_text(encoding="utf-8"))
-    for path in sorted([*ROOT.glob("ds_pso/**/*.py"), *ROOT.glob("recipes/_*.py")])
+    for path in sorted([*ROOT.glob("ds_pso/**/*.py"), *ROOT.glob("recipes/*.py")])
 ]
 
 
