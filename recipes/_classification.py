@@ -84,8 +84,8 @@ def _choose(dataset: str, rows: Dataset, wanted: Mapping[str, tuple[str, ...]]) 
         found = next((column for column in candidates if column in rows.column_names), None)
         if found is None:
             raise ConfigError(
-                f"--dataset {dataset}: has columns {rows.column_names}, and none is called {candidates[0]}; rename one, "
-                "or change the recipe"
+                f"--dataset {dataset}: has columns {rows.column_names}, and none is called {candidates[0]}; rename "
+                "one, or change the recipe"
             )
         names[found] = name
     return rows.select_columns(list(names)).rename_columns(names)

@@ -100,7 +100,8 @@ class SwarmConfig(StrictModel):
         default=0.0,
         ge=0,
         lt=1,
-        description="Share of what a delayed sync point brings that a particle does not take over (alpha); 0: it takes all.",
+        description="Share of what a delayed sync point brings that a particle does not take over (alpha); 0: it takes "
+        "all.",
     )
     fitness: Literal["train", "probe"] = Field(
         default="train",

@@ -172,8 +172,8 @@ def _read_hub(dataset: str) -> Iterator[tuple[str, str]]:
     column = next((c for c in ("text", "content", "document") if c in rows.column_names), None)
     if column is None:
         raise ConfigError(
-            f"--dataset {dataset}: has columns {rows.column_names}, and none is called text; rename one, or give a text "
-            "file or folder"
+            f"--dataset {dataset}: has columns {rows.column_names}, and none is called text; rename one, or give a "
+            "text file or folder"
         )
     for index, text in enumerate(rows[column]):
         yield str(index), text
