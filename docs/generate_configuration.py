@@ -70,7 +70,7 @@ def _table(model: type[BaseModel]) -> str:
 
 
 def _allowed(key: str, field: FieldInfo) -> str:
-    if key in _BY_VALIDATOR:
+    if key in _BY_VALIDATOR and field.annotation is not float:  # noloco has numbers where diloco takes "auto", too
         return _BY_VALIDATOR[key]
     if typing.get_origin(field.annotation) is typing.Literal:
         return ", ".join(f"`{json.dumps(value)}`" for value in typing.get_args(field.annotation))

@@ -179,7 +179,7 @@ class _Given:
                 )
                 raise ConfigError(f"swarm.prepare was given {len(kinds[kind])} {kind}s: it needs one{remedy}")
         if len(kinds["scheduler"]) > 1:
-            raise ConfigError(f"swarm.prepare was given {len(kinds['scheduler'])} schedulers: a model has one")
+            raise ConfigError(f"swarm.prepare was given {len(kinds['scheduler'])} schedulers: give it one")
         (model,), loaders = kinds["model"], kinds["loader"]
         scheduler = kinds["scheduler"][0] if kinds["scheduler"] else None
         return cls(model, scheduler, _training_loader(loaders) if loaders else None)

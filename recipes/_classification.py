@@ -52,7 +52,8 @@ def load_splits(
         test = next((name for name in ("test", "validation") if name in splits), None)
         if "train" not in splits or test is None:
             raise ConfigError(
-                f"--dataset {dataset}: has the splits {sorted(splits)}, and train and test (or validation) are needed"
+                f"--dataset {dataset}: has the splits {sorted(splits)}, and train and test (or validation) are needed; "
+                "rename them, or change the recipe"
             )
         wanted = {**columns, "labels": ("label", "labels")}
         train, held_out = (_choose(dataset, splits[name], wanted) for name in ("train", test))
@@ -83,7 +84,8 @@ def _choose(dataset: str, rows: Dataset, wanted: Mapping[str, tuple[str, ...]]) 
         found = next((column for column in candidates if column in rows.column_names), None)
         if found is None:
             raise ConfigError(
-                f"--dataset {dataset}: has columns {rows.column_names}, and none is called {candidates[0]}"
+                f"--dataset {dataset}: has columns {rows.column_names}, and none is called {candidates[0]}; rename "
+                "one, or change the recipe"
             )
         names[found] = name
     return rows.select_columns(list(names)).rename_columns(names)

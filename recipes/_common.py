@@ -32,11 +32,16 @@ def make_parser(name: str, what: str, *, steps: int, batch_size: int, lr: float)
     )
     add = parser.add_argument
     add("--steps", type=positive, default=steps, help="optimizer steps (default: %(default)s)")
-    add("--batch_size", type=positive, default=batch_size, help="samples per rank and micro batch (%(default)s)")
-    add("--lr", type=float, default=lr, help="learning rate (%(default)s)")
-    add("--weight_decay", type=float, default=0.01, help="of the optimizer (%(default)s)")
-    add("--seed", type=int, default=0, help="of model, data order and dropout (%(default)s)")
-    add("--output_dir", type=Path, default=Path("runs") / name, help="run folder (%(default)s)")
+    add(
+        "--batch_size",
+        type=positive,
+        default=batch_size,
+        help="samples per rank and micro batch (default: %(default)s)",
+    )
+    add("--lr", type=float, default=lr, help="learning rate (default: %(default)s)")
+    add("--weight_decay", type=float, default=0.01, help="of the optimizer (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of model, data order and dropout (default: %(default)s)")
+    add("--output_dir", type=Path, default=Path("runs") / name, help="run folder (default: %(default)s)")
     add("--smoke", action="store_true", help="a small model on data made on the spot: under a minute on a CPU")
     return parser
 

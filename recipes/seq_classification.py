@@ -24,9 +24,17 @@ from ds_pso.training.start import run
 def parse(argv: list[str] | None) -> argparse.Namespace:
     what = "Fine-tune an encoder to classify texts."
     parser = recipe.make_parser("seq_classification", what, steps=1000, batch_size=16, lr=5e-5)
-    parser.add_argument("--model", default="distilbert/distilbert-base-uncased", help="local folder or hub id")
-    parser.add_argument("--dataset", default="stanfordnlp/imdb", help="local folder or hub id, with text and label")
-    parser.add_argument("--max_length", type=int, default=256, help="tokens of a text; the rest is cut off")
+    parser.add_argument(
+        "--model", default="distilbert/distilbert-base-uncased", help="local folder or hub id (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dataset",
+        default="stanfordnlp/imdb",
+        help="local folder or hub id, with text and label (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max_length", type=int, default=256, help="tokens of a text; the rest is cut off (default: %(default)s)"
+    )
     return recipe.parse(parser, argv, steps=40, lr=3e-3)
 
 

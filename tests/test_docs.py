@@ -21,6 +21,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 import ds_pso
 from ds_pso.cli import launch
@@ -28,9 +29,11 @@ from ds_pso.cli import main as cli
 from ds_pso.comm.compression import wire_options
 from ds_pso.config import checks
 from ds_pso.config.load import load_config
-from ds_pso.config.presets import PRESETS, sync_modes
-from ds_pso.config.schema import ALLREDUCE, SwarmConfig
+from ds_pso.config.presets import PRESETS, rule_of, sync_modes
+from ds_pso.config.schema import ALLREDUCE, ParticleConfig, SwarmConfig
+from ds_pso.elastic.config import ElasticConfig
 from ds_pso.rules import RULES
+from ds_pso.sync.schedule import ScheduleConfig
 from ds_pso.training.arguments import parse_arguments
 
 ROOT = Path(__file__).parents[1]
@@ -346,6 +349,30 @@ def test_configuration_page_is_up_to_date():
             assert field.description, f"{model.__name__}.{key} has no description"
 
 
+def allowed_values() -> list:
+    """Section, key and value of each literal that a table says is allowed."""
+    found = []
+    for section, table in re.findall(
+        r"^### `swarm\.?(\w*)`\n\n((?:\|.+\n)+)", page("docs/configuration.md"), re.MULTILINE
+    ):
+        for key, allowed in re.findall(r"^\| `(\w+)` \| (.+?) \|", table, flags=re.MULTILINE):
+            found += [(section, key, value) for value in re.findall(r"`([^`]+)`", allowed) if ":" not in value]
+    return found
+
+
+@pytest.mark.parametrize(("section", "key", "value"), allowed_values())
+def test_a_value_that_a_table_allows_is_accepted(section, key, value):
+    models = {"": SwarmConfig, "schedule": ScheduleConfig, "per_particle": ParticleConfig, "elastic": ElasticConfig}
+    models |= {name: rule.Config for name, rule in RULES.items()} | wire_options()
+    given = rule_of(json.loads(value)) if key == "sync_mode" else json.loads(value)
+    errors = []
+    try:
+        models[section].model_validate({key: given})
+    except ValidationError as error:
+        errors = error.errors()
+    assert all(item["loc"] == () for item in errors), errors  # whether it goes with other keys is another matter
+
+
 def test_every_sync_mode_is_documented():
     table = page("docs/sync-modes.md").split("## What each costs")[1].split("| --- |", 1)[1].split("\n\n")[0]
     assert re.findall(r"^\| \[`(\w+)`\]\(#\1\) \|", table, flags=re.MULTILINE) == MODES
@@ -428,7 +455,7 @@ def template(node: ast.AST) -> str | None:
 EXCLUSIONS = [f"{GAP}: " + re.sub(r"{[^}]*}", GAP, row.message) for row in checks.EXCLUSIONS]
 SOURCES = [
     ast.parse(path.read_text(encoding="utf-8"))
-    for path in sorted([*ROOT.glob("ds_pso/**/*.py"), *ROOT.glob("recipes/_*.py")])
+    for path in sorted([*ROOT.glob("ds_pso/**/*.py"), *ROOT.glob("recipes/*.py")])
 ]
 
 

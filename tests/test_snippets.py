@@ -87,7 +87,10 @@ def test_every_config_of_the_documentation_trains(pool: Pool, tmp_path: Path) ->
         mode = section.get("sync_mode", "local_sgd")
         assert len(particles) == (1 if mode == "allreduce" else section["particles"]), name
         for said, loss in particles:
-            assert mode in said or mode == "allreduce", name
+            if section.get("sync_interval") == "never":
+                assert said.endswith("without sync points of their own"), name
+            else:
+                assert mode in said or mode == "allreduce", name
             assert math.isfinite(loss), name
 
 
@@ -200,7 +203,7 @@ def test_the_four_lines_of_the_readme(pool: Pool, tmp_path: Path) -> None:
     script = README_SCRIPT.format(part_of(blocks(page("README.md"), "diff")[0], "+"))
     printed = pool.run(execute, script, completed(CONFIGS["README.md-0"]), tmp_path)
     said, samples = zip(*(line.splitlines()[-1].split(" [") for line in printed), strict=True)
-    assert set(said) == {"4 particles x 1 rank, local_sgd every 32 steps"}
+    assert set(said) == {"4 particles x 1 rank, local_sgd every 8 steps in int4, 2 steps late"}
     assert sorted(int(sample) for mine in samples for sample in mine.rstrip("]").split(", ")) == list(range(320))
 
 
@@ -268,7 +271,7 @@ def test_simulations_run_as_written(pool: Pool, tmp_path: Path) -> None:
     """But on less text, with a smaller model, and for a few steps."""
     small = shlex.split("--steps 8 --seq_length 16 --model llama:1x32 --dataset words.txt --eval_every 8")
     commands = [[*words, *(small if words[1].endswith("train.py") else [])] for words in simulations()]
-    assert len(commands) >= 3
+    assert len(commands) >= 2
     (codes,) = pool.run(simulate_each, commands, tmp_path, *quick_start("+"), world_size=1, timeout=120)
     assert codes == [0] * len(commands)
     assert (tmp_path / "runs/latest/model/model.safetensors").exists()

@@ -140,7 +140,7 @@ def _done_at(asked: float, what: str, particle: int, found: list[dict[str, Any]]
 
 
 def _back(at: float, syncs: list[dict[str, Any]], particles: int) -> float | None:
-    """When all met again, alive, after a fault."""
+    """When all synced again, alive, after a fault."""
     after = (s for s in syncs if s["time"] > at + 0.5)
     return next(
         (s["time"] for s in after if len(s["present"]) == particles and all(s["alive"]) and not s["recovered"]), None

@@ -39,7 +39,7 @@ def random_faults(arguments: argparse.Namespace, report: Report, calm: Calm) -> 
         f"| memory of the launcher, first and last | {_megabytes(report.supervisor)} |",
         "",
         "| fault | times | sync points without it or them, median | steps trained again, most "
-        "| seconds until all met again, alive: median (worst) |",
+        "| seconds until all synced again, alive: median (worst) |",
         "| --- | --- | --- | --- | --- |",
     ]
     for what in FAULTS:
@@ -62,7 +62,7 @@ def each_fault(arguments: argparse.Namespace, reports: dict[str, Report], calm: 
         f"worth {max(losses) - min(losses):.4f}. The others have the first of these seeds.",
         "",
         "| fault | times | sync points without it or them, median | steps trained again, most "
-        "| seconds until all met again, alive: median (worst) | at the end | held-out loss | to its undisturbed |",
+        "| seconds until all synced again, alive: median (worst) | at the end | held-out loss | to its undisturbed |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for what, report in reports.items():

@@ -87,7 +87,7 @@ def check_at_least(**values: tuple[float, float]) -> None:
     """
     for name, (value, least) in values.items():
         if value < least:
-            raise ConfigError(f"--{name} = {value}: must be at least {least}")
+            raise ConfigError(f"--{name.replace('_', '-')} = {value}: must be at least {least}")
 
 
 def check_above_zero(**values: float) -> None:

@@ -34,7 +34,13 @@ def add_to(commands: Subcommands) -> None:
     )
     add = parser.add_argument
     add("--particles", type=int, required=True, metavar="P", help="places in the swarm, on all machines together")
-    add("--gpus-per-particle", type=int, default=1, metavar="S", help="ranks per particle (processes on a CPU)")
+    add(
+        "--gpus-per-particle",
+        type=int,
+        default=1,
+        metavar="S",
+        help="ranks per particle, or processes on a machine without GPUs (default: %(default)s)",
+    )
     add("--only", metavar="N[-M]", help="places that this machine fills, counted from 0 (default: all)")
     add("--start", type=int, metavar="N", help="begin when N particles are there (default: P); others may join later")
     add(
@@ -47,8 +53,20 @@ def add_to(commands: Subcommands) -> None:
     add("--port", type=int, default=_PORT, help=f"of the lighthouse (default: {_PORT})")
     add("--lighthouse", metavar="URL", help="of one that runs elsewhere, such as http://10.0.0.1:29510")
     add("--config", metavar="JSON", help="the DeepSpeed config, if the script does not get it as an argument")
-    add("--max-restarts", type=int, default=10, metavar="N", help="of a particle that does not run for ten minutes")
-    add("--grace", type=float, default=60.0, metavar="SECONDS", help="for particles to save when this is asked to end")
+    add(
+        "--max-restarts",
+        type=int,
+        default=10,
+        metavar="N",
+        help="restarts of a particle in a row, none of which runs for ten minutes (default: %(default)s)",
+    )
+    add(
+        "--grace",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="for particles to save when this is asked to end (default: %(default)s)",
+    )
     add("--log-dir", type=Path, metavar="DIR", help="also write what each particle prints to a file there")
     add("script", help="training script, and after it its arguments")
     add("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)

@@ -193,7 +193,7 @@ EXCLUSIONS: list[Exclusion] = [
     Exclusion(
         has_unequal_batches,
         is_elastic,
-        'swarm.transport = "elastic": a particle that heals takes over the place of another in the data, and with '
+        'swarm.transport = "elastic": a particle that recovers takes over the place of another in the data, and with '
         "swarm.per_particle that is counted in batches of another size",
         'use "static", or remove per_particle',
     ),

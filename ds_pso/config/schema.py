@@ -100,7 +100,8 @@ class SwarmConfig(StrictModel):
         default=0.0,
         ge=0,
         lt=1,
-        description="Share of the movement that a delayed sync point brings which a particle leaves out: alpha.",
+        description="Share of what a delayed sync point brings that a particle does not take over (alpha); 0: it takes "
+        "all.",
     )
     fitness: Literal["train", "probe"] = Field(
         default="train",
@@ -110,7 +111,7 @@ class SwarmConfig(StrictModel):
         default=4.0,
         gt=1,
         description="Leave a particle out of a sync point, and restart it from the others, when its loss, divided by "
-        "the highest so far, is more than so many times the median of the others', and no chance; `null`: never.",
+        "the highest so far, is more than so many times the median of the others', beyond chance; `null`: never.",
     )
     quarantine_norm: float | None = Field(
         default=10.0,
@@ -147,8 +148,8 @@ class SwarmConfig(StrictModel):
     )
     state_device: Literal["auto", "cpu"] = Field(
         default="auto",
-        description="Where the state of the rule and of the wire lies between sync points: beside the shard, or in the "
-        "memory of the host.",
+        description="Where the state of the rule and of the wire lies between sync points: beside the shard, or in "
+        "main memory.",
     )
     state_dtype: Literal["fp32", "bf16"] = Field(
         default="fp32",
@@ -157,8 +158,8 @@ class SwarmConfig(StrictModel):
     )
     expert_load: bool = Field(
         default=False,
-        description="Of a mixture of experts, record at each sync point how far the particles are apart in the share "
-        "of tokens that their routers give to each expert.",
+        description="Record at each sync point how far the particles of a mixture of experts are apart in the share of "
+        "tokens that their routers give to each expert.",
     )
     bucket_mb: float = Field(default=64.0, gt=0, le=4096, description="Exchange buffer, in MiB.")
     checksums: bool = Field(

@@ -30,7 +30,8 @@ class NoSyncConfig(RuleConfig):
     max_staleness: int = Field(
         default=4,
         ge=0,
-        description="If asynchronous: ignore what a peer sent that had more sync points fewer behind it than this.",
+        description="If asynchronous: ignore the state of a peer that had completed more than so many sync points "
+        "fewer.",
     )
 
     @model_validator(mode="after")

@@ -171,7 +171,10 @@ def _read_hub(dataset: str) -> Iterator[tuple[str, str]]:
         ) from error
     column = next((c for c in ("text", "content", "document") if c in rows.column_names), None)
     if column is None:
-        raise ConfigError(f"--dataset {dataset}: has columns {rows.column_names}, and none is called text")
+        raise ConfigError(
+            f"--dataset {dataset}: has columns {rows.column_names}, and none is called text; rename one, or give a "
+            "text file or folder"
+        )
     for index, text in enumerate(rows[column]):
         yield str(index), text
 

@@ -34,7 +34,7 @@ def supervisor(*words: Any) -> Supervisor:
 
 REFUSED = [
     (["--particles", 0], "--particles = 0: must be at least 1"),
-    (["--particles", 2, "--gpus-per-particle", 0], "--gpus_per_particle = 0: must be at least 1"),
+    (["--particles", 2, "--gpus-per-particle", 0], "--gpus-per-particle = 0: must be at least 1"),
     (["--particles", 2, "--start", 3], "--start 3: must lie between 1 and --particles = 2"),
     *[
         (["--particles", 4, "--only", only], f"--only {only}: must be a place")

@@ -836,7 +836,7 @@ ONE, OTHER = {"train_micro_batch_size_per_gpu": 8}, {"train_micro_batch_size_per
         (
             {"per_particle": [ONE, OTHER], "transport": "elastic"},
             {},
-            'swarm.transport = "elastic": a particle that heals',
+            'swarm.transport = "elastic": a particle that recovers',
         ),
     ],
 )

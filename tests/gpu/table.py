@@ -57,7 +57,7 @@ CHECKS = [
     Check("training:fused_adam", "DeepSpeed's FusedAdam, compiled on the spot", limit_s=150),
     Check("training:cpu_adam", "DeepSpeed's Adam for offloaded optimizers, compiled on the spot", limit_s=150),
     Check("features:training_job", "ds_pso/train.py from text to an exported model", limit_s=90),
-    Check("training:nvme_offload", "an optimizer on NVMe is refused, with a remedy", limit_s=90),
+    Check("training:nvme_offload", "an optimizer on NVMe", limit_s=90),
     Check("costs:convergence", "a row of the comparison of rules, with larger models", ranks=1, limit_s=200),
     Check("training:ranks_over_gloo", "particles of two ranks that share a GPU, over gloo inside, too", ranks=4),
     Check("training:peers_over_nccl", "peers over NCCL, a GPU for each rank", one_gpu_each=True),
