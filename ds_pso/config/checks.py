@@ -358,6 +358,13 @@ EXCLUSIONS: list[Exclusion] = [
         'use "int4", or the merge "mean"',
     ),
     Exclusion(
+        sends_a_part,
+        lambda c: c.swarm.mixing > 0 and not leaves_residual_in_weights(c),
+        'swarm.wire = "{swarm.wire}": what it withholds waits in the wire, and with swarm.mixing = {swarm.mixing} the '
+        "particle keeps a part of it, too, so that more would be sent in the end than it has moved",
+        'set swarm.residual to "weights", or remove mixing',
+    ),
+    Exclusion(
         leaves_residual_in_weights,
         lambda c: not compresses(c),
         'swarm.residual = "weights": the wire "fp32" withholds nothing',

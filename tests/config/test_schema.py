@@ -444,6 +444,16 @@ def test_what_needs_all_particles_is_refused_where_nobody_waits(key, value, said
     load(section | {"sync_mode": "local_sgd", "nosync": {"asynchronous": True}})
 
 
+def test_what_was_not_sent_is_not_kept_in_two_places():
+    section = {"wire": "sparse", "delay": 4, "mixing": 0.5}
+    message = message_of({"swarm": section})
+    assert message.startswith('config: swarm.wire = "sparse": what it withholds waits in the wire, and with')
+    assert message.endswith('set swarm.residual to "weights", or remove mixing')
+    load(section | {"residual": "weights"})
+    load(section | {"wire": "int4"})
+    load(section | {"mixing": 0.0})
+
+
 @pytest.mark.parametrize(
     ("section", "expected"),
     [
