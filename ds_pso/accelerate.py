@@ -50,6 +50,8 @@ def prepare(
         raise ConfigError(f'swarm.prepare schedule = {schedule!r}: must be "epochs" or "steps"')
     _check_accelerator(swarm, accelerator)
     given = _Given.of(objects)
+    if schedule == "epochs" and given.scheduler is not None:
+        _check_lengths(swarm)
     if swarm.world.membership.can_fail and isinstance(given.scheduler, LRScheduler):
         raise UnsupportedError(
             f"swarm.prepare: a {type(given.scheduler).__name__} of the script in an elastic swarm: a particle that "
@@ -134,6 +136,16 @@ def _check_accelerator(swarm: Swarm, accelerator: object) -> None:
             "swarm.prepare: Accelerate has one state per process, and a simulation has all particles in one; call "
             "deepspeed.initialize and swarm.attach in what is simulated",
             agreed=True,
+        )
+
+
+def _check_lengths(swarm: Swarm) -> None:
+    """Refuse particles that would see schedules of unequal lengths, and so train at unequal rates."""
+    if len({entry.samples_of_a_rank for entry in swarm.config.per_particle}) > 1:
+        raise ConfigError(
+            'swarm.prepare schedule = "epochs": with swarm.per_particle the particles\' loaders are not equally long, '
+            "and none is P times as long as its part of an epoch, so that their learning rates would be wrong; let the "
+            'script count optimizer steps, x accelerator.num_processes, and give "steps"'
         )
 
 

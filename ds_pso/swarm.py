@@ -489,7 +489,8 @@ class Swarm:
         Args:
             score: of the engine as it is, in evaluation mode and without gradients: a loss, or any number. Called on
                 all ranks, and the mean of what they return counts, so let each take its part of the samples
-                (``swarm.world.layout.rank`` of ``world_size``), the same ones each time.
+                (``swarm.world.layout.rank`` of ``world_size``, both divided by ``swarm.ranks_per_sample``, without a
+                rest), the same ones each time.
             test: likewise, on other samples; scores the result once, the best expert and the mean of all.
             searcher: see docs/experts.md; those that need a base are for ``ds-pso search``.
             options: of the searcher.

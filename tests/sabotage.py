@@ -329,6 +329,29 @@ def wait_in_the_foreground() -> None:
     Overlap.begin = begin
 
 
+@sabotage("integration/test_delay.py")
+def count_lost_steps() -> None:
+    """A particle that restarts late counts by the steps that were lost, too."""
+    from ds_pso.sync.overlapped import Overlap
+
+    real = Overlap._apply
+
+    def apply_movement(self: Any, pending: Any, end: int, window: Any) -> None:
+        steps = window.steps
+        real(self, pending, end, window)
+        window.steps = steps
+
+    Overlap._apply = apply_movement
+
+
+@sabotage("integration/test_expert_search.py")
+def keep_the_last_combination() -> None:
+    """After a search that has failed the experts are gone."""
+    from ds_pso.session.expert_search import ParticleModels
+
+    ParticleModels.give_back = do_nothing
+
+
 @sabotage("integration/test_fragments.py")
 def apply_fragments_together() -> None:
     """Each waits for the last one."""

@@ -748,6 +748,21 @@ def test_a_trainer_without_deepspeed_is_refused(pool: Pool, tmp_path: Path) -> N
     pool.run(without_deepspeed, tmp_path, world_size=1)
 
 
+def train_experts(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    with joined(changed(CONFIG, sync_interval="never"), folder) as swarm:
+        trainer = a_trainer(swarm, folder, max_steps=6)
+        trainer.train()
+        expert = weights(trainer.model)
+        swarm.merge()
+        return expert, weights(trainer.model)
+
+
+def test_particles_that_never_sync_are_left_apart_for_the_script(pool: Pool, tmp_path: Path) -> None:
+    (first, merged), (second, _) = pool.run(train_experts, tmp_path, world_size=2, timeout=120)
+    assert any((first[name] != second[name]).any() for name in first)
+    same({name: (first[name] + second[name]) / 2 for name in first}, merged, rtol=1e-5, atol=1e-7)
+
+
 # -- LoRA, and the page ---------------------------------------------------------------------
 
 

@@ -272,3 +272,12 @@ def test_unequal_batches_share_out_each_step_of_all(batches, particle_size, more
 def test_too_few_samples_for_a_step_of_all():
     with pytest.raises(ConfigError, match="9 samples, and an optimizer step of all particles takes 10"):
         SwarmSampler(range(9), rank=0, world_size=4, batch_size=2, share=Share.of([2, 3], 2, 0))
+
+
+def test_a_rank_that_asks_for_no_samples_says_nothing_of_batches(recwarn):
+    """As between the first and the last stage of a pipeline."""
+    (sampler,) = make_samplers(12, 1, 3)
+    for _ in range(5):
+        sampler.advance()
+    sampler.check_batches()
+    assert not list(recwarn)

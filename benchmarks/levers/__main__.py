@@ -16,7 +16,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parse(argv)
     results = Results(arguments.size)
     if not arguments.report:
-        wanted = [setting for setting in SETTINGS if any(text in str(setting) for text in arguments.only or [""])]
+        names = {str(setting) for setting in SETTINGS}
+        texts = arguments.only or [""]
+        wanted = [s for s in SETTINGS if str(s) in texts or any(text in str(s) for text in texts if text not in names)]
         try:
             limits = Limits(time.time() + 60 * arguments.minutes, arguments.jobs, arguments.seeds)
             run_all(SIZES[arguments.size], wanted, results, limits)
@@ -32,7 +34,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.levers", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("size", choices=SIZES)
-    add("--only", nargs="*", metavar="TEXT", help="settings in whose name one of these occurs, such as 'Muon: int4'")
+    add("--only", nargs="*", metavar="TEXT", help="settings of these names, or in whose name one of these occurs")
     add("--seeds", type=int, default=len(SEEDS), help="of each setting whose rate is known (default: all)")
     add("--minutes", type=float, default=float("inf"), help="start no run after this time")
     add("--jobs", type=int, default=1, help="processes of one thread each (default: 1)")

@@ -34,7 +34,7 @@ from ds_pso.errors import CheckpointError, SwarmError
 from ds_pso.sync.fitness import WindowState
 from ds_pso.utils.atomic_io import hash_file
 
-FORMAT = 7
+FORMAT = 8
 LATEST = "latest"
 DEEPSPEED_TAG = "deepspeed"
 MODEL = "model"  # a folder beside DeepSpeed's in that of a particle
@@ -78,7 +78,7 @@ class RankRecord(Identity):
     window: WindowState
     synchronizer: dict[str, Any] | None  # ``Synchronizer.state_dict``
     samplers: list[dict[str, int]]
-    tensor_parallel: NotRequired[int]  # over how many ranks layers are split; older records have none: over 1
+    tensor_parallel: int  # over how many ranks layers are split
     random: RandomRecord | None  # None: a rank that was not there, and begins from its seed
     files: NotRequired[dict[str, tuple[int, str]]]  # bytes and SHA-256 by path; of a record that was written
 

@@ -39,10 +39,13 @@ def load(session: Session, folder: Path, tag: str | None = None, *, reshape: boo
     session.writer.wait()
     begin = time.perf_counter()
     or_reshape = "" if session.world.membership.can_fail else _OR_RESHAPE
-    name = newest_whole(session.world.coordinator, folder) if tag is None else tag
-    with session.world.coordinator.agree("checking the checkpoint"):
+    coordinator = session.world.coordinator
+    name = newest_whole(coordinator, folder) if tag is None else tag
+    with coordinator.agree("checking the checkpoint"):
         source = find(folder, name)
         reshape = reshape and is_of_another_shape(session, source)
+    reshape = any(coordinator.gather("shape of the checkpoint", reshape))  # the shares of some may have changed alone
+    with coordinator.agree("checking the checkpoint"):
         if not reshape:
             record = _read_record(source, session, or_reshape)
             _check_fits(record, session, source, or_reshape)
@@ -174,7 +177,7 @@ def _check_fits(record: RankRecord, session: Session, source: Path, or_reshape: 
                 f"{source}: saved with {key} {saved[key]}, and this run has {value}; {remedies[key]}, "
                 "or start without resuming"
             )
-    split = record.get("tensor_parallel", 1)
+    split = record["tensor_parallel"]
     if split != tensor_parallel_size(session.engine):
         raise CheckpointError(
             f"{source}: saved with tensor_parallel.autotp_size {split}, and this run has "

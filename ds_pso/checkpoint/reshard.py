@@ -39,11 +39,12 @@ T = TypeVar("T")
 
 
 def is_of_another_shape(session: Session, source: Path) -> bool:
-    """True if checkpoint ``source`` has other P or S than this run, or other groups of ranks that share samples."""
-    layout, record = session.world.layout, _any_record(source)
+    """True if checkpoint ``source`` has other P or S than this run, or this rank another share of the samples."""
+    layout = session.world.layout
     if _shape(source) != (layout.num_particles, layout.particle_size):
         return True
-    return any(map(SwarmSampler.is_shared_otherwise, session.samplers, record["samplers"]))
+    mine = record_of(source, layout.rank)  # particles may have shares of their own
+    return any(map(SwarmSampler.is_shared_otherwise, session.samplers, mine["samplers"]))
 
 
 def _shape(source: Path) -> tuple[int, int]:
@@ -107,7 +108,7 @@ class Reshaped:
                 f"{source}: does not say where the parameters of its engine lie, so it cannot be brought to another "
                 "number of ranks; resume on as many as it was saved with"
             )
-        if any(record.get("tensor_parallel", 1) > 1 for record in records) or tensor_parallel_size(session.engine) > 1:
+        if any(record["tensor_parallel"] > 1 for record in records) or tensor_parallel_size(session.engine) > 1:
             raise CheckpointError(
                 f"{source}: layers are or were split over ranks (tensor_parallel.autotp_size), and are not divided "
                 "anew; resume with the particles, ranks per particle and autotp_size that it was saved with"

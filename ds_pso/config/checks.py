@@ -56,7 +56,8 @@ class Combination:
         """The key by which the batch of some particle is not known; None: it is known of each."""
         for entry in self.swarm.per_particle:
             for key, value in entry:
-                if value is None and not isinstance(self.ds_config.get(key, _BATCH_DEFAULTS.get(key)), int):
+                given = self.ds_config.get(key, _BATCH_DEFAULTS.get(key))
+                if value is None and (not isinstance(given, int) or given < 1):
                     return str(key)
         return None
 
@@ -186,7 +187,7 @@ EXCLUSIONS: list[Exclusion] = [
         has_unequal_batches,
         lambda c: c.unknown_batch is not None,
         'swarm.per_particle: data is shared out by the batches of all particles, and "{config.unknown_batch}" is no '
-        "number for some",
+        "number of at least 1 for some",
         "give it in each entry, or once beside swarm",
     ),
     Exclusion(
@@ -357,6 +358,13 @@ EXCLUSIONS: list[Exclusion] = [
         'use "int4", or the merge "mean"',
     ),
     Exclusion(
+        sends_a_part,
+        lambda c: c.swarm.mixing > 0 and not leaves_residual_in_weights(c),
+        'swarm.wire = "{swarm.wire}": what it withholds waits in the wire, and with swarm.mixing = {swarm.mixing} the '
+        "particle keeps a part of it, too, so that more would be sent in the end than it has moved",
+        'set swarm.residual to "weights", or remove mixing',
+    ),
+    Exclusion(
         leaves_residual_in_weights,
         lambda c: not compresses(c),
         'swarm.residual = "weights": the wire "fp32" withholds nothing',
@@ -458,11 +466,14 @@ EXCLUSIONS: list[Exclusion] = [
 ]
 
 
-def check_consistent(ds_config: Mapping[str, object], swarm: SwarmConfig, where: str) -> None:
+def check_consistent(
+    ds_config: Mapping[str, object], swarm: SwarmConfig, where: str, *, of: Predicate | None = None
+) -> None:
     """Refuse a section whose keys exclude each other.
 
     Args:
         where: begins the error, such as the path of the file.
+        of: the feature whose rows of the table are tried; None: all are.
 
     Raises:
         ConfigError: names the first row of the table that applies.
@@ -472,5 +483,5 @@ def check_consistent(ds_config: Mapping[str, object], swarm: SwarmConfig, where:
         return
     config = Combination(swarm, rule, ds_config)
     for row in EXCLUSIONS:
-        if row.feature(config) and row.excludes(config):
+        if of in (None, row.feature) and row.feature(config) and row.excludes(config):
             raise ConfigError(f"{where}: {row.message.format(swarm=swarm, config=config)}")

@@ -109,7 +109,7 @@ def consolidate(source: Path, which: Literal["consensus", "best"] | int = "conse
     """
     first = verified_record(particle_folders(source, 0).part, 0)
     P, S = first["num_particles"], first["particle_size"]
-    if first.get("tensor_parallel", 1) > 1:
+    if first["tensor_parallel"] > 1:
         raise UnsupportedError(
             f"export: {source}: saved by ranks that had a part of each layer (tensor_parallel.autotp_size), which only "
             "the layers themselves can put together; resume it on as many ranks, and call swarm.export"

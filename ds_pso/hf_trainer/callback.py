@@ -40,7 +40,7 @@ class SwarmCallback(TrainerCallback):
     ``output_dir/particle_<i>``, and continues from there. Evaluations during training see the consensus of the
     particles, and their metrics are the mean over the particles, so that all decide alike which step was the best
     and when to stop. At the end every particle holds the consensus, and ``trainer.save_model()`` of particle 0
-    writes it to ``output_dir``.
+    writes it to ``output_dir``; but with ``"sync_interval": "never"`` each is the expert that it has become.
 
     Resuming runs no code that lies in a checkpoint. Particle 0 alone shows progress, tables and transformers' INFO
     lines.
@@ -116,7 +116,8 @@ class SwarmCallback(TrainerCallback):
             self._checkpoints.load(Path(state.best_model_checkpoint))  # what the rule keeps of the model, too
         else:
             self.swarm.finish_pending()
-        self.swarm.merge()
+        if not self.swarm.config.never_syncs:  # or they are experts, which the script combines
+            self.swarm.merge()
         if self.swarm.particle == 0:
             args.output_dir = self._folder
 

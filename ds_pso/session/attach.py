@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ds_pso.config import parallelism
+from ds_pso.config.checks import check_consistent, splits_layers
 from ds_pso.config.schema import total_num_steps
 from ds_pso.errors import ConfigError, SwarmError, UnsupportedError
 from ds_pso.metrics import deepspeed_monitor
@@ -110,8 +111,8 @@ def build_synchronizer(session: Session, engine: Any, probe: Probe | None) -> Sy
         return None
     schedule = config.build_schedule(session.ds_config)
     _check(session, rule, schedule, probe)
-    _check_batch(session, engine)
     with session.world.coordinator.agree("attaching the engine"):
+        _check_batch(session, engine)
         if rule.keeps_lengths_from is not None and num_stages(engine) > 1:
             raise UnsupportedError(
                 f'swarm.{config.sync_mode}.merge = "rda": all ranks of a particle must hold a part of every matrix, '
@@ -120,8 +121,12 @@ def build_synchronizer(session: Session, engine: Any, probe: Probe | None) -> Sy
         shards: Shards = find_shards(engine)
         check_precision(shards)
     _check_experts(session, shards)
-    if config.fragments > 1 and tensor_parallel_size(engine) > 1:
-        _check_parts(session, shards)
+    if tensor_parallel_size(engine) > 1:
+        # The engine may split layers, and ds_pso.init not know.
+        keys = session.ds_config | {parallelism.TENSOR: {parallelism.AUTOTP: tensor_parallel_size(engine)}}
+        check_consistent(keys, config, "swarm.attach", of=splits_layers)
+        if config.fragments > 1:
+            _check_parts(session, shards)
     if session.world.is_leader:
         more = [*cautions_of_nvme(engine), *_cautions_of_schedule_free(session, rule, shards)]
         for caution in [*cautions(engine), *more]:
@@ -161,6 +166,12 @@ def _check_batch(session: Session, engine: Any) -> None:
 
 
 def _expert_load(engine: Any) -> ExpertLoad:
+    if num_stages(engine) > 1:
+        raise UnsupportedError(
+            "swarm.expert_load = true: each stage of a pipeline has routers of its own, and no rank counts for all of "
+            "them; set it to false",
+            agreed=True,
+        )
     load = ExpertLoad(engine.module)
     if not load.sizes:
         raise ConfigError(

@@ -18,9 +18,11 @@ from ds_pso.search.registry import make_options, make_searcher
 from ds_pso.search.result import SearchResult, conclude
 from ds_pso.search.space import BlockKind, Coefficients, Space, find_blocks
 from ds_pso.session.session import Session
+from ds_pso.shards import replace as replace_all
 from ds_pso.shards.engine import num_stages
 from ds_pso.sync.buffers import average
 from ds_pso.sync.parts import SyncParts
+from ds_pso.utils.strict_model import StrictModel
 
 Score = Callable[[], float]
 
@@ -54,6 +56,7 @@ class ParticleModels:
         self._session, self._parts = session, parts
         self._own = [t.clone() for t in parts.shards.tensors]
         with parts.shards.flat_buffers() as buffers:
+            self._own_buffers = [buffer.clone() for buffer in buffers]
             if buffers:
                 average(parts.exchange, buffers, (1 / session.num_particles,) * session.num_particles)
 
@@ -89,15 +92,24 @@ class ParticleModels:
         fill(shards.tensors, exchange.weighted_mean(shards.tensors, (1.0,) * exchange.num_particles))
         shards.publish()
 
+    def give_back(self) -> None:
+        """Let each particle be its own expert again. Called alike on all ranks."""
+        shards = self._parts.shards
+        with shards.flat_buffers() as buffers:
+            replace_all([*shards.tensors, *buffers], [*self._own, *self._own_buffers])
+        shards.publish()
+
     def score(self, function: Score, label: str) -> float:
         """Return the mean of what the function returns on all ranks of the swarm, the same bits on each."""
         session, parts = self._session, self._parts
         module = session.engine.module
         was_training, value = module.training, 0.0
         module.eval()
-        with session.world.coordinator.agree(label), torch.no_grad():
-            value = float(function())
-        module.train(was_training)
+        try:
+            with session.world.coordinator.agree(label), torch.no_grad():
+                value = float(function())
+        finally:
+            module.train(was_training)
         rows = parts.world.local.gather([value])
         table = parts.exchange.all_gather([sum(row[0] for row in rows) / len(rows)])
         return sum(row[0] for row in table) / len(table)
@@ -119,6 +131,17 @@ def _search(session: Session, parts: SyncParts, settings: ExpertSearch) -> Searc
             "them twice, and their mean"
         )
     models = ParticleModels(session, parts)
+    try:
+        return _search_among(models, session, parts, settings, options)
+    except SwarmError as error:
+        if error.agreed:  # the particles hold some combination; another search would take that for all experts
+            models.give_back()
+        raise
+
+
+def _search_among(
+    models: ParticleModels, session: Session, parts: SyncParts, settings: ExpertSearch, options: StrictModel
+) -> SearchResult:
     models.check_finite()
     trained = parts.shards.trained_names()
     shapes = {p.name: tuple(getattr(p.like, "ds_shape", p.like.shape)) for p in parts.shards.whole if p.name in trained}

@@ -200,23 +200,26 @@ class Shards(ABC):
                 "the parameters of the model it trains"
             ) from None
 
-    def check_present(self) -> None:
-        """Raise SwarmError while ``engine.offload_states()`` is in force: the shards are elsewhere."""
+    def check_ready(self) -> None:
+        """Raise SwarmError where a sync would change other weights than those that train.
+
+        So it is while ``engine.offload_states()`` is in force, and in the eval mode of a schedule-free optimizer.
+        """
         if getattr(self.optimizer, "offloaded_states", None):
             raise SwarmError("the optimizer's states are offloaded; call engine.reload_states() before engine.step()")
-
-    def prepare(self) -> None:
-        """Make the shards ready for an exchange.
-
-        Raises:
-            SwarmError: as ``check_present`` does; or they are not those that train.
-        """
-        self.check_present()
         if self._states[0].is_in_eval_mode:
             raise SwarmError(
                 "the optimizer is in eval mode, in which its weights are not those that train; call optimizer.train() "
                 "before the sync"
             )
+
+    def prepare(self) -> None:
+        """Make the shards ready for an exchange.
+
+        Raises:
+            SwarmError: as ``check_ready`` does.
+        """
+        self.check_ready()
         self._copies.refresh(self._masters())
         self.zero_padding()
 
@@ -297,7 +300,8 @@ class Shards(ABC):
 
     def reloaded(self) -> None:
         """Take note that DeepSpeed has loaded its checkpoint."""
-        self._copies.refresh(self._masters())
+        with self.mapped(writes=False):
+            self._copies.refresh(self._masters())
 
     @property
     def lr_factor(self) -> float:

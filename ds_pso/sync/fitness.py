@@ -72,13 +72,9 @@ class FitnessWindow:
         first = self.state()[3] if first is None else first
         self.restore(self.total + total, self.count + count, self.steps + steps, first)
 
-    def clear_losses(self) -> None:
-        self._sum, self.count = 0.0, 0
-
     def clear(self) -> None:
         """Begin a new window; the first loss stays known."""
-        self.clear_losses()
-        self.steps, self.samples = 0, 0.0
+        self._sum, self.count, self.steps, self.samples = 0.0, 0, 0, 0.0
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ class Overlap:
         """
         assert self.pending is None, "finish what is pending first"
         parts, options = self._parts, self._parts.options
-        parts.shards.check_present()
+        parts.shards.check_ready()
         begin = time.perf_counter()
         parts.schedule.begin(step)
         parts.membership.wait_for_local_ranks()
@@ -248,8 +248,8 @@ class Overlap:
         The correction of multi-step delayed updates, x <- result + (x now - x when it began), with ``mixing`` alpha:
         x now <- x now + (1 - alpha) (result - x when it began).
 
-        A particle that was not alive then takes everything as soon as something is due, and ``window`` forgets the
-        losses since then, which were those of weights that are gone now.
+        A particle that was not alive then takes everything as soon as something is due, and ``window`` forgets losses
+        and steps since then, which were those of weights that are gone now.
 
         Args:
             to_the_end: also what is not due yet.
@@ -264,7 +264,7 @@ class Overlap:
         if pending is None:
             return None
         parts, background = self._parts, self._parts.world.background
-        parts.shards.check_present()
+        parts.shards.check_ready()
         begin = time.perf_counter()
         end = pending.fragments if to_the_end else pending.due_by(step)
         if end == 0:
@@ -314,7 +314,7 @@ class Overlap:
             # Half a particle would not live either.
             parts.world.background.settle()
             end = pending.fragments
-            window.clear_losses()
+            window.clear()
         if any(alive):
             fragments = self._fragments_of(pending)
             for number in range(pending.applied, end):

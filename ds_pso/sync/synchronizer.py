@@ -86,6 +86,8 @@ class Synchronizer:
             PeerError: somebody did not come.
         """
         parts = self.parts
+        parts.world.background.settle()
+        self.overlap.pending = None  # weights that were loaded since do not move by it
         parts.membership.introduce(parts.shards.fingerprint(), parts.options.section)
         self.sync(window, step)
         if parts.rule.max_staleness is not None:

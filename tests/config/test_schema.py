@@ -444,6 +444,16 @@ def test_what_needs_all_particles_is_refused_where_nobody_waits(key, value, said
     load(section | {"sync_mode": "local_sgd", "nosync": {"asynchronous": True}})
 
 
+def test_what_was_not_sent_is_not_kept_in_two_places():
+    section = {"wire": "sparse", "delay": 4, "mixing": 0.5}
+    message = message_of({"swarm": section})
+    assert message.startswith('config: swarm.wire = "sparse": what it withholds waits in the wire, and with')
+    assert message.endswith('set swarm.residual to "weights", or remove mixing')
+    load(section | {"residual": "weights"})
+    load(section | {"wire": "int4"})
+    load(section | {"mixing": 0.0})
+
+
 @pytest.mark.parametrize(
     ("section", "expected"),
     [
@@ -816,11 +826,12 @@ ONE, OTHER = {"train_micro_batch_size_per_gpu": 8}, {"train_micro_batch_size_per
         ({"per_particle": [ONE, 8]}, {}, "swarm.per_particle[1] = 8: must be an object"),
         ({"per_particle": ONE}, {}, "swarm.per_particle = {'train_micro_batch_size_per_gpu': 8}: must be a valid list"),
         ({"per_particle": [ONE, OTHER]}, {"train_batch_size": 12}, "train_batch_size = 12: with swarm.per_particle"),
-        ({"per_particle": [ONE, {}]}, {}, '"train_micro_batch_size_per_gpu" is no number for some; give it in each'),
+        ({"per_particle": [ONE, {}]}, {}, '"train_micro_batch_size_per_gpu" is no number of at least 1 for some; give'),
+        ({"per_particle": [ONE, {}]}, {"train_micro_batch_size_per_gpu": 0}, "is no number of at least 1 for some"),
         (
             {"per_particle": [ONE, OTHER]},
             {"gradient_accumulation_steps": "auto"},
-            '"gradient_accumulation_steps" is no number for some; give it in each entry, or once beside swarm',
+            '"gradient_accumulation_steps" is no number of at least 1 for some; give it in each entry, or once',
         ),
         (
             {"per_particle": [ONE, OTHER], "transport": "elastic"},

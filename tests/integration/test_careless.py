@@ -279,7 +279,9 @@ def load_weights_alone(case: Case, folder: Path) -> Weights:
         return working_weights(engine)
 
 
-def test_weights_alone_are_a_new_beginning_from_those_of_particle_0(pool: Pool, tmp_path: Path) -> None:
-    first, *others = pool.run(load_weights_alone, Case(sync_mode="diloco", interval=3), tmp_path)
+@pytest.mark.parametrize("delay", [0, 3])  # 3: the sync after step 3 is pending at step 5
+def test_weights_alone_are_a_new_beginning_from_those_of_particle_0(pool: Pool, tmp_path: Path, delay: int) -> None:
+    case = Case(sync_mode="diloco", interval=3, swarm={"delay": delay})
+    first, *others = pool.run(load_weights_alone, case, tmp_path)
     for weights in others:
         assert_equal(weights, first)

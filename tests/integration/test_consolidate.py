@@ -449,7 +449,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
     ),
     "cut short": (truncate, [], "so it was cut short or overwritten"),
     "bit flip": (flip, [], "damaged (checksum differs)"),
-    "another format": (edit("format", 4), [], "format 4 is not 7; use the ds_pso that wrote it"),
+    "another format": (edit("format", 4), [], "format 4 is not 8; use the ds_pso that wrote it"),
     "an older record": (edit("shards", None), [], "does not say where the parameters of its engine lie"),
     "a pickle that runs code": (
         poison,

@@ -183,15 +183,17 @@ def dies_once(case: Case) -> Any:
         swarm.on_sync(lambda record: records.append(record.to_json()))
         mad = swarm.particle == 1
         train(case, engine, spoil=lambda step, loss: loss * float("nan") if mad and step == 2 else loss)
-    return [record["alive"] for record in records]
+    return [record["alive"] for record in records], [record["weights"] for record in records]
 
 
 @pytest.mark.parametrize("delay", slow_but([2], [0, 2, 4]))
 def test_it_dies_only_once(pool: Pool, delay: int) -> None:
-    """The losses of its dead weights, until the result is due, are not held against the new ones."""
+    """The losses of its dead weights, until the result is due, are not held against the new ones, nor counted for."""
     case = Case(steps=12, interval=4, swarm={"delay": delay, "total_steps": 12})
-    for alive in pool.run(dies_once, case, world_size=4):
+    trained = 4 - delay  # since it lives again
+    for alive, weights in pool.run(dies_once, case, world_size=4):
         assert alive == [(True, False), (True, True), (True, True)]
+        assert weights == [(1, 0), (4 / (4 + trained), trained / (4 + trained)), (0.5, 0.5)]
 
 
 class Scores(LocalSGD):

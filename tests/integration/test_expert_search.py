@@ -142,6 +142,7 @@ def refusals(case: Case, folder: Path) -> list[str]:
     said = []
     with swarm_of(case, run_dir=folder) as (swarm, engine):
         train(case, engine)
+        expert = working_weights(engine)
         rank, calls = swarm.world.layout.rank, iter(range(100))
 
         def failing() -> float:
@@ -155,6 +156,8 @@ def refusals(case: Case, folder: Path) -> list[str]:
                 swarm.search(score, evaluations=EVALUATIONS)
             assert caught.value.agreed
             said.append(str(caught.value))
+            assert_equal(working_weights(engine), expert)  # or the next search would find equal experts
+            assert engine.module.training
         for wrong in ({"evaluations": 3}, {"searcher": "ants"}, {"searcher": "task_arithmetic"}, {"resume": True}):
             with pytest.raises(ConfigError) as refused:
                 swarm.search(lambda: 1.0, **wrong)

@@ -278,6 +278,24 @@ def test_what_is_evaluated_and_exported(pool: Pool, tmp_path: Path, stage: int) 
         torch.testing.assert_close(offline[name], tensor, rtol=1e-6, atol=1e-7)
 
 
+def late_in_eval_mode(case: Case, other: Other) -> None:
+    with ds_pso.init(config(case, place(case)[2])) as swarm:
+        engine, optimizer = engine_with(case, swarm, other)
+        swarm.attach(engine)
+        train(case, engine, range(2))
+        optimizer.eval()
+        with pytest.raises(SwarmError, match=r"call optimizer.train\(\) before the sync"):
+            swarm.finish_pending()
+        optimizer.train()
+        swarm.finish_pending()
+        assert swarm.totals.count == 1
+
+
+def test_what_comes_late_does_not_move_the_weights_to_evaluate(pool: Pool) -> None:
+    need("schedulefree-adamw")
+    pool.run(late_in_eval_mode, Case(swarm={"delay": 2}), ADAMW)
+
+
 def warned(case: Case, other: Other) -> None:
     with ds_pso.init(config(case, place(case)[2])) as swarm:
         engine, _ = engine_with(case, swarm, other)

@@ -536,9 +536,15 @@ def half_precision(case: Case, folder: Path) -> None:
         pass
 
 
+def count_tokens(case: Case, folder: Path) -> None:
+    with pipelines(replace(case, swarm={"expert_load": True}), 2):
+        pass
+
+
 @pytest.mark.parametrize(
     ("body", "kind", "text"),
     [
+        (count_tokens, "UnsupportedError", "swarm.expert_load = true: each stage of a pipeline has routers of its own"),
         (half_precision, "UnsupportedError", "DeepSpeed cannot load what it saves of a pipeline in bf16 at ZeRO 0"),
         (sample_too_early, "SwarmError", "swarm.sampler was called before swarm.attach"),
         (keep_lengths, "UnsupportedError", 'swarm.diloco.merge = "rda": all ranks of a particle must hold a part'),

@@ -229,6 +229,21 @@ def test_what_does_not_go_with_split_layers(keys: dict[str, Any], section: dict[
         load_config({"tensor_parallel": {"autotp_size": 2}, **keys, "swarm": swarm})
 
 
+def split_unknown_to_init(case: Case) -> None:
+    """Only the engine's config says that layers are split."""
+    with ds_pso.init(config(case, place(case)[2])) as swarm:
+        model = build_llama()
+        given = {**swarm.ds_config, "tensor_parallel": {"autotp_size": 2}, "train_micro_batch_size_per_gpu": ROWS}
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=given)
+        swarm.attach(engine)
+
+
+def test_a_wire_is_refused_where_init_did_not_know_of_split_layers(pool: Pool) -> None:
+    for outcome in pool.outcomes(split_unknown_to_init, replace(CASE, swarm={"wire": "int4"})):
+        assert outcome.kind == "ConfigError", outcome
+        assert "swarm.attach: swarm.wire" in outcome.text
+
+
 def attach_in_fragments(case: Case, intermediate_size: int) -> list[float]:
     with split_swarm(case, 2, intermediate_size) as (_, engine):
         return train_llama(case, 2, engine)

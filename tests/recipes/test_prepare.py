@@ -394,6 +394,16 @@ def prepare_wrongly() -> dict[str, str]:
             swarm.prepare(accelerator, model, optimizer, scheduler, mixed)
         found["sampler"] = str(caught.value)
     reset()
+    batches = [
+        {"train_micro_batch_size_per_gpu": size, "gradient_accumulation_steps": 1} for size in (BATCH, BATCH + 1)
+    ]
+    with ds_pso.init(CONFIG | {"swarm": {"particles": 2, "per_particle": batches}}) as swarm:
+        accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=swarm.ds_config))
+        shuffled = DataLoader(data, swarm.ds_config["train_micro_batch_size_per_gpu"], shuffle=True)
+        with pytest.raises(ds_pso.ConfigError) as caught:
+            swarm.prepare(accelerator, model, optimizer, scheduler, shuffled)
+        found["unequal lengths"] = str(caught.value)
+    reset()
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
     with ds_pso.init(CONFIG | {"swarm": {"particles": 2}}) as swarm:
         with pytest.raises(ds_pso.ConfigError) as caught:
@@ -417,6 +427,7 @@ def test_what_is_wrong_is_named(pool):
             "batch sampler": "has a batch sampler",
             "schedule": 'must be "epochs" or "steps"',
             "sampler": "has a WeightedRandomSampler",
+            "unequal lengths": "the particles' loaders are not equally long",
             "no deepspeed": "start with accelerate launch --use_deepspeed",
         }
         for name, text in expected.items():

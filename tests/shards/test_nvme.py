@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from ds_pso.shards.fp32_copies import Fp32Copies
 from ds_pso.shards.nvme import NvmeOffload, cautions_of_nvme
+from ds_pso.shards.zero3 import Zero3Shards
 
 NUMEL, ALIGNED = 1000, 1024
 
@@ -154,6 +156,13 @@ def test_state_that_was_reset_is_not_read_again(optimizer: Optimizer) -> None:
     with NvmeOffload(optimizer).mapped():
         optimizer.state.clear()
     assert len(optimizer.optimizer_swapper.swap_params_info["0_1"].tensors) == 1
+
+
+def test_a_load_is_noticed_outside_of_a_block(optimizer: Optimizer) -> None:
+    shards: Any = object.__new__(Zero3Shards)
+    shards.optimizer, shards._nvme, shards._copies = optimizer, NvmeOffload(optimizer), Fp32Copies()
+    shards.reloaded()
+    assert not shards._nvme.is_mapped
 
 
 def test_an_optimizer_in_memory_has_none() -> None:
