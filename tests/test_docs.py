@@ -8,6 +8,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import textwrap
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -332,6 +334,48 @@ def test_paths_that_are_named_exist(path):
 def test_readme_leads_to_every_page():
     linked = set(re.findall(r"\]\((docs/[\w-]+\.md)", page("README.md")))
     assert linked == {short(path) for path in ROOT.glob("docs/*.md")}
+
+
+# -- what merging leaves behind -------------------------------------------------------------
+# Pages are merged line by line, so that a paragraph that two have changed stands there twice.
+
+
+@pytest.mark.parametrize("path", PAGES, ids=short)
+def test_nothing_stands_twice(path):
+    for paragraph in re.split(r"\n\s*\n", prose(TEXT[path])):
+        lines = [line.strip() for line in paragraph.splitlines() if not line.startswith(("|", "**`"))]
+        assert not repeated(text for text in re.split(r"(?<=\.) ", " ".join(lines)) if len(text) > 35)
+
+
+def tables_of(path: Path) -> list[list[str]]:
+    found = re.findall(r"(?:^\|.*\n)+", prose(TEXT[path]), flags=re.MULTILINE)
+    return [[line for line in table.splitlines()[2:] if not line.startswith("| |")] for table in found]
+
+
+def repeated(items) -> list[str]:
+    return [item for item, count in Counter(items).items() if count > 1]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=short)
+def test_no_row_of_a_table_stands_twice(path):
+    for table in tables_of(path):
+        assert not repeated(line.split(" | ")[0] for line in table)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=short)
+def test_messages_tables_and_pictures_stand_apart(path):
+    lines = prose(TEXT[path]).splitlines()
+    for line, after in itertools.pairwise(lines):
+        if after.startswith("**`…") or after.startswith("**`swarm"):
+            assert not line or line.startswith("**`"), after
+        if line.startswith(("|", "![")):
+            assert not after or after.startswith("|"), after
+
+
+def test_the_changelog_says_everything_once():
+    names = re.findall(r"^- `([^`]+)`", page("CHANGELOG.md"), flags=re.MULTILINE)
+    assert len(names) > 20
+    assert not repeated(names)
 
 
 # -- tables ---------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from ds_pso.export.offline import consolidate, find_checkpoint, write
 from .jobs import Case, Net, assemble, build_engine, config, master_pieces, place, rank_batches
 from .spoiled import Evil, seal
 from .test_export import llama
+from .test_publish import BF16_MASTERS
 
 STEP = "step_00000003"
 
@@ -127,6 +128,7 @@ MORE = [
     Job(Case(stage=0, precision="bf16", fused=True, groups=2)),
     Job(Case(stage=2, precision="bf16", groups=2, deepspeed={"zero_optimization": {"round_robin_gradients": True}})),
     Job(Case(stage=3, precision="bf16", groups=2)),
+    *(Job(Case(stage=stage, precision="bf16", deepspeed=BF16_MASTERS)) for stage in (1, 2, 3)),
     Job(Case(stage=0, sync_mode="easgd")),
     Job(Case(stage=3, sync_mode="easgd", groups=2)),
     *(Job(Case(stage=stage), "frozen") for stage in (0, 2)),

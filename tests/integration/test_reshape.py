@@ -33,6 +33,7 @@ from .jobs import (
 )
 from .spoiled import seal
 from .test_consolidate import Tied, edit, flip, frozen, poison, truncate
+from .test_publish import BF16_MASTERS
 
 Shape = tuple[int, int]  # P, S
 PSO = {"inertia": 0.3, "cognitive": 0.5}
@@ -50,6 +51,7 @@ MORE = [
     Case(stage=2, sync_mode="diloco", deepspeed={"zero_optimization": {"round_robin_gradients": True}}),
     Case(stage=3, precision="bf16", sync_mode="pso", options=PSO, groups=2),
     Case(stage=3, optimizer="SGD", momentum=0.9),
+    *(Case(stage=s, precision="bf16", deepspeed=BF16_MASTERS) for s in (2, 3)),
     *(Case(stage=s, deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}) for s in (2, 3)),
     Case(stage=1, deepspeed={"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}}}),
     Case(stage=0, precision="bf16", sync_mode="diloco", groups=2),
