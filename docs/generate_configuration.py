@@ -26,6 +26,7 @@ from ds_pso.distributed.transports import TRANSPORTS
 from ds_pso.elastic.config import ElasticConfig
 from ds_pso.errors import ConfigError
 from ds_pso.rules import RULES
+from ds_pso.sync.moment_options import MomentOptions
 from ds_pso.sync.schedule import ScheduleConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -39,6 +40,7 @@ _BY_VALIDATOR = {
     "particles": 'whole number, at least 1, or `"node"`',
     "outer_lr": 'number, above 0, or `"auto"`',
     "outer_momentum": 'number, at least 0 and below 1, or `"auto"`',
+    "moments": "object",
     "schedule": "object",
     "sync_interval": 'whole number, at least 1, or `"never"`',
     "sync_mode": ", ".join(f'`"{name}"`' for name in sync_modes()) + ', `"my_module:MyRule"`',
@@ -50,6 +52,7 @@ _BY_VALIDATOR = {
 def tables() -> str:
     """One table for the section itself, then one for each rule, and for each wire that has options."""
     parts = ["### `swarm`\n", _table(SwarmConfig), "### `swarm.schedule`\n", _table(ScheduleConfig)]
+    parts += ["### `swarm.moments`\n", _table(MomentOptions)]
     parts += ["### `swarm.per_particle`\n", _table(ParticleConfig)]
     parts += ["### `swarm.elastic`\n", _table(ElasticConfig)]
     for name, rule in RULES.items():
@@ -70,10 +73,10 @@ def _table(model: type[BaseModel]) -> str:
 
 
 def _allowed(key: str, field: FieldInfo) -> str:
-    if key in _BY_VALIDATOR and field.annotation is not float:  # noloco has numbers where diloco takes "auto", too
-        return _BY_VALIDATOR[key]
     if typing.get_origin(field.annotation) is typing.Literal:
         return ", ".join(f"`{json.dumps(value)}`" for value in typing.get_args(field.annotation))
+    if key in _BY_VALIDATOR and field.annotation is not float:  # noloco has numbers where diloco takes "auto", too
+        return _BY_VALIDATOR[key]
     kinds: dict[Any, str] = {int: "whole number", float: "number", str: "string", bool: "`true` or `false`"}
     kind, *nothing = typing.get_args(field.annotation) or [field.annotation]
     bounds = [
@@ -110,6 +113,10 @@ _FEATURES: dict[str, dict[str, Any]] = {
     "`streaming`": {"delay": 8, "fragments": 4, "streaming": True},
     "`schedule` that varies": {"schedule": {"type": "adaptive", "min_interval": 8}},
     '`optimizer_state` `"average"`': {"optimizer_state": "average"},
+    '`optimizer_state` `"average"`, `moments.wire` `"int8"`': {
+        "optimizer_state": "average",
+        "moments": {"first_every": 3, "second_every": 6, "wire": "int8"},
+    },
     '`optimizer_state` `"reset"`': {"optimizer_state": "reset"},
     '`fitness` `"probe"`': {"fitness": "probe"},
     '`transport` `"elastic"`': {"transport": "elastic"},

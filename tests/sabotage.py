@@ -534,18 +534,15 @@ def read_old_messages() -> None:
 @sabotage("integration/test_optimizer_state.py")
 def average_moments_unevenly() -> None:
     """Their mean leans towards particle 0."""
-    from types import SimpleNamespace
+    from ds_pso.sync.moments import Moments
 
-    from ds_pso.sync.synchronizer import Synchronizer
+    real = Moments.mean_of
 
-    real = Synchronizer._average_moments
+    def mean_of(self: Any, moments: Any, weights: Any) -> None:
+        first, *others = weights
+        real(self, moments, (first + 0.01, others[0] - 0.01, *others[1:]))
 
-    def average(self: Any, point: Any) -> bool:
-        first, *others = point.mean_weights()
-        leaning = (first + 0.01, others[0] - 0.01, *others[1:])
-        return bool(real(self, SimpleNamespace(alive=point.alive, mean_weights=lambda: leaning)))
-
-    Synchronizer._average_moments = average
+    Moments.mean_of = mean_of
 
 
 @sabotage("integration/test_optimizer_state.py")
@@ -559,15 +556,55 @@ def keep_moments_from_local_ranks() -> None:
 @sabotage("integration/test_optimizer_state.py")
 def compare_moments_of_local_ranks() -> None:
     """At ZeRO 0 ranks of a particle may hold different numbers of them, and then nothing is averaged."""
-    from ds_pso.sync.synchronizer import Synchronizer
+    from ds_pso.sync.moments import Moments
 
-    real = Synchronizer._average_moments
+    real = Moments.agree
 
-    def average(self: Any, point: Any) -> bool:
-        counts = self.parts.world.local.gather([float(len(self.parts.shards.moments()))])
-        return len({row[0] for row in counts}) == 1 and bool(real(self, point))
+    def agree(self: Any) -> bool:
+        counts = self._local.gather([float(len(self._shards.moments()))])
+        return len({row[0] for row in counts}) == 1 and bool(real(self))
 
-    Synchronizer._average_moments = average
+    Moments.agree = agree
+
+
+@sabotage("integration/test_moments.py")
+def average_moments_every_time() -> None:
+    """Whatever their period says."""
+    from ds_pso.sync.moment_options import KINDS, MomentOptions
+
+    MomentOptions.due = lambda self, index: KINDS
+
+
+@sabotage("integration/test_moments.py")
+def forget_the_residual_of_moments() -> None:
+    """What rounding takes away is lost."""
+    from ds_pso.sync.moments import Moments
+
+    real = Moments.mean_of
+
+    def mean_of(self: Any, moments: Any, weights: Any) -> None:
+        for residual in self.residuals().values():
+            residual.zero_()
+        real(self, moments, weights)
+
+    Moments.mean_of = mean_of
+
+
+@sabotage("integration/test_moments.py")
+def divide_by_nothing() -> None:
+    """First moments of others stay where this particle has no second one."""
+    from ds_pso.sync.moments import Moments
+
+    Moments.bound = do_nothing
+
+
+@sabotage("integration/test_moments.py")
+def move_late_moments_whole() -> None:
+    """As weights are, whatever the steps since have left of what they were."""
+    from ds_pso.sync.moments import Moments
+
+    real = Moments.add_late
+    Moments.add_late = lambda self, movement, steps: real(self, movement, 0)
 
 
 @sabotage("integration/test_lr_factor.py")

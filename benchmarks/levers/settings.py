@@ -75,6 +75,7 @@ def _diloco(interval: int, options: Mapping[str, Any], **keys: Any) -> dict[str,
 
 
 _PLAIN_RDA = {"outer_lr": 1.0, "outer_momentum": 0.0, "merge": "rda"}
+_IN_TURN = {"first_every": 3, "second_every": 6}
 
 
 _EVERY: dict[str, dict[str, Any]] = {
@@ -99,6 +100,8 @@ _EVERY: dict[str, dict[str, Any]] = {
     "fp32, n = 32, RDA": _diloco(32, _PLAIN_RDA),
     "fp32, n = 32, outer step": _diloco(32, {}),
     "fp32, n = 32, moments averaged": _local(32, optimizer_state="average"),
+    "fp32, n = 32, moments at 3n/6n": _local(32, optimizer_state="average", moments=_IN_TURN),
+    "fp32, n = 32, int8 moments at 3n/6n": _local(32, optimizer_state="average", moments={**_IN_TURN, "wire": "int8"}),
     "every step, an outer step every 8": _diloco(8, {}, particles=1),
     "fp32, n = 11": _local(11),  # the bytes of the row above
     "fp32, n = 1": _local(1),

@@ -206,8 +206,9 @@ def _read_tensors(source: Path, session: Session) -> dict[str, Tensor]:
 
 def _check_kept(tensors: dict[str, Tensor], mine: dict[str, Tensor], session: Session, path: str | Path) -> None:
     """Raise CheckpointError unless the saved ``tensors`` are those that ``mine`` are to be restored from."""
-    expected = {key: value for key, value in mine.items() if not key.startswith("pending.")}
-    found = {key: value for key, value in tensors.items() if not key.startswith(("random.", "pending."))}
+    # Not what follows from how far training was: on its way, or made with the optimizer's moments.
+    expected = {key: value for key, value in mine.items() if not key.startswith(("pending.", "moments."))}
+    found = {key: value for key, value in tensors.items() if not key.startswith(("random.", "pending.", "moments."))}
     if {key: value.shape for key, value in expected.items()} != {key: value.shape for key, value in found.items()}:
         raise CheckpointError(
             f"{path}: holds the state {sorted(found)}, and swarm.{session.config.sync_mode} as configured now "

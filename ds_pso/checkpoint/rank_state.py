@@ -23,7 +23,7 @@ from ds_pso.utils.wrappers import without_wrapper_parts
 def own_tensors(session: Session) -> dict[str, Tensor]:
     """Return the tensors that differ from rank to rank and that DeepSpeed does not save, live.
 
-    They are the state of rule and wire, the movement of a delayed sync point, and the buffers: batch-norm
+    They are the state of rule and wires, the movement of a delayed sync point, and the buffers: batch-norm
     statistics are a rank's own, and DeepSpeed saves those of one rank of each particle.
     """
     states = session.synchronizer.parts.updater.state if session.synchronizer else []
@@ -34,6 +34,12 @@ def own_tensors(session: Session) -> dict[str, Tensor]:
         tensors |= {f"wire.{i}.residual": value for i, value in enumerate(differences.residual)}
     if session.synchronizer and session.synchronizer.overlap.pending:
         tensors |= {f"pending.{i}": value for i, value in enumerate(session.synchronizer.overlap.pending.movement)}
+    if session.synchronizer and session.synchronizer.parts.moments:
+        residuals = session.synchronizer.parts.moments.residuals()
+        tensors |= {f"moments.{name}": value for name, value in residuals.items()}
+        if session.synchronizer.overlap.pending:
+            late = session.synchronizer.overlap.pending.moments
+            tensors |= {f"moments.late.{i}": moment.tensor for i, moment in enumerate(late)}
     # A wrapper may leave its part of a name out of one of the two.
     persistent = {without_wrapper_parts(name) for name in session.engine.module.state_dict()}
     named = session.engine.module.named_buffers()
@@ -106,10 +112,15 @@ def taken(session: Session) -> tuple[RankRecord, dict[str, Tensor]]:
 def restore(session: Session, record: RankRecord, tensors: dict[str, Tensor]) -> None:
     """Continue from what ``taken`` has returned; all of it has been checked."""
     movement = [tensors[f"pending.{i}"] for i in range(sum(key.startswith("pending.") for key in tensors))]
+    late = [tensors[f"moments.late.{i}"] for i in range(sum(key.startswith("moments.late.") for key in tensors))]
     if session.synchronizer is not None and record["synchronizer"] is not None:
-        session.synchronizer.load_state_dict(record["synchronizer"], movement)
+        session.synchronizer.load_state_dict(record["synchronizer"], movement, late)
+    if session.synchronizer is not None and session.synchronizer.parts.moments is not None:
+        kept = {key.removeprefix("moments."): value for key, value in tensors.items() if key.startswith("moments.")}
+        session.synchronizer.parts.moments.load_residuals(kept)
     for key, value in own_tensors(session).items():
-        value.copy_(tensors[key])
+        if not key.startswith("moments."):
+            value.copy_(tensors[key])
     if session.synchronizer is not None:
         session.synchronizer.reloaded()
     total, count, steps, first = record["window"]

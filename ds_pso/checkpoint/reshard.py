@@ -189,6 +189,7 @@ class Reshaped:
             **mine,
             "record": record,
             "lr_factors": self._per_particle(mine["lr_factors"]) if mine["lr_factors"] else [],
+            "kinds": [],  # moments on their way are divided otherwise, and the next ones make up for them
             "window": self._window([pending["window"] for pending in of_all]),
             "distances": [self._shared_out(column) for column in columns],
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from ds_pso.cli.arguments import Subcommands, add_subcommand, check_at_least, quantity
@@ -21,10 +21,16 @@ _OF_ALLREDUCE = {"sync_mode", "timeout_s", "peer_backend"}
 
 @dataclass(frozen=True)
 class SyncTraffic:
-    """Bytes that a sync point brings."""
+    """Bytes that a sync point brings, of moments with a period of their own on average.
+
+    Attributes:
+        moments: what of ``per_particle`` the optimizer's moments are; None: it is not known how many it keeps, and
+            they are not counted.
+    """
 
     per_particle: float
     per_rank: float
+    moments: float | None
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
         swarm=settings,
         defaults=[name for name, _ in _flat(settings) if not _stands_in(given, name)],
         warnings=list(warnings(ds_config, swarm, given)),
-        model=None if arguments.model is None and arguments.parameters is None else _cost(swarm, arguments),
+        model=None if arguments.model is None and arguments.parameters is None else _cost(ds_config, swarm, arguments),
     )
     print(json.dumps(found.to_json()) if arguments.json else _text(found))
     return 0
@@ -157,9 +163,9 @@ def warnings(ds_config: Mapping[str, object], swarm: SwarmConfig, given: Mapping
         yield f'swarm.fitness = "probe": a forward pass at every sync point, and "{mode}" does not rank particles'
 
 
-def _cost(swarm: SwarmConfig, arguments: argparse.Namespace) -> ModelCost:
+def _cost(ds_config: Mapping[str, object], swarm: SwarmConfig, arguments: argparse.Namespace) -> ModelCost:
     """Return the bytes of memory and of a sync point, computed by ``ds_pso.config.cost_model``."""
-    from ds_pso.config.cost_model import Cluster, memory, sync_cost
+    from ds_pso.config.cost_model import Cluster, memory, moments_kept, sync_cost
 
     name, parameters = arguments.model, arguments.parameters
     if parameters is None:
@@ -172,9 +178,13 @@ def _cost(swarm: SwarmConfig, arguments: argparse.Namespace) -> ModelCost:
         return ModelCost(name, parameters, particles, arguments.ranks)
     if particles == 1:
         swarm = swarm.without_peers()
-    cluster = Cluster(parameters, particles, arguments.ranks, step_s=1.0, bandwidth=1.0)
+    moments = moments_kept(ds_config)
+    cluster = Cluster(parameters, particles, arguments.ranks, step_s=1.0, bandwidth=1.0, moments=moments or (0, 0))
     received = 1e6 * sync_cost(cluster, swarm).megabytes
-    traffic = SyncTraffic(received, received / arguments.ranks)
+    of_moments: float | None = received - 1e6 * sync_cost(replace(cluster, moments=(0, 0)), swarm).megabytes
+    if moments is None and swarm.optimizer_state == "average":
+        of_moments = None
+    traffic = SyncTraffic(received, received / arguments.ranks, of_moments)
     return ModelCost(name, parameters, particles, arguments.ranks, memory(cluster, swarm), traffic)
 
 
@@ -204,11 +214,13 @@ def _cost_lines(model: ModelCost, settings: Mapping[str, object]) -> Iterator[st
         f"  a sync point   {as_bytes(traffic.per_particle)} into each particle, {as_bytes(traffic.per_rank)} into each "
         "rank"
     )
+    if traffic.moments:
+        yield f"                 {as_bytes(traffic.moments)} of it, on average, are the optimizer's moments"
     yield f"  memory         {as_bytes(memory.kept)} on each rank beside DeepSpeed's own"
     if settings["delay"]:
         yield f"                 {as_bytes(memory.pending)} more while a sync point is pending"
     yield f"                 {as_bytes(memory.exchange)} more during a sync"
-    if settings["optimizer_state"] == "average":
+    if settings["optimizer_state"] == "average" and traffic.moments is None:
         yield "  not counted    the optimizer's moments, which travel, too: of Adam twice what the weights take in fp32"
 
 

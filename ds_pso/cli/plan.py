@@ -83,7 +83,7 @@ def add_to(commands: Subcommands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print what each way to train does on the link, and what is recommended."""
-    from ds_pso.config.cost_model import Cluster
+    from ds_pso.config.cost_model import Cluster, moments_kept
     from ds_pso.config.recommend import Planner
 
     check_above_zero(bandwidth=arguments.bandwidth)
@@ -91,7 +91,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--write {arguments.write}: exists already; give the name of a new file")
     given, ranks = read_config_of(arguments), ranks_of(arguments)
     step = step_of(arguments, given, ranks)
-    cluster = Cluster(step.parameters, given.particles, ranks, step.seconds, arguments.bandwidth, arguments.latency)
+    cluster = Cluster(
+        *(step.parameters, given.particles, ranks, step.seconds, arguments.bandwidth, arguments.latency),
+        moments=moments_kept(given.ds_config) or (0, 0),
+    )
     planner = Planner(cluster, given.ds_config, given.section, step.backend)
     print(heading(arguments.model, cluster, step))
     print(table(list(_options(planner, given)), cluster, arguments.share, arguments.tokens))

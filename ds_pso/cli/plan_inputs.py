@@ -68,7 +68,7 @@ def read_config_of(arguments: argparse.Namespace) -> Given:
         section = config.get("swarm")
     if section is not None:
         ds_config, swarm = load_config(arguments.config)
-        _check_section(arguments.config, swarm)
+        _check_section(arguments.config, ds_config, swarm)
         particles = _particles(arguments, swarm)
         kept = section if swarm.particles == "node" else section | {"particles": particles}
         return Given(ds_config, kept, swarm, particles, has_section=True)
@@ -79,13 +79,14 @@ def read_config_of(arguments: argparse.Namespace) -> Given:
     return Given(ds_config, section, swarm, particles, has_section=False)
 
 
-def _check_section(path: str, swarm: SwarmConfig) -> None:
+def _check_section(path: str, ds_config: Mapping[str, object], swarm: SwarmConfig) -> None:
+    from ds_pso.config.cost_model import moments_kept
     from ds_pso.config.load import name_of
 
-    if swarm.optimizer_state == "average":
+    if swarm.optimizer_state == "average" and moments_kept(ds_config) is None:
         raise ConfigError(
             f'{name_of(path)}: swarm.optimizer_state = "average": how many moments travel depends on the optimizer; '
-            'plan with "keep"'
+            'name it in the config, or plan with "keep"'
         )
 
 

@@ -170,7 +170,8 @@ class Exchange:
                 mean = self._mean_of_sums(values, pieces, differences, weight, feedback=feedback)
             else:
                 mean = self._mean_of_sent(values, pieces, differences, weights, partial_format, feedback=feedback)
-            yield from self._add_common(mean, pieces, differences, become_common=feedback)
+            become_common = feedback and not differences.from_zero
+            yield from self._add_common(mean, pieces, differences, become_common=become_common)
 
     def _mean_of_sums(
         self, values: Tensor, pieces: list[Piece], differences: Differences, weight: float, *, feedback: bool

@@ -10,6 +10,7 @@ from ds_pso.config import parallelism
 from ds_pso.config.schema import SwarmConfig, total_num_steps
 from ds_pso.errors import ConfigError
 from ds_pso.rules import Rule
+from ds_pso.sync.moment_options import ALL_AT_EACH_SYNC
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,15 @@ def is_asynchronous(c: Combination) -> bool:
 
 def averages_moments(c: Combination) -> bool:
     return c.swarm.optimizer_state == "average"
+
+
+def treats_moments(c: Combination) -> bool:
+    """True if the config says when moments are averaged, or how they travel."""
+    return c.swarm.moments != ALL_AT_EACH_SYNC
+
+
+def rounds_moments(c: Combination) -> bool:
+    return averages_moments(c) and c.swarm.moments.rounds
 
 
 def never_syncs(c: Combination) -> bool:
@@ -312,12 +322,6 @@ EXCLUSIONS: list[Exclusion] = [
     ),
     Exclusion(
         delays,
-        averages_moments,
-        'swarm.optimizer_state = "average": moments cannot be corrected for the steps of swarm.delay = {swarm.delay}',
-        'use "keep" or "reset", or a delay of 0',
-    ),
-    Exclusion(
-        delays,
         measures_matrices,
         'swarm.delay = {swarm.delay}: swarm.{swarm.sync_mode}.merge = "rda" measures whole matrices, and the ranks of '
         "a particle that hold their parts are busy training",
@@ -338,10 +342,16 @@ EXCLUSIONS: list[Exclusion] = [
     ),
     Exclusion(
         compresses,
-        averages_moments,
+        lambda c: averages_moments(c) and not rounds_moments(c),
         'swarm.wire = "{swarm.wire}": with swarm.optimizer_state = "average" the moments would travel in fp32, and be '
         "more than what was saved",
-        'use "keep" or "reset"',
+        'set swarm.moments.wire, or use "keep" or "reset"',
+    ),
+    Exclusion(
+        treats_moments,
+        lambda c: not averages_moments(c),
+        'swarm.moments: with swarm.optimizer_state = "{swarm.optimizer_state}" no moments travel',
+        'remove it, or use "average"',
     ),
     Exclusion(
         sends_a_part,
@@ -392,14 +402,14 @@ EXCLUSIONS: list[Exclusion] = [
     ),
     Exclusion(
         places_state,
-        lambda c: not c.rule.state_names and not compresses(c),
+        lambda c: not c.rule.state_names and not compresses(c) and not rounds_moments(c),
         'swarm.state_device = "{swarm.state_device}": with these options swarm.{swarm.sync_mode} keeps no state, nor '
         'does the wire "fp32"',
         "remove the key",
     ),
     Exclusion(
         rounds_state,
-        lambda c: not c.rule.state_names & c.rule.rough_state and not compresses(c),
+        lambda c: not c.rule.state_names & c.rule.rough_state and not compresses(c) and not rounds_moments(c),
         'swarm.state_dtype = "{swarm.state_dtype}": with these options swarm.{swarm.sync_mode} keeps no state that '
         'may be rounded, nor does the wire "fp32"',
         "remove the key",
@@ -461,6 +471,13 @@ EXCLUSIONS: list[Exclusion] = [
         lambda c: c.swarm.wire not in _ELEMENT_BY_ELEMENT,
         'swarm.wire = "{swarm.wire}": with tensor_parallel.autotp_size some parameters are the same on several ranks, '
         "and this wire rounds an element by what lies beside it, which is not the same",
+        'use "fp32" or "bf16"',
+    ),
+    Exclusion(
+        splits_layers,
+        lambda c: averages_moments(c) and c.swarm.moments.wire not in _ELEMENT_BY_ELEMENT,
+        'swarm.moments.wire = "{swarm.moments.wire}": with tensor_parallel.autotp_size some parameters are the same on '
+        "several ranks, and this wire rounds an element by what lies beside it, which is not the same",
         'use "fp32" or "bf16"',
     ),
 ]

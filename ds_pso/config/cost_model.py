@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ds_pso.comm.compression import UNCOMPRESSED, bytes_per_element, is_partial, mean_bytes
 from ds_pso.config.schema import SwarmConfig
 from ds_pso.rules import Rule, RuleMemory, SyncPoint
 
+# First and second ones, by the name of DeepSpeed's optimizer.
+_MOMENTS = {"adam": (1, 1), "adamw": (1, 1), "lamb": (1, 1), "fusedlamb": (1, 1), "lion": (1, 0), "muon": (1, 0)}
 _MESSAGES_OF_A_SYNC = 5  # one after the other: the barrier, losses, distances
 
 
@@ -23,6 +26,7 @@ class Cluster:
         step_s: seconds of an optimizer step inside a particle.
         bandwidth: bit/s of the link in each direction.
         latency_s: seconds of a message, one way.
+        moments: first and second ones that the optimizer keeps for each parameter.
     """
 
     parameters: float
@@ -31,6 +35,22 @@ class Cluster:
     step_s: float
     bandwidth: float
     latency_s: float = 0.0
+    moments: tuple[int, int] = (1, 1)
+
+
+def moments_kept(ds_config: Mapping[str, object]) -> tuple[int, int] | None:
+    """Return the first and second moments that the optimizer keeps for each parameter; None if it is not known.
+
+    What Muon leaves to Adam, embeddings and vectors, has a second moment, too; it is not counted.
+    """
+    section = ds_config.get("optimizer")
+    if not isinstance(section, Mapping):
+        return None
+    params = section.get("params")
+    kind, options = str(section.get("type")).lower(), params if isinstance(params, Mapping) else {}
+    if kind == "sgd":
+        return (1, 0) if options.get("momentum") else (0, 0)
+    return _MOMENTS.get(kind)
 
 
 @dataclass(frozen=True)
@@ -40,7 +60,7 @@ class SyncCost:
     wire: str
     interval: int  # optimizer steps between two syncs of the whole model, n
     delay: int
-    megabytes: float  # into each particle at a sync point
+    megabytes: float  # into each particle at a sync point; of moments with a period of their own, on average
     transfer_s: float  # seconds of the bytes
     latency_s: float  # seconds of the messages
     step_s: float
@@ -117,6 +137,10 @@ def sync_cost(cluster: Cluster, swarm: SwarmConfig, wire: str | None = None) -> 
             copies = math.ceil(math.log2(P)) if len(set(sources)) == 1 else max(map(sources.count, sources), default=1)
             received, sent = received + nbytes, sent + nbytes * copies
             messages += num_buckets * copies
+    moments = moments_per_sync(cluster, swarm)
+    nbytes = parameters * mean_bytes(swarm.moments.wire, P) * moments
+    received, sent = received + nbytes, sent + nbytes
+    messages += moments * num_buckets * (2 * (P - 1) if swarm.moments.wire == UNCOMPRESSED else 2)
     return SyncCost(
         wire,
         swarm.sync_interval,
@@ -128,6 +152,14 @@ def sync_cost(cluster: Cluster, swarm: SwarmConfig, wire: str | None = None) -> 
         waits=rule.max_staleness is None,
         turns=swarm.turns,
     )
+
+
+def moments_per_sync(cluster: Cluster, swarm: SwarmConfig) -> float:
+    """Return how many moments of each parameter travel at a sync point, on average."""
+    if swarm.optimizer_state != "average":
+        return 0.0
+    first, second = cluster.moments
+    return first / swarm.moments.first_every + second / swarm.moments.second_every
 
 
 @dataclass(frozen=True)
@@ -169,7 +201,18 @@ def memory(cluster: Cluster, swarm: SwarmConfig) -> Memory:
         exchange = max(exchange, buckets * bucket)
     if rule.keeps_lengths_from is not None and P > 1:
         exchange += 4 * shard  # the whole mean, before it is given its length
-    return Memory(state * shard, part if swarm.delay else 0.0, exchange)
+    pending = part if swarm.delay else 0.0
+    if swarm.optimizer_state == "average" and P > 1:
+        moments = sum(cluster.moments)
+        buckets = 1.0
+        if swarm.moments.rounds:
+            state += rough * moments
+            buckets += bytes_per_element(swarm.moments.wire) / 4 * (2 - 1 / P)
+        exchange = max(exchange, buckets * bucket)
+        if swarm.delay:  # where they begin, and while they travel once more
+            pending += 4 * shard * moments
+            exchange += 4 * shard * moments
+    return Memory(state * shard, pending, exchange)
 
 
 def _exchanges(rule: Rule, num_particles: int, steps: int) -> list[tuple[str, tuple[int, ...]]]:

@@ -12,6 +12,7 @@ from ds_pso.config.presets import ALLREDUCE, sync_modes
 from ds_pso.distributed.transports import TRANSPORTS
 from ds_pso.elastic.config import ElasticConfig
 from ds_pso.rules import Rule, RuleConfig, find_rule
+from ds_pso.sync.moment_options import ALL_AT_EACH_SYNC, MomentOptions
 from ds_pso.sync.schedule import NEVER, Schedule, ScheduleConfig, make_schedule
 from ds_pso.utils.strict_model import StrictModel
 
@@ -122,7 +123,12 @@ class SwarmConfig(StrictModel):
     optimizer_state: Literal["keep", "average", "reset"] = Field(
         default="keep",
         description="The optimizer's moments at a sync point: each particle keeps its own, all take their mean "
-        "(with Adam 16 N (P - 1) / P bytes more), or the optimizer begins anew.",
+        "(with Adam 16 N (P - 1) / P bytes more, unless `moments` says otherwise), or the optimizer begins anew.",
+    )
+    moments: MomentOptions = Field(
+        default=ALL_AT_EACH_SYNC,
+        description='With `"optimizer_state": "average"`: when they are averaged, and how they travel: see '
+        "`swarm.moments` below.",
     )
     total_steps: int | None = Field(
         default=None,
@@ -278,7 +284,11 @@ class SwarmConfig(StrictModel):
         """Return the keys that are set to what has a meaning between particles only, such as a ``wire``."""
         fields = type(self).model_fields
         found = [name for name in _OF_AN_EXCHANGE if getattr(self, name) != fields[name].default]
-        return [*found, "optimizer_state"] if self.optimizer_state == "average" else found
+        return [*found, "optimizer_state", *self._moments_key] if self.optimizer_state == "average" else found
+
+    @property
+    def _moments_key(self) -> list[str]:
+        return ["moments"] if self.moments != ALL_AT_EACH_SYNC else []
 
     def without_peers(self) -> SwarmConfig:
         """Return the section with the defaults for these keys, for one particle."""
@@ -301,6 +311,8 @@ class SwarmConfig(StrictModel):
             section["sync_interval"] = "never"
         if self.transport == "static":
             del section["elastic"]
+        if self.optimizer_state != "average":
+            del section["moments"]
         if self.rule_options is not None:
             section[self.sync_mode] = self.rule_options.model_dump(mode="json")
         if self.wire_options is not None:

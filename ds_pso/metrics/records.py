@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, GetPydanticSchema, TypeAdapter, Val
 
 _OPTIONAL = (
     *("left_out", "restored", "repeated", "lr_factors", "fragments_staleness", "fragments_s", "same_samples"),
-    "expert_load_distances",
+    *("expert_load_distances", "moments"),
 )
 _UNSET = ("present", "recovered", "fragment", "abandoned")
 # A report is made of these: they must be what they are said to be. A rule's note may have the name of another field.
@@ -31,6 +31,7 @@ Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is Non
 Numbers = Annotated[Sequence[float], _read_as(list[Number])]
 Integers = Annotated[Sequence[int], _read_as(list[int])]
 Flags = Annotated[Sequence[bool], _read_as(list[bool])]
+Names = Annotated[Sequence[str], _read_as(list[str])]
 Texts = Annotated[Mapping[str, str], _read_as(dict[str, str])]
 Section = Annotated[Mapping[str, object], _read_as(dict[str, object])]
 Groups = Annotated[Sequence[Sequence[int]], _read_as(list[list[int]])]
@@ -68,6 +69,7 @@ class SyncRecord:
         same_samples: groups of particles that have begun to train on the same samples.
         expert_load_distances: how far the shares of tokens that each particle's routers give to the experts are from
             the mean of all particles, if they are counted: total variation, 0 to 1.
+        moments: kinds of the optimizer's moments that became their mean, ``first`` and ``second``.
         note: what the rule noted, such as ``weights`` or ``best``.
     """
 
@@ -96,6 +98,7 @@ class SyncRecord:
     fragments_s: Numbers = ()
     same_samples: Groups = ()
     expert_load_distances: Numbers = ()
+    moments: Names = ()
     note: Mapping[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> object:

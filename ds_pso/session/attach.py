@@ -118,6 +118,11 @@ def build_synchronizer(session: Session, engine: Any, probe: Probe | None) -> Sy
                 f'swarm.{config.sync_mode}.merge = "rda": all ranks of a particle must hold a part of every matrix, '
                 'and the stages of a pipeline hold their own; use "mean"'
             )
+        if config.moments.wire in ("int8", "int4") and num_stages(engine) > 1:
+            raise UnsupportedError(
+                f'swarm.moments.wire = "{config.moments.wire}": stages of a pipeline may share a weight, and this wire '
+                'rounds its moments by what lies beside them, which is not the same; use "fp32" or "bf16"'
+            )
         shards: Shards = find_shards(engine)
         check_precision(shards)
     _check_experts(session, shards)
@@ -136,6 +141,7 @@ def build_synchronizer(session: Session, engine: Any, probe: Probe | None) -> Sy
         probe=probe,
         ranks_by_probe=config.fitness == "probe",
         optimizer_state=config.optimizer_state,
+        moments=config.moments,
         wire=config.wire,
         wire_options=config.wire_options,
         residual=config.residual,

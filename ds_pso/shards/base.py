@@ -273,10 +273,27 @@ class Shards(ABC):
 
         Empty before the first step.
         """
-        return [moment for master in self._masters() for moment in self._moments_of(master)]
+        return [moment for named in self.named_moments() for moment in named.values()]
 
-    def _moments_of(self, master: Tensor) -> list[Tensor]:
-        return [moment for state in self._states for moment in state.moments_of(master)]
+    def named_moments(self) -> list[dict[str, Tensor]]:
+        """Return ``moments`` by name, those of each master by themselves."""
+        return [self._moments_of(master) for master in self._masters()]
+
+    def moment_decays(self) -> list[dict[str, float]]:
+        """Return by what an optimizer step multiplies each of ``named_moments``, as far as that is known."""
+        return [self._decays_of(number) for number in range(len(self._masters()))]
+
+    def _decays_of(self, number: int) -> dict[str, float]:
+        """Return the decays of the moments of a master."""
+        master = self._masters()[number]
+        for state in self._states:
+            for group in state.groups:
+                if any(parameter is master for parameter in group["params"]):
+                    return state.decays(group, self._moments_of(master))
+        return {}
+
+    def _moments_of(self, master: Tensor) -> dict[str, Tensor]:
+        return {name: moment for state in self._states for name, moment in state.moments_of(master).items()}
 
     def why_no_mean(self) -> str | None:
         """Return why the optimizer's state cannot be averaged; None if it can, or if there is none yet."""

@@ -54,6 +54,7 @@ class Engine(Protocol):
     device: torch.device
     global_steps: int
     global_samples: int
+    skipped_steps: int  # of ``global_steps``, those whose gradients were not finite
     seq_data_parallel_group: dist.ProcessGroup  # over which ZeRO divides the optimizer, and gradients are reduced
     seq_dp_world_size: int
     sequence_parallel_size: int

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -22,6 +22,10 @@ _MOMENTS = frozenset(
     | {"grad_avg", "acc_delta", "sum", "variance"}
 )
 MUON_MOMENTUM = "momentum_buffer"
+_SQUARES = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})  # sums of squares: second moments
+# Moments that may be averaged at periods of their own, and rounded; of the others, some must fit to one another (the
+# mean and the mean square in a centred RMSprop), or to the weights.
+MOMENTS_OF_KIND = {"first": frozenset({"exp_avg", "momentum_buffer"}), "second": _SQUARES}
 # A schedule's, or the script's: a new optimizer would get them, too.
 _SCHEDULED = frozenset(("params", "lr", "initial_lr", "max_lr", "min_lr", "weight_decay", "betas", "momentum"))
 _MODE = "train_mode"  # schedule-free: whether the weights are those that train, or those to evaluate
@@ -149,10 +153,33 @@ class OptimizerState:
             for master, values in zip(masters, own, strict=True):
                 master.detach().copy_(values)
 
-    def moments_of(self, master: Tensor) -> list[Tensor]:
-        """Return the moments of a master, flat and live, in the order of their names."""
+    def moments_of(self, master: Tensor) -> dict[str, Tensor]:
+        """Return the moments of a master by name, flat and live, in the order of their names."""
         state = self._optimizer.state.get(master, {})
-        return [state[name].view(-1) for name in sorted(state) if self._is_moment(name, state[name], master)]
+        return {name: state[name].view(-1) for name in sorted(state) if self._is_moment(name, state[name], master)}
+
+    def decays(self, group: Mapping[str, Any], names: Collection[str]) -> dict[str, float]:
+        """Return by what a step multiplies moments, as far as that is known.
+
+        Args:
+            group: of the optimizer, with its options.
+            names: of the moments of one of its masters.
+        """
+        found = {"sum": 1.0, "max_exp_avg_sq": 1.0}  # of Adagrad, and the largest so far
+        if "betas" in group:
+            first, second = map(float, group["betas"][:2])
+            # Lion has one moment, to which its second beta belongs; the first is for the step alone.
+            found |= {"exp_avg": first if "exp_avg_sq" in names else second, "exp_avg_sq": second}
+        if "momentum" in group:
+            found[MUON_MOMENTUM] = float(group["momentum"])
+        if "alpha" in group:
+            found["square_avg"] = float(group["alpha"])
+        return found
+
+    @property
+    def groups(self) -> Sequence[Mapping[str, Any]]:
+        """The optimizer's groups, with their options."""
+        return self._optimizer.param_groups
 
     def without_mean(self) -> Iterator[str]:
         """Yield the names of state that has as many elements as weights, or is packed, and is no moment."""

@@ -99,12 +99,18 @@ class ReplicatedShards(Shards):
         self._share_with_local_ranks([[master] for master in masters])
         self._cast(masters)
 
-    def moments(self) -> list[Tensor]:
+    def named_moments(self) -> list[dict[str, Tensor]]:
         masters = self._masters()
-        return [moment[start:stop] for m, start, stop in self._own for moment in self._moments_of(masters[m])]
+        return [
+            {name: moment[start:stop] for name, moment in self._moments_of(masters[m]).items()}
+            for m, start, stop in self._own
+        ]
+
+    def moment_decays(self) -> list[dict[str, float]]:
+        return [self._decays_of(m) for m, _, _ in self._own]
 
     def publish_moments(self) -> None:
-        self._share_with_local_ranks([self._moments_of(master) for master in self._masters()])
+        self._share_with_local_ranks([list(self._moments_of(master).values()) for master in self._masters()])
 
     def _share_with_local_ranks(self, flat: list[list[Tensor]]) -> None:
         """Each rank sends its own part of each master's tensors to the others that hold the master."""

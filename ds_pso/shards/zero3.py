@@ -30,6 +30,7 @@ class _Optimizer(Protocol):
     fp16_partitioned_groups_flat_numel: list[int]
     fp16_groups: list[list[_Parameter]]
     dp_process_group: dist.ProcessGroup
+    sub_group_to_group_id: dict[int, int]
     state: dict[Tensor, dict[str, Tensor]]
 
     def _set_fp32_optimizer_param_groups(self) -> None: ...
@@ -102,6 +103,11 @@ class Zero3Shards(Shards):
 
     def _parameters(self) -> Sequence[Sequence[object]]:
         return self.optimizer.fp16_groups
+
+    def _decays_of(self, number: int) -> dict[str, float]:
+        # Outside of a step the groups are empty.
+        state, group = self._states[0], self.optimizer.sub_group_to_group_id[number]
+        return state.decays(state.groups[group], self._moments_of(self._masters()[number]))
 
     def reset_optimizer_state(self) -> None:
         super().reset_optimizer_state()

@@ -20,12 +20,14 @@ from ds_pso.shards.fragments import Fragment
 from ds_pso.sync.assessment import UNKNOWN_PACE, Pace
 from ds_pso.sync.buffers import average
 from ds_pso.sync.fitness import NO_LOSSES, FitnessWindow, ParticleReport, WindowState
+from ds_pso.sync.moment_options import Kind
+from ds_pso.sync.moments import Moment, Moments
 from ds_pso.sync.parts import SyncParts
 from ds_pso.sync.rollback import Snapshot, residuals, shared_state
 from ds_pso.utils.device import wait_for_device
 
 _SAVED = ("begun", "delay", "cut_into", "numbers", "applied", "held_up_s", "background_s")
-_ALSO_SAVED = ("broken_off", "lr_factors", "window", "distances", "arrived_s")
+_ALSO_SAVED = ("broken_off", "lr_factors", "window", "distances", "arrived_s", "kinds", "skipped")
 
 
 @dataclass
@@ -41,6 +43,10 @@ class PendingSync:
             were at the beginning. In the end: how far they shall move, or where they shall be if the particle was not
             alive; and the mean of the buffers, which are statistics (a variance that was corrected could become
             negative).
+        kinds: of the optimizer's moments that are on their way, too.
+        moments: of these kinds, as they were at the beginning, and in the end how far they shall move.
+        num_moments: see ``Moments.count``.
+        skipped: optimizer steps that had been skipped at the beginning.
         applied: fragments.
         record: what is known of the sync so far.
         broken_off: a particle was lost, or needs the whole model: nothing comes of it.
@@ -60,6 +66,10 @@ class PendingSync:
     movement: list[Tensor]
     settled_s: float
     record: SyncRecord
+    kinds: Sequence[Kind] = ()
+    moments: list[Moment] = field(default_factory=list)
+    num_moments: float = 0.0
+    skipped: int = 0
     applied: int = 0
     broken_off: bool = False
     lr_factors: Sequence[float] = ()
@@ -124,6 +134,7 @@ class Overlap:
         begin = time.perf_counter()
         parts.schedule.begin(step)
         parts.membership.wait_for_local_ranks()
+        kinds = () if parts.moments is None else parts.moments.due(parts.assessor.index)
         numbers: Sequence[int] = range(options.fragments)
         if options.streaming:
             numbers = [parts.schedule.fragment_at(step, options.fragments)]
@@ -139,10 +150,18 @@ class Overlap:
                 [],
                 settled_s=parts.world.background.settled_s,
                 record=SyncRecord(parts.assessor.index, (), ()),
+                kinds=kinds,
+                skipped=parts.shards.engine.skipped_steps,
                 window=losses,
                 arrived=[threading.Event() for _ in numbers],
             )
             pending.movement = [t.clone() for t in self._touched(pending)]
+            if parts.moments is not None and kinds:
+                # In the background the particle's own ranks cannot talk to each other; peers compare numbers there.
+                pending.num_moments = parts.moments.count()
+                parts.moments.check(min(row[0] for row in parts.world.local.gather([pending.num_moments])))
+                parts.moments.prepare()
+                pending.moments = [moment.copied() for moment in parts.moments.of(kinds)]
         pending.held_up_s = time.perf_counter() - begin
         parts.world.background.run(lambda: self._exchange(pending, report))
 
@@ -151,7 +170,8 @@ class Overlap:
         parts, membership, updater = self._parts, self._parts.membership, self._parts.updater
         begin, before = time.perf_counter(), replace(parts.exchange.traffic)
         memories, pace, highest = list(parts.memories), parts.assessor.pace, parts.assessor.highest_loss
-        snapshot = Snapshot([*shared_state(updater), *residuals(updater)]) if membership.can_fail else None
+        kept = [*shared_state(updater), *residuals(updater), *parts.moment_residuals()]
+        snapshot = Snapshot(kept) if membership.can_fail else None
         error = None
         try:
             quorum = membership.start_quorum(parts.assessor.index, in_background=True)
@@ -222,10 +242,25 @@ class Overlap:
             wait_for_device()  # who waits for it goes on at once, on another stream
             pending.arrived_s.append(time.perf_counter() - begin)
             arrived.set()
+        self._move_moments(pending, point)
         parts.memories[memory] = plan.memory
         pending.lr_factors = plan.lr_factors
         pending.distances = parts.assessor.distances([sum(column) for column in zip(*squares, strict=True)], point)
         return note
+
+    def _move_moments(self, pending: PendingSync, point: SyncPoint) -> None:
+        """Turn the copies of the optimizer's moments into how far these shall move."""
+        parts = self._parts
+        if parts.moments is None or not pending.kinds:
+            return
+        if not parts.moments.agree_with_peers(pending.num_moments):  # one whose every step was skipped has none yet
+            pending.kinds, pending.moments = (), []
+            return
+        before = [moment.tensor.clone() for moment in pending.moments]
+        parts.moments.mean_of(pending.moments, point.mean_weights())
+        for moment, own in zip(pending.moments, before, strict=True):
+            moment.tensor.sub_(own)
+        wait_for_device()
 
     def _fragments_of(self, pending: PendingSync) -> list[Fragment]:
         return [self._parts.fragments(pending.cut_into)[number] for number in pending.numbers]
@@ -279,7 +314,7 @@ class Overlap:
             self.needs_whole = True
         elif pending.applied < end:
             with parts.shards.mapped():
-                self._apply(pending, end, window)
+                self._apply(pending, end, window, step)
                 parts.shards.publish()
         pending.waited_s += background.settled_s - settled_before
         if end < pending.fragments:
@@ -295,6 +330,7 @@ class Overlap:
         record = replace(
             pending.record,
             drift=parts.assessor.drift(pending.distances),
+            moments=() if pending.is_void or not any(pending.record.alive) else pending.kinds,
             staleness=step - pending.begun,
             # An evaluation or a checkpoint may have had to wait for it before.
             seconds=pending.held_up_s + waited - pending.waited_s + time.perf_counter() - begin,
@@ -305,7 +341,7 @@ class Overlap:
         # Where it was broken off, others may have got through: then this particle recovers next.
         return parts.conclude(record, pending.begun, pending.pace, counts=not pending.broken_off)
 
-    def _apply(self, pending: PendingSync, end: int, window: FitnessWindow) -> None:
+    def _apply(self, pending: PendingSync, end: int, window: FitnessWindow, step: int) -> None:
         """Make the movement of the fragments before ``end``, and with the last one what is not theirs."""
         parts, me = self._parts, self._parts.exchange.particle
         shards, alive = parts.shards.tensors, pending.record.alive
@@ -331,17 +367,32 @@ class Overlap:
                 pending.record = replace(pending.record, lr_factors=pending.lr_factors)
             if parts.options.optimizer_state == "reset" or not alive[me]:
                 parts.shards.reset_optimizer_state()
+            elif parts.moments is not None and parts.moments.due(pending.record.sync):
+                self._apply_moments(parts.moments, pending, step)
         pending.applied = end
+
+    def _apply_moments(self, moments: Moments, pending: PendingSync, step: int) -> None:
+        """Make the movement of the optimizer's moments, if it has come to all ranks of the particle."""
+        parts = self._parts
+        if not all(row[0] for row in parts.world.local.gather([float(bool(pending.kinds))])):
+            pending.kinds = ()
+            return
+        skipped = parts.shards.engine.skipped_steps - pending.skipped
+        moments.add_late(pending.moments, step - pending.begun - skipped)
+        parts.shards.publish_moments()
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return what is pending, without its tensors; JSON values."""
         return None if self.pending is None else self.pending.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Any] | None, movement: Sequence[Tensor] = ()) -> None:
+    def load_state_dict(
+        self, state: Mapping[str, Any] | None, movement: Sequence[Tensor] = (), moments: Sequence[Tensor] = ()
+    ) -> None:
         """Go on from there.
 
         Args:
             movement: see ``PendingSync``.
+            moments: likewise.
         """
         self.pending = None
         if not state:
@@ -350,4 +401,12 @@ class Overlap:
         pending = PendingSync(movement=[], settled_s=self._parts.world.background.settled_s, **state)
         with self._parts.shards.mapped(writes=False):
             pending.movement = [values.to(t) for t, values in zip(self._touched(pending), movement, strict=True)]
+            if self._parts.moments is None or not moments:
+                pending.kinds = ()
+            else:
+                places = self._parts.moments.of(pending.kinds)
+                pending.moments = [
+                    replace(place, tensor=values.to(place.tensor))
+                    for place, values in zip(places, moments, strict=True)
+                ]
         self.pending = pending

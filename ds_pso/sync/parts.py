@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from torch import Tensor
+
 from ds_pso.comm.collectives import Traffic
 from ds_pso.comm.compression import UNCOMPRESSED, Differences, find_format
 from ds_pso.comm.exchange import Exchange
@@ -19,6 +21,8 @@ from ds_pso.sync.assessment import Assessor, Pace, Probe
 from ds_pso.sync.direction_mean import DirectionMean, matrices
 from ds_pso.sync.expert_load import ExpertLoad
 from ds_pso.sync.health import USUAL, Limits
+from ds_pso.sync.moment_options import ALL_AT_EACH_SYNC, MomentOptions
+from ds_pso.sync.moments import Moments
 from ds_pso.sync.schedule import Observed, Schedule
 from ds_pso.sync.update import Updater
 from ds_pso.utils.offload import NO_OFFLOAD, Offload
@@ -33,6 +37,7 @@ class SyncOptions:
         probe: loss on a batch that is the same for every particle.
         ranks_by_probe: whether that is the fitness.
         optimizer_state: what becomes of the optimizer's moments at a sync.
+        moments: when they are averaged, and how they travel, if they are.
         wire: how weights travel.
         wire_options: of a wire that has some.
         residual: where what the wire withholds waits.
@@ -51,6 +56,7 @@ class SyncOptions:
     probe: Probe | None = None
     ranks_by_probe: bool = False
     optimizer_state: Literal["keep", "average", "reset"] = "keep"
+    moments: MomentOptions = ALL_AT_EACH_SYNC
     wire: str = UNCOMPRESSED
     wire_options: StrictModel | None = None
     residual: Literal["wire", "weights"] = "wire"
@@ -89,6 +95,7 @@ class SyncParts:
     """The parts of one rank's syncs.
 
     Attributes:
+        moments: what is averaged of the optimizer; None: nothing.
         memories: of the rule: JSON values that are equal on all ranks; one of each fragment that syncs by itself.
         is_torn: whether an exchange was broken off when some of the weights, or of the state, had been changed.
     """
@@ -117,6 +124,11 @@ class SyncParts:
         )
         with shards.mapped():
             self.updater = self._build_updater()
+        self.moments: Moments | None = None
+        if options.optimizer_state == "average":
+            self.moments = Moments(
+                exchange, world.local, shards, options.moments, delays=options.delay > 0, offload=options.offload
+            )
         self.memories: list[Mapping[str, Any]] = [{}] * (options.fragments if options.streaming else 1)
         self.totals = SyncTotals()
         self.is_torn = False
@@ -192,6 +204,18 @@ class SyncParts:
         interval = self.schedule.next_after(begun) - begun
         return replace(record, next_interval=interval, step_s=pace.step_s)
 
+    def moment_residuals(self, *, prepare: bool = False) -> list[Tensor]:
+        """Return what rounding has taken from the optimizer's moments so far, live.
+
+        Args:
+            prepare: have them, where they are needed, from now on.
+        """
+        if self.moments is None:
+            return []
+        if prepare:
+            self.moments.prepare()
+        return list(self.moments.residuals().values())
+
     def start_state(self) -> None:
         """Let the state of rule and wire follow from the weights as they are, which are equal on all particles."""
         with self.shards.mapped(writes=False):
@@ -209,3 +233,5 @@ class SyncParts:
                 self.updater.differences.agree_on(self.shards.tensors)
             for residual in self.updater.differences.residual:
                 residual.zero_()
+        for residual in self.moment_residuals():
+            residual.zero_()

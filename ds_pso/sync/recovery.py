@@ -90,7 +90,7 @@ class Recovery:
             found = self._receive(quorum.sources[me])
             self._take_numbers(found["sync"], lr_factor=1.0)
             self.received = found["progress"]
-            for residual in residuals(parts.updater):
+            for residual in [*residuals(parts.updater), *parts.moment_residuals()]:
                 residual.zero_()
             window.clear()
             return int(found["progress"]["step"])

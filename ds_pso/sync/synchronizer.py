@@ -12,15 +12,16 @@ from typing import Any
 from torch import Tensor
 
 from ds_pso.comm.collectives import Traffic
-from ds_pso.comm.exchange import fill
 from ds_pso.distributed.membership import Quorum
-from ds_pso.errors import PeerError, SwarmError
+from ds_pso.errors import PeerError
 from ds_pso.metrics.records import SyncRecord
 from ds_pso.rules import SyncPoint
 from ds_pso.sync.buffers import average
 from ds_pso.sync.consensus import Consensus
 from ds_pso.sync.fitness import FitnessWindow, ParticleReport
 from ds_pso.sync.gossip import Gossip
+from ds_pso.sync.moment_options import KINDS, Kind
+from ds_pso.sync.moments import Moments
 from ds_pso.sync.overlapped import Overlap
 from ds_pso.sync.parts import SyncParts, SyncTotals
 from ds_pso.sync.recovery import Progress, Recovery
@@ -38,7 +39,8 @@ class _Attempt:
     Attributes:
         quorum: None where nobody waits for the others.
         point: None at the start of a swarm.
-        resets: whether the optimizer's moments begin anew.
+        moments: kinds of the optimizer's moments that were averaged.
+        resets: whether the optimizer begins anew.
         distances: see ``Assessor.distances``.
         restored: see ``SyncRecord``.
         begin: when it began; after a recovery, which is no part of it.
@@ -52,6 +54,7 @@ class _Attempt:
     point: SyncPoint | None = None
     note: Mapping[str, Any] = field(default_factory=dict)
     lr_factors: Sequence[float] = ()
+    moments: tuple[Kind, ...] = ()
     resets: bool = False
     distances: Sequence[float] = (0.0, 0.0)
     restored: Mapping[str, str] = field(default_factory=dict)
@@ -240,39 +243,28 @@ class Synchronizer:
             attempt.lr_factors = plan.lr_factors
         attempt.note = note
         alive = point.alive[parts.exchange.particle]
-        if options.optimizer_state == "average":
-            attempt.resets = not self._average_moments(point) and not alive
-        else:
-            attempt.resets = options.optimizer_state == "reset" or not alive
+        attempt.resets = options.optimizer_state == "reset" or not alive
+        if parts.moments is not None:
+            attempt.moments = self._average_moments(parts.moments, point)
+            attempt.resets = not alive and attempt.moments != KINDS
         return [sum(column) for column in zip(*distances, strict=True)]
 
-    def _average_moments(self, point: SyncPoint) -> bool:
+    def _average_moments(self, moments: Moments, point: SyncPoint) -> tuple[Kind, ...]:
         """Let the moments of every particle, the dead included, become the mean of those of the living.
 
         Returns:
-            False: a particle whose every step was skipped has none yet, and nothing was done.
+            Those that were due, and that all had.
 
         Raises:
             SwarmError: the optimizer keeps what has no mean.
         """
-        parts = self.parts
-        moments, reason = parts.shards.moments(), parts.shards.why_no_mean()
-        rows = parts.exchange.all_gather([float(len(moments)) if reason is None else -1.0])
-        counts = [rows[particle][0] for particle in parts.exchange.present]  # of peers, not of local ranks
-        alike = -1.0 if min(counts) < 0 else float(len(set(counts)) == 1)
-        found = [row[0] for row in parts.world.local.gather([alike])]
-        if min(found) < 0:
-            raise SwarmError(
-                f'swarm.optimizer_state = "average": {reason or "the optimizer keeps what has no mean"}; '
-                'use "keep" or "reset"',
-                agreed=True,
-            )
-        if not all(found):
-            return False
-        fill(moments, parts.exchange.weighted_mean(moments, point.mean_weights()))
-        parts.membership.confirm_local_ranks()
-        parts.shards.publish_moments()
-        return True
+        due = moments.due(point.index)
+        if not due or not moments.agree():
+            return ()
+        moments.average(due, point.mean_weights())
+        self.parts.membership.confirm_local_ranks()
+        self.parts.shards.publish_moments()
+        return due
 
     def _commit(self, attempt: _Attempt, window: FitnessWindow) -> SyncRecord | None:
         """Let the result count, for the particle's own ranks and for training."""
@@ -298,15 +290,17 @@ class Synchronizer:
             present=present,
             recovered=recovered,
             restored=attempt.restored,
+            moments=attempt.moments,
             note=attempt.note,
         )
         return parts.conclude(record, attempt.step, parts.assessor.pace)
 
     def _all_tensors(self) -> list[Tensor]:
         shards, updater = self.parts.shards, self.parts.updater
-        moments = shards.moments() if self.parts.options.optimizer_state == "average" else []
+        moments = shards.moments() if self.parts.moments is not None else []
         buffers = [buffer for _, buffer in shards.persistent_buffers()]
-        return [*shards.tensors, *buffers, *moments, *shared_state(updater), *residuals(updater)]
+        wire = [*residuals(updater), *self.parts.moment_residuals(prepare=True)]
+        return [*shards.tensors, *buffers, *moments, *shared_state(updater), *wire]
 
     def _roll_back(self, snapshot: Snapshot, error: PeerError | None) -> None:
         parts = self.parts
@@ -363,14 +357,17 @@ class Synchronizer:
             **parts.membership.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], movement: Sequence[Tensor] = ()) -> None:
+    def load_state_dict(
+        self, state: Mapping[str, Any], movement: Sequence[Tensor] = (), moments: Sequence[Tensor] = ()
+    ) -> None:
         """Go on from there.
 
         Args:
             movement: of the sync that was pending, if there was one.
+            moments: likewise, of the optimizer's moments.
         """
         parts = self.parts
-        self.overlap.load_state_dict(state["pending"], movement)
+        self.overlap.load_state_dict(state["pending"], movement, moments)
         parts.memories = list(state["rule_memories"])
         parts.shards.lr_factor = state["lr_factor"]
         parts.assessor.losses = tuple(state["last_losses"])

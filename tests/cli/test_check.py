@@ -77,7 +77,7 @@ def test_bytes_and_memory_by_hand(tmp_path, capsys, keys, received, kept, exchan
     config = write(tmp_path, bucket_mb=64.0) if not keys else write(tmp_path, **keys)
     found = check(capsys, config, "--parameters", "8M", "--particles", "4", "--ranks", "2")["model"]
     assert (found["parameters"], found["particles"], found["ranks"], found["name"]) == (8e6, 4, 2, None)
-    assert found["sync_point"] == pytest.approx({"per_particle": received, "per_rank": received / 2})
+    assert found["sync_point"] == pytest.approx({"per_particle": received, "per_rank": received / 2, "moments": 0})
     assert found["memory"] == pytest.approx({"kept": kept, "pending": 0, "exchange": exchange})
 
 
@@ -85,7 +85,7 @@ def test_one_particle_keeps_what_its_rule_keeps_and_moves_nothing(tmp_path: Path
     """Anchor and momentum of N = 4e6, and a copy of a shard's bucket; what is for peers does not count."""
     plain = write(tmp_path, particles=1, sync_mode="diloco", bucket_mb=1.0)
     found = check(capsys, plain, "--parameters", "8M", "--ranks", "2")["model"]
-    assert found["sync_point"] == {"per_particle": 0.0, "per_rank": 0.0}
+    assert found["sync_point"] == {"per_particle": 0.0, "per_rank": 0.0, "moments": 0.0}
     assert found["memory"] == {"kept": 8 * 4e6, "pending": 0.0, "exchange": 2**20}
     more = {"wire": "int4", "delay": 2, "diloco": {"merge": "mean"}}
     odd = write(tmp_path, particles="node", sync_mode="diloco", bucket_mb=1.0, **more)

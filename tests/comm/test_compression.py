@@ -20,6 +20,7 @@ from ds_pso.comm.compression import (
     find_format,
     is_partial,
 )
+from ds_pso.comm.compression.roots import Roots
 from ds_pso.config.cost_model import Cluster, sync_cost
 from ds_pso.config.load import load_config
 from ds_pso.errors import ConfigError
@@ -106,6 +107,26 @@ def test_what_has_been_rounded_is_not_rounded_again(form, values):
     arrived, _ = through(form, values)
     again, _ = through(form, arrived)
     torch.testing.assert_close(again, arrived, rtol=1e-6, atol=0)
+
+
+@relaxed
+@given(st.sampled_from([("bf16", 128), ("int8", 127), ("int4", 7)]), numbers())
+def test_roots_are_as_good_as_the_format_inside_and_never_negative(which, values):
+    """Of numbers of any sign: those below zero arrive as zero."""
+    name, levels = which
+    form = Roots(find_format(name))
+    arrived, _ = through(form, values)
+    assert (arrived >= 0).all()
+    roots = values.clamp(min=0).sqrt().double().view(-1, BLOCK)
+    for before, after in zip(roots, arrived.double().sqrt().view(-1, BLOCK), strict=True):
+        most = float(before.max()) / levels / 2 * (1 + 1e-4)
+        assert float((before - after).abs().max()) <= max(most, 1e-22)
+    rest = values.clone()
+    encoded = torch.empty(form.nbytes(values.numel()), dtype=torch.uint8)
+    form.encode_and_subtract(rest, encoded)
+    total = rest.clone()
+    form.add_decoded(encoded, total)
+    torch.testing.assert_close(total, values, rtol=1e-5, atol=float(values.abs().max()) * 1e-6)
 
 
 @pytest.mark.parametrize(("name", "levels"), [("int8", 127), ("int4", 7)])

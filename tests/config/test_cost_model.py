@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pool import Pool
 
-from ds_pso.config.cost_model import Cluster, Memory, memory, sync_cost
+from ds_pso.config.cost_model import Cluster, Memory, memory, moments_kept, sync_cost
 from ds_pso.config.load import load_config
 
 CLUSTER = Cluster(parameters=7.5e6, particles=2, ranks=1, step_s=0.43, bandwidth=100e6)
@@ -34,6 +34,37 @@ def test_an_example_by_hand() -> None:
     waits = sync_cost(replace(CLUSTER, latency_s=0.1), section())
     assert waits.exchange_s == pytest.approx(2.4 + 0.1 * (5 + 2))  # to sync, and round the ring
     assert sync_cost(CLUSTER, section(sync_mode="nosync", nosync={"asynchronous": True})).compute_share == 1
+
+
+def test_moments_cost_their_share_of_each_sync_point() -> None:
+    """Of 7.5 million: first ones every 3rd time, second ones every 6th, half of each from the other particle."""
+    every = {"first_every": 3, "second_every": 6}
+    found = sync_cost(CLUSTER, section(optimizer_state="average", moments=every))
+    assert found.megabytes == pytest.approx(30 * (1 + 1 / 3 + 1 / 6))
+    rounded = section(optimizer_state="average", moments={**every, "wire": "int8"})
+    assert sync_cost(CLUSTER, rounded).megabytes == pytest.approx(30 + 7.5 * (1 + 1 / 64) * (1 / 3 + 1 / 6))
+    assert sync_cost(CLUSTER, section(optimizer_state="average")).megabytes == pytest.approx(90)
+    momentum = replace(CLUSTER, moments=(1, 0))
+    assert sync_cost(momentum, rounded).megabytes == pytest.approx(30 + 7.5 * (1 + 1 / 64) / 3)
+    assert sync_cost(CLUSTER, section()).megabytes == pytest.approx(30)
+    assert memory(CLUSTER, rounded).kept == 8 * 7.5e6
+    assert memory(momentum, rounded).kept == 4 * 7.5e6
+    assert memory(CLUSTER, section(optimizer_state="average")).kept == 0
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kept"),
+    [
+        ({"type": "AdamW", "params": {"lr": 0.1}}, (1, 1)),
+        ({"type": "SGD", "params": {"momentum": 0.9}}, (1, 0)),
+        ({"type": "SGD"}, (0, 0)),
+        ({"type": "Muon"}, (1, 0)),
+        ({"type": "OneBitAdam"}, None),
+        (None, None),
+    ],
+)
+def test_the_moments_of_an_optimizer(optimizer: Any, kept: Any) -> None:
+    assert moments_kept({} if optimizer is None else {"optimizer": optimizer}) == kept
 
 
 def test_what_streams_meets_more_often_for_fewer_bytes() -> None:
@@ -105,7 +136,10 @@ SWARMS: list[dict[str, Any]] = [
     {"sync_mode": "noloco"},
     {"sync_mode": "line_search"},
     {"sync_mode": "swarm"},
+    {"optimizer_state": "average"},
+    {"optimizer_state": "average", "wire": "int4", "moments": {"wire": "int8"}},
 ]
+OF_SGD = replace(CLUSTER, parameters=40_100, moments=(1, 0))
 
 
 def each_simulated(sections: list[dict[str, Any]], particles: int, interval: int, life: Any) -> list[Any]:
@@ -126,7 +160,7 @@ def each_simulated(sections: list[dict[str, Any]], particles: int, interval: int
 
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "optimizer": {"type": "SGD", "params": {"lr": 0.0}},
+        "optimizer": {"type": "SGD", "params": {"lr": 0.0, "momentum": 0.9}},
         "zero_allow_untested_optimizer": True,
     }
     common = {"particles": particles, "sync_interval": interval}
@@ -154,7 +188,7 @@ def test_its_bytes_are_those_that_a_swarm_counts(pool: Pool, particles: int) -> 
     (found,) = pool.run(counted, particles, world_size=1)
     for swarm_section, (numel, nbytes) in zip(SWARMS, found, strict=True):
         swarm = load_config({"swarm": {"particles": particles, **swarm_section}})[1]
-        megabytes = sync_cost(replace(CLUSTER, parameters=numel, particles=particles), swarm).megabytes
+        megabytes = sync_cost(replace(OF_SGD, parameters=numel, particles=particles), swarm).megabytes
         assert 1e6 * megabytes == pytest.approx(nbytes, rel=0.04), swarm_section  # but for numbers about the particles
 
 
@@ -165,6 +199,7 @@ KEEPS: list[dict[str, Any]] = [
     {"sync_mode": "pso", "pso": {"inertia": 0.5, "cognitive": 0.5}, "state_dtype": "bf16"},
     {"sync_mode": "diloco", "wire": "int4", "state_dtype": "bf16", "delay": 1},
     {"sync_mode": "local_sgd", "delay": 1, "fragments": 4, "streaming": True},
+    {"optimizer_state": "average", "moments": {"wire": "int4"}, "state_dtype": "bf16", "delay": 1},
 ]
 
 
@@ -178,8 +213,10 @@ def held(particles: int) -> list[tuple[int, int]]:
         tensors = [t for state in synchronizer.parts.updater.state for t in state.values()]
         if synchronizer.parts.updater.differences:
             tensors += synchronizer.parts.updater.differences.common + synchronizer.parts.updater.differences.residual
-        pending = synchronizer.overlap.pending.movement if synchronizer.overlap.pending else []
-        return sum(t.nbytes for t in tensors), sum(t.nbytes for t in pending)
+        tensors += synchronizer.parts.moment_residuals()
+        pending = synchronizer.overlap.pending
+        late = [*pending.movement, *(moment.tensor for moment in pending.moments)] if pending else []
+        return sum(t.nbytes for t in tensors), sum(t.nbytes for t in late)
 
     return [lives[0] for lives in each_simulated(KEEPS, particles, 4, life)]
 
@@ -188,7 +225,7 @@ def test_what_is_kept_takes_the_memory_it_says(pool: Pool) -> None:
     (found,) = pool.run(held, 2, world_size=1)
     for swarm_section, (kept, pending) in zip(KEEPS, found, strict=True):
         swarm = load_config({"swarm": {"particles": 2, "sync_interval": 4, **swarm_section}})[1]
-        needed = memory(replace(CLUSTER, parameters=40_100), swarm)
+        needed = memory(OF_SGD, swarm)
         assert (needed.kept, needed.pending) == (kept, pending), swarm_section
 
 

@@ -126,6 +126,7 @@ def test_sync_mode_alone_chooses_the_rule(mode):
         {"sync_mode": ALLREDUCE},
         {"particles": 8, "sync_mode": "diloco", "diloco": {"outer_lr": 1, "outer_momentum": 0}},
         {"particles": "node", "sync_mode": "pso", "fitness": "probe", "pso": {"best": "all_time"}},
+        {"optimizer_state": "average", "moments": {"first_every": 3, "second_every": 6, "wire": "int8"}},
         {"bucket_mb": 1, "timeout_s": 5, "seed": 3, "peer_backend": "gloo", "sync_interval": 1},
         {"sync_mode": "nosync", "total_steps": 320, "nosync": {"growth": "exponential"}, "optimizer_state": "reset"},
         {"sync_mode": "pso", "pso": {"constriction": True, "cognitive": 2.05, "social": 2.05, "velocity_clamp": 0.1}},
@@ -193,6 +194,7 @@ BAD_VALUES = [
     *[("schedule", value, "must be an object") for value in (3, "adaptive", None, [], True)],
     *[("transport", value, "must be 'static' or 'elastic'") for value in ("torchft", None, True, 1)],
     *[("elastic", value, "must be an object") for value in (True, "wait", None, [])],
+    *[("moments", value, "must be an object") for value in (True, "int8", None, [3, 6])],
     ("delay", -1, "must be greater than or equal to 0"),
     *[("delay", value, "must be a valid integer") for value in (1.0, "1", True, None)],
     ("fragments", 0, "must be greater than or equal to 1"),
@@ -301,6 +303,61 @@ def test_bad_values_of_every_field_are_tried():
     assert {(rule, key) for rule, key, _, _ in BAD_OPTIONS} == {
         (name, key) for name, rule in RULES.items() for key in rule.Config.model_fields
     }
+
+
+BAD_MOMENTS = [
+    *[("first_every", value, "must be greater than or equal to 1") for value in (0, -3)],
+    *[("second_every", value, "must be a valid integer") for value in (2.0, "6", None, True)],
+    *[("wire", value, "must be 'fp32', 'bf16', 'int8' or 'int4'") for value in ("int2", "sparse", None, 8)],
+]
+
+
+@pytest.mark.parametrize(("key", "value", "allowed"), BAD_MOMENTS)
+def test_a_bad_value_of_the_moments_is_named(key, value, allowed):
+    message = message_of({"swarm": {"optimizer_state": "average", "moments": {key: value}}})
+    assert message.startswith(f"config: swarm.moments.{key} = {value!r}: {allowed}")
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        (
+            {"moments": {"second_every": 6}},
+            'swarm.moments: with swarm.optimizer_state = "keep" no moments travel; remove it, or use "average"',
+        ),
+        (
+            {"optimizer_state": "reset", "moments": {"wire": "int8"}},
+            'swarm.moments: with swarm.optimizer_state = "reset" no moments travel; remove it, or use "average"',
+        ),
+        (
+            {"optimizer_state": "average", "wire": "int4", "moments": {"second_every": 6}},
+            'swarm.wire = "int4": with swarm.optimizer_state = "average" the moments would travel in fp32, and be more '
+            'than what was saved; set swarm.moments.wire, or use "keep" or "reset"',
+        ),
+        (
+            {
+                "streaming": True,
+                "fragments": 4,
+                "delay": 2,
+                "optimizer_state": "average",
+                "moments": {"wire": "int8"},
+            },
+            'swarm.optimizer_state = "average": with swarm.streaming only a part of the model was synced; use "keep", '
+            "or remove streaming",
+        ),
+    ],
+)
+def test_moments_that_the_rest_contradicts_are_refused(section, said):
+    assert message_of({"swarm": section}) == f"config: {said}"
+
+
+def test_moments_are_said_where_they_travel():
+    assert "moments" not in load({}).resolved()
+    section = {"optimizer_state": "average", "moments": {"first_every": 3}, "state_dtype": "fp32"}
+    assert load(section).resolved()["moments"] == {"first_every": 3, "second_every": 1, "wire": "fp32"}
+    assert load(section).keys_for_peers() == ["optimizer_state", "moments"]
+    assert load(section).without_peers().moments == load({}).moments
+    load({"optimizer_state": "average", "moments": {"wire": "int8"}, "state_dtype": "bf16", "state_device": "cpu"})
 
 
 BAD_ELASTIC = [
@@ -645,10 +702,6 @@ def test_a_varying_schedule_needs_no_interval_that_fits_into_training():
             {"delay": 2, "sync_mode": "nosync", "total_steps": 64, "nosync": {"asynchronous": True}},
             "swarm.delay = 2: particles that wait for nobody have nothing to hide; use 0, or set swarm.nosync.asyn",
         ),
-        (
-            {"delay": 2, "optimizer_state": "average"},
-            'swarm.optimizer_state = "average": moments cannot be corrected for the steps of swarm.delay = 2; use',
-        ),
     ],
 )
 def test_what_cannot_go_on_in_the_background_is_refused(section, said):
@@ -663,6 +716,8 @@ def test_what_cannot_go_on_in_the_background_is_refused(section, said):
         {"sync_mode": "swarm", "swarm": {"guard": False, "lr_spread": 1}},
         {"sync_mode": "pso", "pso": {"topology": "ring"}},
         {"wire": "int4", "optimizer_state": "reset"},
+        {"optimizer_state": "average"},
+        {"wire": "int4", "optimizer_state": "average", "moments": {"wire": "int8", "second_every": 6}},
     ],
     ids=str,
 )

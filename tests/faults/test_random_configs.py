@@ -50,6 +50,7 @@ VALID: dict[str, Any] = {
     "quarantine_loss": st.sampled_from([None, 1.5, 4]),
     "quarantine_norm": st.sampled_from([None, 2.0]),
     "optimizer_state": st.sampled_from(["keep", "average", "reset"]),
+    "moments": st.sampled_from([{}, {"second_every": 2}, {"first_every": 2, "wire": "int8"}]),
     "total_steps": st.sampled_from([None, STEPS, 100]),
     "wire": st.sampled_from(["fp32", "bf16", "int8", "int4"]),
     "state_device": st.sampled_from(["auto", "cpu"]),

@@ -355,7 +355,7 @@ def follow(
     losses: list[list[float]] = [[] for _ in models]
     # Of each fragment on its way the step at which it is due; its elements; weights before and after the sync point,
     # and learning rates, which come with the last one.
-    pending: list[tuple[int, Any, Particles, Particles, list[float] | None]] = []
+    pending: list[tuple[int, Any, Particles, Particles, tuple[list[float], Any] | None]] = []
     for step in range(case.steps):
         for particle, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
             x, y = particle_batch(particle, step)
@@ -386,7 +386,8 @@ def follow(
                 elements = slice(None) if fragment_of is None else fragment_of == number
                 completes = number == fragments - 1
                 due = step + 1 + math.ceil(delay * (number + 1) / fragments)
-                pending.append((due, elements, x, moved, list(oracle.lr_factors) if completes else None))
+                last = (list(oracle.lr_factors), _moments_to_be(case, optimizers, count, delay)) if completes else None
+                pending.append((due, elements, x, moved, last))
             pending = _arrive(case, models, optimizers, pending, step + 1)
     return [{name: p.detach().numpy().copy() for name, p in model.named_parameters()} for model in models], oracle
 
@@ -405,17 +406,24 @@ def _arrive(
     step: int,
 ) -> list[Any]:
     """Apply what is due after ``step``: what came of a sync point, and the local steps since it began. The rest."""
-    for due, elements, before, after, factors in pending:
+    for due, elements, before, after, last in pending:
         if due > step:
             continue
         for model, x, y in zip(models, before, after, strict=True):
             weights = flat(model)
             weights[elements] = (y + (weights - x))[elements]
             _set(model, weights)
-        if factors is not None:
+        if last is not None:
+            factors, moments = last
             for optimizer, factor in zip(optimizers, factors, strict=True):
                 optimizer.param_groups[0]["lr"] = case.lr * factor
-            _treat_moments(case.swarm.get("optimizer_state", "keep"), optimizers)
+            if case.swarm.get("optimizer_state") == "reset":
+                for optimizer in optimizers:
+                    optimizer.state.clear()  # as before the first step
+            for state, name, moved in moments:
+                state[name] += moved
+            if moments and "moments" in case.swarm:
+                _bound(optimizers)
     return [item for item in pending if item[0] > step]
 
 
@@ -425,16 +433,35 @@ def _optimizer(case: Case, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=case.lr)
 
 
-def _treat_moments(what: str, optimizers: list[torch.optim.Optimizer]) -> None:
-    if what == "reset":
-        for optimizer in optimizers:
-            optimizer.state.clear()  # as before the first step
-    if what == "average":
-        for states in zip(*(optimizer.state.values() for optimizer in optimizers), strict=True):
-            for name in states[0].keys() - {"step"}:
-                mean = torch.stack([state[name].double() for state in states]).mean(0).float()
-                for state in states:
-                    state[name].copy_(mean)
+MOMENTS = {"exp_avg": "first", "momentum_buffer": "first", "exp_avg_sq": "second"}
+
+
+def _moments_to_be(case: Case, optimizers: list[torch.optim.Optimizer], count: int, delay: int) -> list[Any]:
+    """(state, name, by how much it moves) of the moments that are averaged at sync point ``count``, from 1.
+
+    So many steps later beta^delay is left of what they were, and as much of what is added to them.
+    """
+    if case.swarm.get("optimizer_state") != "average":
+        return []
+    every, group, found = case.swarm.get("moments", {}), optimizers[0].param_groups[0], []
+    for states in zip(*(optimizer.state.values() for optimizer in optimizers), strict=True):
+        for name in states[0].keys() - {"step"}:
+            if count % every.get(f"{MOMENTS[name]}_every", 1) != 0:
+                continue
+            beta = group["momentum"] if name == "momentum_buffer" else group["betas"][name == "exp_avg_sq"]
+            mean = torch.stack([state[name].double() for state in states]).mean(0)
+            found += [(state, name, (beta**delay * (mean - state[name].double())).float()) for state in states]
+    return found
+
+
+def _bound(optimizers: list[torch.optim.Optimizer]) -> None:
+    """|m| <= 1.05 C sqrt(v), C = (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2))."""
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            if "exp_avg_sq" in state:
+                b1, b2 = optimizer.param_groups[0]["betas"]
+                most = 1.05 * (1 - b1) / math.sqrt((1 - b2) * (1 - b1**2 / b2)) * state["exp_avg_sq"].sqrt()
+                state["exp_avg"].copy_(state["exp_avg"].clamp(-most, most))
 
 
 def in_bf16(values: np.ndarray) -> np.ndarray:

@@ -87,6 +87,11 @@ LATER_RULES: dict[str, tuple[Case, tuple[float, ...], tuple[tuple[int, int, int]
         UNEQUAL,
         ((2, 0, 1),) * 2,
     ),
+    "moments in turn": (
+        Case(swarm={"optimizer_state": "average", "moments": {"first_every": 2, "second_every": 3}}),
+        UNEQUAL,
+        ((1, 0, 0), (2, 0, 1)),
+    ),
     "reset": (Case(swarm={"optimizer_state": "reset"}), UNEQUAL, ((1, 0, 0),) * 2),
 }
 

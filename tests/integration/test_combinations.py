@@ -1,4 +1,4 @@
-"""Rules, wires, delays, fragments and streaming in any combination: refused with a reason, or right.
+"""Rules, wires, delays, fragments, streaming and moments in any combination: refused with a reason, or right.
 
 Training stands still here (a learning rate of 0), so what comes later, or in pieces, has nothing to be corrected for:
 whatever the combination, each round must leave what a plain blocking one leaves.
@@ -56,6 +56,14 @@ keys = st.fixed_dictionaries(
         "bucket_mb": st.sampled_from([64.0, 2**11 / 2**20, 2**13 / 2**20]),  # one bucket; of 512 or 2048 elements
     }
 )
+moments = st.none() | st.fixed_dictionaries(
+    {
+        "first_every": st.sampled_from([1, 2, 3]),
+        "second_every": st.sampled_from([1, 2, 3, 4]),
+        "wire": st.sampled_from(["fp32", "bf16", "int8", "int4"]),
+    }
+)
+BETAS = {"first": 0.9, "second": 0.99}
 
 
 @dataclass
@@ -66,10 +74,15 @@ class Life:
     weights: np.ndarray  # at the end
     received: list[int]  # bytes, at each sync point
     padded: int  # elements of the shard
+    moments: dict[str, list[np.ndarray]]  # by kind: after the first step, and in the end
 
 
-def section_of(rule: str, interval: int, particles: int, swarm: dict[str, Any]) -> dict[str, Any]:
+def section_of(
+    rule: str, interval: int, particles: int, swarm: dict[str, Any], moments: dict[str, Any] | None = None
+) -> dict[str, Any]:
     mode = rule.split()[0]
+    if moments is not None:
+        swarm = {**swarm, "optimizer_state": "average", "moments": moments}
     if swarm["wire"] == "fp32":  # it has no residual, wherever
         swarm = {key: value for key, value in swarm.items() if key != "residual"}
     options = {mode: RULES[rule], "sparse": SPARSE}
@@ -89,7 +102,8 @@ def live(section: dict[str, Any], stage: int) -> list[Life]:
     """So many steps that each fragment has synced ``ROUNDS`` times."""
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "optimizer": {"type": "SGD", "params": {"lr": 0.0}},
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.0, "betas": list(BETAS.values()), "torch_adam": True}},
+        "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
         "swarm": section,
@@ -108,13 +122,30 @@ def live(section: dict[str, Any], stage: int) -> list[Life]:
         shards.publish()
         begun = torch.cat([p.detach().flatten() for p in model.parameters()]).numpy()
         swarm.on_sync(lambda record: received.append(record.bytes_received))
-        for _ in range(ROUNDS * section["sync_interval"] + section.get("delay", 0)):
+        found: dict[str, list[np.ndarray]] = {"first": [], "second": []}
+
+        def see() -> None:
+            for kind, name in (("first", "exp_avg"), ("second", "exp_avg_sq")):
+                named = [shards.named_moments()[s.shard][name] for s in shards.segments]
+                parts = [
+                    moment[s.shard_start : s.shard_start + s.numel]
+                    for s, moment in zip(shards.segments, named, strict=True)
+                ]
+                found[kind].append(torch.cat([torch.zeros(0), *parts]).numpy().copy())
+
+        for step in range(ROUNDS * section["sync_interval"] + section.get("delay", 0)):
+            if step == 1:  # gradients are zero: what is there now fades, and is averaged
+                for named in shards.named_moments():
+                    named["exp_avg"].uniform_(-0.1, 0.1, generator=generator)
+                    named["exp_avg_sq"].uniform_(0.5, 1.0, generator=generator)
+                see()
             loss = engine(torch.ones(1, 40)).sum() * 0 + [1.0, 0.5, 2.0][swarm.particle]
             engine.backward(loss)
             engine.step()
         swarm.world.background.settle()
+        see()
         weights = torch.cat([p.detach().flatten() for p in model.parameters()]).numpy()
-        return Life(begun, weights, received, sum(t.numel() for t in shards.tensors))
+        return Life(begun, weights, received, sum(t.numel() for t in shards.tensors), found)
 
     return ds_pso.simulate(config, body)
 
@@ -179,18 +210,50 @@ def check_weights(lives: list[Life], swarm: dict[str, Any], expected: list[Life]
             assert apart(life.weights, other.weights, wire) <= tolerance
 
 
+def due(moments: dict[str, Any] | None, number: int) -> list[str]:
+    """The kinds that travel at a sync point, from 0."""
+    return [kind for kind in BETAS if moments is not None and (number + 1) % moments[f"{kind}_every"] == 0]
+
+
+def check_moments(lives: list[Life], section: dict[str, Any], moments: dict[str, Any] | None) -> None:
+    """Whatever the delay: the mean of all, if a sync point was theirs, faded by the steps since."""
+    steps = ROUNDS * section["sync_interval"] + section["delay"] - 1
+    for kind, beta in BETAS.items():
+        begun = [life.moments[kind][0] for life in lives]
+        meet = [number for number in range(ROUNDS) if kind in due(moments, number)]
+        rounding = {"bf16": 2**-6, "int8": 0.04, "int4": 0.6}.get(moments["wire"], 0.0) if moments and meet else 0.0
+        for life, own in zip(lives, begun, strict=True):
+            expected = beta**steps * (np.mean(begun, axis=0) if meet else own)
+            tolerance = rounding * float(np.abs(expected).max())
+            np.testing.assert_allclose(life.moments[kind][1], expected, rtol=1e-4, atol=tolerance + 1e-7)
+            assert kind == "first" or (life.moments[kind][1] >= 0).all()
+
+
+def bytes_of_moments(numel: int, particles: int, moments: dict[str, Any], kinds: list[str], bucket_mb: float) -> float:
+    """Each kind by itself, and whether all have them."""
+    found = sum(bytes_of([numel], "mean", particles, moments["wire"], bucket_mb) for _ in kinds)
+    return found + 8 * (particles - 1) * bool(kinds)
+
+
 @given(
     rule=st.sampled_from(list(RULES)),
     particles=st.sampled_from([2, 3]),
     interval=st.sampled_from([4, 6]),
     stage=st.sampled_from([0, 1, 2]),
     swarm=keys,
+    moments=moments,
 )
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_combination(
-    pool: Pool, rule: str, particles: int, interval: int, stage: int, swarm: dict[str, Any]
+    pool: Pool,
+    rule: str,
+    particles: int,
+    interval: int,
+    stage: int,
+    swarm: dict[str, Any],
+    moments: dict[str, Any] | None,
 ) -> None:
-    section = section_of(rule, interval, particles, swarm)
+    section = section_of(rule, interval, particles, swarm, moments)
     reason = why_not(section)
     if reason is not None:
         assert reason.startswith("config: swarm.")
@@ -198,6 +261,7 @@ def test_any_combination(
         return
     (lives,) = pool.run(live, section, stage, world_size=1)
     check_weights(lives, swarm, plain(pool, rule, interval, particles, stage))
+    check_moments(lives, section, moments)
     fragments = swarm["fragments"]
     bounds = [NUMEL * k // fragments for k in range(fragments + 1)]
     numels = [bounds[k + 1] - bounds[k] for k in range(fragments)] if fragments > 1 else [lives[0].padded]
@@ -211,5 +275,8 @@ def test_any_combination(
             if rule == "pso" and particle == 1:
                 moved = 0
             lengths = 8 * 2 * (particles - 1) if rule == "diloco rda" else 0  # of two matrices
-            rounding = 4 * len(about) * (1 + NUMEL // 512) if particles == 3 else 0
+            kinds = due(moments, number)
+            if moments is not None:
+                moved += bytes_of_moments(life.padded, particles, moments, kinds, swarm["bucket_mb"])
+            rounding = 4 * (len(about) + len(kinds)) * (1 + NUMEL // 512) if particles == 3 else 0
             assert nbytes == pytest.approx(moved + NUMBERS * (particles - 1) + lengths, abs=rounding)

@@ -49,6 +49,19 @@ LATER_RULES: dict[str, Case] = {
         momentum=0.9,
         swarm={"wire": "sparse", "sparse": {"density": 0.002}, "residual": "weights", "delay": 1},
     ),
+    "moments": Case(
+        swarm={"optimizer_state": "average", "moments": {"first_every": 1, "second_every": 2, "wire": "int8"}}
+    ),
+    # At step 3 the first sync point is pending, and at 5 the second one.
+    "moments-delay": Case(
+        sync_mode="diloco",
+        swarm={
+            "optimizer_state": "average",
+            "delay": 2,
+            "wire": "int4",
+            "moments": {"second_every": 2, "wire": "int4"},
+        },
+    ),
     "rough-state": Case(sync_mode="diloco", swarm={"wire": "int4", "state_dtype": "bf16"}),
     "streaming": Case(
         sync_mode="pso",
@@ -126,6 +139,9 @@ def train_from_loader(case: Case, swarm: Swarm, engine: Any, steps: int, folder:
 
 
 def wire_state(synchronizer: Any) -> dict[str, np.ndarray]:
+    if synchronizer.parts.moments is not None:
+        residuals = synchronizer.parts.moments.residuals()
+        return {name: residual.float().numpy().copy() for name, residual in residuals.items()}
     differences = synchronizer.parts.updater.differences
     if differences is None:
         return {}

@@ -82,6 +82,11 @@ RULES = {
     "average-momentum": Case(
         optimizer="SGD", lr=0.1, momentum=0.9, sync_mode="easgd", steps=6, swarm={"optimizer_state": "average"}
     ),
+    "moments-adam": Case(
+        steps=8,
+        interval=1,
+        swarm={"optimizer_state": "average", "moments": {"first_every": 3, "second_every": 2}},
+    ),
     "reset-adam": Case(steps=6, swarm={"optimizer_state": "reset"}),
     "reset-momentum": Case(
         optimizer="SGD", lr=0.1, momentum=0.9, sync_mode="pso", steps=6, swarm={"optimizer_state": "reset"}

@@ -75,7 +75,7 @@ def copied(parts: SyncParts) -> Arrays:
         "weights": shards.tensors,
         "buffers": [buffer for _, buffer in shards.buffers()],
         "moments": shards.moments(),
-        "residual": residuals(updater),
+        "residual": [*residuals(updater), *parts.moment_residuals()],
         "state of rule and wire": shared_state(updater),
     }
     nothing = torch.zeros(0)
@@ -109,10 +109,18 @@ def sync_in_vain(case: Case) -> list[Any]:
     ("swarm", "changed"),
     [
         ({"optimizer_state": "average"}, {"weights", "buffers", "moments", "state of rule and wire"}),
+        (
+            {"optimizer_state": "average", "moments": {"wire": "int8"}},
+            {"weights", "buffers", "moments", "residual", "state of rule and wire"},
+        ),
+        (
+            {"optimizer_state": "average", "moments": {"wire": "int8"}, "delay": 1},
+            {"residual", "state of rule and wire"},
+        ),
         ({"wire": "int4"}, {"weights", "buffers", "residual", "state of rule and wire"}),
         ({"wire": "int4", "delay": 1}, {"residual", "state of rule and wire"}),
     ],
-    ids=["moments", "wire", "in the background"],
+    ids=["moments", "rounded moments", "moments in the background", "wire", "in the background"],
 )
 def test_what_a_sync_in_vain_has_changed_is_put_back(pool: Pool, swarm: dict[str, Any], changed: set[str]) -> None:
     """Bit for bit: before it, in the moment of the vote, and after it."""

@@ -103,6 +103,7 @@ class Differences:
         residual: error-feedback residual: what has been withheld so far. In the sum over the peers nothing is ever
             lost. Empty if it is in the weights.
         decay: the residual is multiplied by it before it is sent.
+        from_zero: the tensors themselves travel; ``common`` is zero, and takes no memory.
         rest: of a residual in the weights: what belongs to the piece that has just arrived, like it.
 
     Source of the residual: error feedback, F. Seide et al., "1-Bit Stochastic Gradient Descent",
@@ -132,7 +133,25 @@ class Differences:
         self.in_weights = in_weights
         self.residual = [] if in_weights else [offload.keep(torch.zeros_like(t), rough=True) for t in self.common]
         self.decay = decay
+        self.from_zero = False
         self.rest: Tensor | None = None
+
+    @classmethod
+    def to_zero(cls, format: Format, tensors: Sequence[Tensor], offload: Offload = NO_OFFLOAD) -> Differences:
+        """Return state for what is far from what it was at the last message: the residual alone.
+
+        Args:
+            format: how a tensor is written.
+            tensors: flat, of any floating dtype.
+            offload: where the residual lies; may round it.
+        """
+        made = cls(format, [], offload)
+        made.from_zero = True
+        made.common = [torch.zeros(1, device=t.device).expand(t.numel()) for t in tensors]
+        made.residual = [
+            offload.keep(offload.near(torch.zeros(t.numel(), device=t.device)), rough=True) for t in tensors
+        ]
+        return made
 
     def of(self, parts: Sequence[tuple[int, slice]]) -> Differences:
         """Return the state of parts of the tensors, as views.
