@@ -21,7 +21,7 @@ def check_address(address: str) -> None:
         raise ValueError(_SHAPE) from error
     except ImportError as error:
         raise ValueError(
-            f'must have its library installed ({error}): pip install "ds_pso[remote]" and the library that it names'
+            f'must have its library installed ({error}): pip install "ds_pso[remote]" for s3://, gcsfs for gs://'
         ) from error
 
 

@@ -149,7 +149,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
         monkeypatch.setenv(name, value)
     import s3fs
 
-    s3fs.S3FileSystem(skip_instance_cache=True).mkdir("bucket")
+    s3fs.S3FileSystem(skip_instance_cache=True).makedirs("bucket", exist_ok=True)
     yield environment
     server.stop()
 
