@@ -213,6 +213,11 @@ def _check_supported(swarm: Swarm, trainer: Trainer) -> None:
             "SwarmCallback: Lightning's own cluster environment does not know the particles; give "
             "DeepSpeedStrategy(config=swarm.ds_config, cluster_environment=SwarmEnvironment(swarm))"
         )
+    if swarm.config.remote_checkpoints is not None:
+        raise ConfigError(
+            "SwarmCallback: swarm.remote_checkpoints: Lightning writes its own checkpoints, which are not uploaded; "
+            "remove it, and copy their folder"
+        )
     if trainer._accelerator_connector.use_distributed_sampler:
         raise ConfigError(
             "SwarmCallback: Trainer(use_distributed_sampler=True) would shard the data over one particle only; set it "

@@ -303,6 +303,7 @@ class Swarm:
         complete_checkpoints(engine)
         if synchronizer is not None:
             EngineCheckpoints(session, engine)
+        session.uploads.known = int(engine.global_steps)  # of others, for a particle that joins them
         if self.world.membership.has_newer_state:
             session.metrics.rewind(engine.global_steps)
         session.log("start", **session.start_record())
@@ -539,7 +540,8 @@ class Swarm:
         """Write a checkpoint of the whole swarm; call it on all ranks, after ``engine.step``.
 
         Args:
-            folder: gets ``step_<n>`` when all of it is written, and ``latest`` then names that.
+            folder: gets ``step_<n>`` when all of it is written, and ``latest`` then names that. It is then copied to
+                ``swarm.remote_checkpoints``, if that is set, while training goes on; if that fails, there is a warning.
             keep: remove all but this one and the ``keep - 1`` before it, once it is complete; None: keep all.
             background: return when the state is copied to main memory, and write it while training goes on. The
                 next ``save``, ``load``, ``export`` or ``close`` waits for that, as ``wait_for_save`` does.
@@ -578,7 +580,7 @@ class Swarm:
             synchronizer.overlap.pending = None
         try:
             self.world.confine()
-            return checkpoint.save(self.session, self.world.layout.particle_folder(Path(folder)))
+            return checkpoint.save(self.session, self.world.layout.particle_folder(Path(folder)), upload=False)
         except (PeerError, CheckpointError):
             return None
 
@@ -588,7 +590,8 @@ class Swarm:
         Args:
             folder: what ``save`` was given.
             tag: name of a ``step_<n>`` in it. If not given, the latest; if a file of that is damaged, the one before
-                 it, with a warning that says so.
+                 it, with a warning that says so. A newer one, or the one that is named, is fetched first from
+                 ``swarm.remote_checkpoints``.
             reshape: whether it may have been saved with another number of particles, or of ranks in each.
                 Particle j then continues particle j modulo their number.
 
@@ -645,10 +648,14 @@ class Swarm:
         return self._preemption.due(self.engine.global_steps)
 
     def close(self) -> None:
-        """Leave the swarm; waits for the other ranks, and gives the launcher's environment back."""
+        """Leave the swarm; waits for the other ranks, and gives the launcher's environment back.
+
+        Waits for the upload of the last checkpoint, too, for ``swarm.timeout_s`` at most.
+        """
         self._last_words()
         try:
             self.session.writer.wait()
+            checkpoint.finish_uploads(self.session)
         except SwarmError as error:
             self._leave(wait=error.agreed)
             raise

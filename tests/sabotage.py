@@ -1063,6 +1063,29 @@ def remove_old_ones_first() -> None:
     saving.complete = complete
 
 
+@sabotage("integration/test_remote_checkpoints.py")
+def declare_before_uploading() -> None:
+    """The manifest is written before the files."""
+    from ds_pso.checkpoint import uploading
+    from ds_pso.checkpoint.remote import write_manifest
+
+    real = uploading.make_room
+
+    def make_room(remote: Any, name: str, known: int) -> None:
+        real(remote, name, known)
+        write_manifest(remote, name, {})
+
+    uploading.make_room = make_room
+
+
+@sabotage("integration/test_remote_checkpoints.py")
+def upload_from_the_first_rank_alone() -> None:
+    from ds_pso.utils.remote_folder import RemoteFolder
+
+    if rank() > 0:
+        RemoteFolder.put = do_nothing
+
+
 @sabotage("faults/test_fallback.py")
 def fall_back_alone() -> None:
     """Each rank believes what it has found itself."""

@@ -5,5 +5,6 @@ Knows the parts of a session and DeepSpeed's files; must not know peers or backe
 
 from ds_pso.checkpoint.loading import check_part, load, load_part
 from ds_pso.checkpoint.saving import save, save_part
+from ds_pso.checkpoint.uploading import finish_uploads
 
-__all__ = ["check_part", "load", "load_part", "save", "save_part"]
+__all__ = ["check_part", "finish_uploads", "load", "load_part", "save", "save_part"]

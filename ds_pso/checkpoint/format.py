@@ -94,7 +94,7 @@ def find(folder: Path, tag: str | None = None) -> Path:
                 "check the path, or start without resuming"
             ) from error
     source = folder / tag
-    if not _STEP.fullmatch(tag) or not source.is_dir():
+    if not is_step(tag) or not source.is_dir():
         raise CheckpointError(f"{source}: no such checkpoint; name one of the step_* folders in {folder}")
     return source
 
@@ -150,6 +150,11 @@ def pointed_at(folder: Path) -> str | None:
         return None
 
 
+def is_step(name: str) -> bool:
+    """True for a name such as ``step_00000064``."""
+    return _STEP.fullmatch(name) is not None
+
+
 def step_number(name: str) -> int:
     """64 of ``step_00000064``."""
     return int(name.removeprefix("step_"))
@@ -157,7 +162,7 @@ def step_number(name: str) -> int:
 
 def steps_in(folder: Path) -> list[str]:
     """Names of the complete checkpoints in ``folder``, newest first."""
-    found = [path for path in folder.glob("step_*") if _STEP.fullmatch(path.name) and not path.is_symlink()]
+    found = [path for path in folder.glob("step_*") if is_step(path.name) and not path.is_symlink()]
     return sorted((path.name for path in found if (path / "swarm").is_dir()), key=step_number, reverse=True)
 
 

@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ds_pso.checkpoint import fetching
 from ds_pso.checkpoint.format import DEEPSPEED_TAG, RankRecord, check_files, find, parse_record, rank_stem, weights_only
 from ds_pso.checkpoint.rank_state import identity, model_fingerprint, own_tensors, restore
-from ds_pso.checkpoint.recovery import newest_whole
 from ds_pso.checkpoint.reshard import Reshaped, is_of_another_shape
 from ds_pso.errors import CheckpointError
 from ds_pso.session.session import Session
@@ -40,7 +40,10 @@ def load(session: Session, folder: Path, tag: str | None = None, *, reshape: boo
     begin = time.perf_counter()
     or_reshape = "" if session.world.membership.can_fail else _OR_RESHAPE
     coordinator = session.world.coordinator
-    name = newest_whole(coordinator, folder) if tag is None else tag
+    if tag is None:
+        name = fetching.newest(session, folder, reshape=reshape)
+    else:
+        fetching.fetch_named(session, folder, name := tag, reshape=reshape)
     with coordinator.agree("checking the checkpoint"):
         source = find(folder, name)
         reshape = reshape and is_of_another_shape(session, source)
@@ -58,6 +61,7 @@ def load(session: Session, folder: Path, tag: str | None = None, *, reshape: boo
         _load_engine(session, source / f"particle_{session.particle}", DEEPSPEED_TAG)
         restore(session, record, tensors)
     session.metrics.rewind(record["step"])
+    session.uploads.known = record["step"]
     if session.is_leader:
         how = ", saved with another number of ranks" if reshape else ""
         log.info("checkpoint %s: loaded in %.1f s%s", source, time.perf_counter() - begin, how)

@@ -22,35 +22,48 @@ from ds_pso.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 
-def newest_whole(coordinator: Coordinator, folder: Path) -> str:
-    """Return the name of the checkpoint that ``latest`` names, or of the next older one if a file of that is damaged.
+def find_whole(coordinator: Coordinator, folder: Path) -> tuple[str | None, list[str]]:
+    """Look for the checkpoint that ``latest`` names, or for the next older one if a file of that is damaged.
 
     Called on all ranks, which share the work of reading every file. Whether it fits this run is not asked.
 
-    Raises:
-        CheckpointError: there is none; it lists what is wrong with each. All ranks raise it.
+    Returns:
+        Its name, or None; and what is wrong with those that it is used instead of.
     """
     mine: tuple[str | None, list[str]] = (pointed_at(folder), steps_in(folder))
     seen = coordinator.gather("looking for checkpoints", mine)  # without a shared disk each sees its own
     names = sorted({name for _, steps in seen for name in steps}, key=step_number, reverse=True)
     latest = max((name for name, _ in seen if name is not None and name in names), key=step_number, default=None)
     if not names:
-        raise CheckpointError(
-            f"{folder}: no checkpoint to resume (it holds no step_* folder that is complete); check the path, or start "
-            "without resuming",
-            agreed=True,
-        )
+        return None, []
     wrong = [] if latest else [f"{folder / LATEST}: missing, or names no checkpoint"]
     for name in names:
         if latest and step_number(name) > step_number(latest):
             continue  # of a run that was gone back behind
         reason = _damage(coordinator, folder / name)
         if reason is None:
-            if wrong and coordinator.is_leader:
-                warnings.warn(f"{'; '.join(wrong)}; resuming from {folder / name} instead", stacklevel=4)
-            return name
+            return name, wrong
         wrong.append(reason)
-    raise CheckpointError(f"{folder}: no checkpoint to resume is whole: {'; '.join(wrong)}", agreed=True)
+    return None, wrong
+
+
+def or_error(coordinator: Coordinator, folder: Path, name: str | None, wrong: list[str]) -> str:
+    """Return the name that was found, with a warning if others are damaged.
+
+    Raises:
+        CheckpointError: none was; it lists what is wrong with each. All ranks raise it.
+    """
+    if name is None and not wrong:
+        raise CheckpointError(
+            f"{folder}: no checkpoint to resume (it holds no step_* folder that is complete); check the path, or start "
+            "without resuming",
+            agreed=True,
+        )
+    if name is None:
+        raise CheckpointError(f"{folder}: no checkpoint to resume is whole: {'; '.join(wrong)}", agreed=True)
+    if wrong and coordinator.is_leader:
+        warnings.warn(f"{'; '.join(wrong)}; resuming from {folder / name} instead", stacklevel=5)
+    return name
 
 
 def _damage(coordinator: Coordinator, source: Path) -> str | None:

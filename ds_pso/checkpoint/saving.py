@@ -12,6 +12,7 @@ from typing import Any
 
 from ds_pso.checkpoint.format import DEEPSPEED_TAG, MODEL
 from ds_pso.checkpoint.rank_state import taken
+from ds_pso.checkpoint.uploading import begin_upload
 from ds_pso.checkpoint.writer import Copies, as_checkpoint_error, complete, copying, prune, write_part
 from ds_pso.distributed.coordinator import Coordinator
 from ds_pso.errors import ConfigError
@@ -21,12 +22,15 @@ from ds_pso.utils.wrappers import unwrapped
 log = logging.getLogger(__name__)
 
 
-def save(session: Session, folder: Path, keep: int | None = None, *, background: bool = False) -> Path:
+def save(
+    session: Session, folder: Path, keep: int | None = None, *, background: bool = False, upload: bool = True
+) -> Path:
     """Write ``folder/step_<n>`` and move ``latest`` to it. Called on all ranks, between steps.
 
     Args:
         keep: number of the newest to leave; None: all.
         background: return when the state is copied to main memory; the rest happens beside training.
+        upload: copy it to ``swarm.remote_checkpoints``, if that is set, when it is complete.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written, now or for the one before, that was
@@ -65,7 +69,9 @@ def save(session: Session, folder: Path, keep: int | None = None, *, background:
                 complete(temporary, final)
                 log.info("checkpoint %s: complete after %.1f s", final, time.perf_counter() - begin)
         if leads and keep is not None:
-            prune(final, keep)
+            prune(final, keep, session.uploads.on_its_way)
+        if upload:
+            begin_upload(session, coordinator, final, keep)
 
     if background:
         session.writer.follow(world.coordinator.beside(finish))

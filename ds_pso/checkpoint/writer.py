@@ -44,14 +44,14 @@ def complete(temporary: Path, final: Path) -> None:
     write_atomically(final.parent / LATEST, final.name)
 
 
-def prune(newest: Path, keep: int) -> None:
-    """Leave ``newest`` and the ``keep - 1`` steps before it.
+def prune(newest: Path, keep: int, spared: str | None = None) -> None:
+    """Leave ``newest`` and the ``keep - 1`` steps before it, and the one that is ``spared`` until the next time.
 
     What an abandoned run left at later steps goes, too, and what a killed one left half written; nothing else.
     """
     folder = newest.parent
     kept = [name for name in steps_in(folder) if step_number(name) <= step_number(newest.name)][:keep]
-    old = [folder / name for name in steps_in(folder) if name not in kept]
+    old = [folder / name for name in steps_in(folder) if name not in (*kept, spared)]
     try:
         for path in old:  # a killed job must not leave half of one under its name
             os.replace(path, path.with_name(f".{path.name}.old"))

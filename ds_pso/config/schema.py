@@ -14,6 +14,7 @@ from ds_pso.elastic.config import ElasticConfig
 from ds_pso.rules import Rule, RuleConfig, find_rule
 from ds_pso.sync.moment_options import ALL_AT_EACH_SYNC, MomentOptions
 from ds_pso.sync.schedule import NEVER, Schedule, ScheduleConfig, make_schedule
+from ds_pso.utils.remote_folder import check_address
 from ds_pso.utils.strict_model import StrictModel
 
 # What travels between particles, in which form, what hides that, and what is compared.
@@ -188,6 +189,11 @@ class SwarmConfig(StrictModel):
     timeout_s: float = Field(
         default=600.0, gt=0, le=10_000_000, description="Longest wait for another rank, in seconds."
     )
+    remote_checkpoints: str | None = Field(
+        default=None,
+        description="Where the checkpoints of `swarm.save` shall also lie, uploaded while training goes on: an address "
+        "that fsspec knows, such as `s3://bucket/run`, for this run alone; `null`: nowhere.",
+    )
     seed: int = Field(default=0, ge=0, description="Seed of the random factors of the rules.")
 
     _rule_options: dict[str, RuleConfig] = PrivateAttr(default_factory=dict)
@@ -225,6 +231,13 @@ class SwarmConfig(StrictModel):
     def _transport(cls, value: object) -> object:
         if not isinstance(value, str) or value not in TRANSPORTS:
             raise ValueError(f"must be {' or '.join(map(repr, TRANSPORTS))}")
+        return value
+
+    @field_validator("remote_checkpoints")
+    @classmethod
+    def _remote_checkpoints(cls, value: str | None) -> str | None:
+        if value is not None:
+            check_address(value)
         return value
 
     @model_validator(mode="after")

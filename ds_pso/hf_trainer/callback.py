@@ -398,6 +398,11 @@ def _check_supported(swarm: Swarm, trainer: Trainer) -> None:
         raise ConfigError(
             "SwarmCallback: the Trainer does not use DeepSpeed; give TrainingArguments(deepspeed=swarm.ds_config)"
         )
+    if swarm.config.remote_checkpoints is not None:
+        raise ConfigError(
+            "SwarmCallback: swarm.remote_checkpoints: the Trainer writes its own checkpoints, which are not uploaded; "
+            "remove it, and copy output_dir"
+        )
     if swarm.num_particles > 1:
         _check_several(swarm, trainer)
     if swarm.has_sync_points:

@@ -16,6 +16,7 @@ from ds_pso.errors import SwarmError
 from ds_pso.metrics.log import MetricsLog, versions
 from ds_pso.metrics.records import SyncRecord
 from ds_pso.sampler import SwarmSampler
+from ds_pso.session.uploads import Uploads
 from ds_pso.shards.engine import is_pipeline, num_stages, ranks_per_sample, tensor_parallel_size
 from ds_pso.shards.experts import whole_parameters
 from ds_pso.shards.tensor_parallel import is_split
@@ -37,6 +38,7 @@ class Session:
         callbacks: called with the record of each sync, in order.
         last_sync: its record; None: there was none.
         writer: the checkpoint that is being written in the background.
+        uploads: its copies at ``swarm.remote_checkpoints``.
         synchronizer: None: not attached, or there are no sync points.
         is_merged: whether ``Swarm.merge`` has made the particles one.
         loads_engine: whether ds_pso itself is calling ``engine.load_checkpoint``, with a folder that it has chosen.
@@ -55,6 +57,7 @@ class Session:
     callbacks: list[Callable[[SyncRecord], None]] = field(default_factory=list)
     last_sync: SyncRecord | None = None
     writer: Writer = field(default_factory=Writer)
+    uploads: Uploads = field(default_factory=Uploads)
     synchronizer: Synchronizer | None = None
     attached_engine: Any = None
     is_merged: bool = False

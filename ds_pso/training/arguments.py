@@ -54,7 +54,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="the newest K stay, older ones are removed; 0: all stay (default: %(default)s)",
     )
     add("--save_in_foreground", action="store_true", help="training stops until a checkpoint is written")
-    add("--resume", action="store_true", help="continue from the latest checkpoint in --output_dir")
+    add("--resume", action="store_true", help="continue from the latest checkpoint")
     add("--reshape", action="store_true", help="let --resume take a checkpoint of other numbers of particles or ranks")
     add("-v", "--verbose", action="count", default=0, help="log more (INFO; -vv: DEBUG)")
     add("--seed", type=int, default=0, help="of model, data order and dropout (default: %(default)s)")

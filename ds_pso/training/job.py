@@ -227,7 +227,8 @@ def _prepare_run_dir(swarm: Swarm, arguments: argparse.Namespace) -> None:
     with swarm.world.coordinator.agree("preparing the run folder"):
         if not swarm.is_leader:
             return
-        if arguments.resume and not (run_dir / "checkpoints").is_dir():
+        is_remote = swarm.config.remote_checkpoints is not None  # looked up when it is loaded
+        if arguments.resume and not is_remote and not (run_dir / "checkpoints").is_dir():
             raise CheckpointError(f"{run_dir}: nothing to resume (no checkpoints folder); leave out --resume")
         started_again = int(os.environ.get(ATTEMPT, "0")) > 0
         if not arguments.resume and not started_again and (run_dir / "metrics.jsonl").exists():

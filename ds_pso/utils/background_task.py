@@ -36,6 +36,15 @@ class Task:
         """True inside the job."""
         return threading.current_thread() is self._thread
 
+    @property
+    def is_alive(self) -> bool:
+        """True until it is done."""
+        return self._thread.is_alive()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until it is done, or the time is over; raise nothing."""
+        self._thread.join(timeout_s)
+
     def wait(self, until: threading.Event | None = None) -> None:
         """Wait until it is done, or has set the event; raise what it raised."""
         if until is None:

@@ -75,6 +75,7 @@ def test_defaults():
         "peer_backend": "auto",
         "transport": "static",
         "timeout_s": 600.0,
+        "remote_checkpoints": None,
         "seed": 0,
         "local_sgd": {},
     }
@@ -223,6 +224,15 @@ BAD_VALUES = [
     *[("timeout_s", value, "must be a finite number") for value in (math.nan, math.inf)],
     *[("timeout_s", value, "must be a valid number") for value in ("600", True, None)],
     ("timeout_s", 1e300, "must be less than or equal to 10000000"),  # torch counts timeouts in int64 nanoseconds
+    *[("remote_checkpoints", value, "must be a valid string") for value in (3, True, ["s3://bucket/run"])],
+    *[
+        (
+            "remote_checkpoints",
+            value,
+            "must be an address that fsspec knows, such as s3://bucket/run or gs://bucket/run",
+        )
+        for value in ("", "bucket/run", "nosuch://bucket/run", "s3://")
+    ],
     ("seed", -1, "must be greater than or equal to 0"),
     *[("seed", value, "must be a valid integer") for value in (0.0, "0", True, None)],
 ]

@@ -16,7 +16,7 @@ from pool import Pool
 
 import ds_pso
 from ds_pso import CheckpointError
-from ds_pso.checkpoint.recovery import newest_whole
+from ds_pso.checkpoint.fetching import newest
 from ds_pso.errors import SwarmError
 
 from .test_bad_checkpoints import DATA, everything, write
@@ -90,7 +90,7 @@ def choose(case: Case, folders: list[Path]) -> list[tuple[str, list[str]]]:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 try:
-                    name = newest_whole(swarm.world.coordinator, folder)
+                    name = newest(swarm.session, folder, reshape=False)
                 except SwarmError as error:
                     name = f"{type(error).__name__}: {error}"
             found.append((name, [str(warning.message) for warning in caught]))

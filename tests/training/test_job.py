@@ -187,6 +187,25 @@ def test_resumed_run_ends_where_the_uninterrupted_one_does(pool, tiny, tmp_path)
     assert syncs("whole") == syncs("parts")
 
 
+@pytest.mark.slow
+def test_resumes_in_an_empty_folder_from_an_object_store(pool, tiny, tmp_path):
+    config = json.loads((REPO / "ds_config_examples/zero2_pso_all_time.json").read_text())
+    config["scheduler"]["params"]["total_num_steps"] = 16
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    pool.run(run_main, tiny(path, 16, "whole"), timeout=120)
+    config["swarm"]["remote_checkpoints"] = f"file://{tmp_path}/remote"
+    path.write_text(json.dumps(config))
+    pool.run(run_main, tiny(path, 9, "lost", save_every=2, keep_checkpoints=1), timeout=120)
+    kept = sorted(path.name for path in (tmp_path / "remote").iterdir())
+    assert kept == ["latest", "step_00000009", "step_00000009.json"]
+    results = pool.run(run_main, [*tiny(path, 16, "fresh"), "--resume"], timeout=120)
+    assert [code for code, _, _ in results] == [0] * 4
+    whole, fresh = (load_file(tmp_path / name / "model/model.safetensors") for name in ("whole", "fresh"))
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, fresh[name]), name
+
+
 def test_a_second_run_moves_the_first_aside(pool, tiny, tmp_path):
     for _ in range(2):
         results = pool.run(run_main, tiny(steps=2), world_size=2, timeout=120)
