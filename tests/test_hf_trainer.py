@@ -725,7 +725,9 @@ def test_an_elastic_swarm_is_refused() -> None:
     from ds_pso.hf_trainer.callback import _check_supported
 
     swarm: Any = SimpleNamespace(
-        num_particles=2, world=SimpleNamespace(membership=SimpleNamespace(reachable=lambda: (0,)))
+        num_particles=2,
+        config=SimpleNamespace(per_particle=None),
+        world=SimpleNamespace(membership=SimpleNamespace(reachable=lambda: (0,))),
     )
     trainer: Any = SimpleNamespace(args=None, is_deepspeed_enabled=True)
     with pytest.raises(ds_pso.ConfigError, match="counts its own steps"):
