@@ -35,6 +35,7 @@ from ds_pso.config.presets import PRESETS, rule_of, sync_modes
 from ds_pso.config.schema import ALLREDUCE, ParticleConfig, SwarmConfig
 from ds_pso.elastic.config import ElasticConfig
 from ds_pso.rules import RULES
+from ds_pso.sync.moment_options import MomentOptions
 from ds_pso.sync.schedule import ScheduleConfig
 from ds_pso.training.arguments import parse_arguments
 
@@ -407,6 +408,7 @@ def allowed_values() -> list:
 @pytest.mark.parametrize(("section", "key", "value"), allowed_values())
 def test_a_value_that_a_table_allows_is_accepted(section, key, value):
     models = {"": SwarmConfig, "schedule": ScheduleConfig, "per_particle": ParticleConfig, "elastic": ElasticConfig}
+    models["moments"] = MomentOptions
     models |= {name: rule.Config for name, rule in RULES.items()} | wire_options()
     given = rule_of(json.loads(value)) if key == "sync_mode" else json.loads(value)
     errors = []

@@ -726,7 +726,7 @@ def test_an_elastic_swarm_is_refused() -> None:
 
     swarm: Any = SimpleNamespace(
         num_particles=2,
-        config=SimpleNamespace(per_particle=None),
+        config=SimpleNamespace(per_particle=None, remote_checkpoints=None),
         world=SimpleNamespace(membership=SimpleNamespace(reachable=lambda: (0,))),
     )
     trainer: Any = SimpleNamespace(args=None, is_deepspeed_enabled=True)

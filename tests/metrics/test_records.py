@@ -49,6 +49,7 @@ FULL = SyncRecord(
     fragments_s=[0.5, 0.75],
     same_samples=[[0, 1]],
     expert_load_distances=[0.125, 0.0625],
+    moments=["first"],
     note={"weights": [0.25, 0.75], "guard": "mean"},
 )
 LEAST = {"losses": [1.0, None]}
