@@ -34,7 +34,7 @@ def begin_upload(session: Session, coordinator: Coordinator, final: Path, keep: 
     if address is None:
         return
     busy = any(coordinator.gather("looking for an upload", uploads.on_its_way is not None))
-    uploads.owed = (final, keep) if busy else None
+    uploads.passed_over = (final, keep) if busy else None
     if busy:
         log.info("%s: not uploaded, as %s is still on its way", final.name, uploads.on_its_way)
     else:
@@ -47,8 +47,8 @@ def finish_uploads(session: Session) -> None:
     uploads, timeout_s = session.uploads, session.config.timeout_s
     begin = time.monotonic()
     uploads.wait(timeout_s)
-    if uploads.owed is not None:
-        begin_upload(session, session.world.coordinator, *uploads.owed)
+    if uploads.passed_over is not None:
+        begin_upload(session, session.world.coordinator, *uploads.passed_over)
         uploads.wait(max(0.0, begin + timeout_s - time.monotonic()))
     if session.is_leader and uploads.on_its_way is not None:
         warnings.warn(

@@ -14,11 +14,11 @@ class Uploads:
 
     Attributes:
         known: the step up to which what lies at the address is of this run; 0: it has begun from nothing.
-        owed: the newest checkpoint that was passed over because one was on its way, and how many to keep.
+        passed_over: the newest checkpoint that was not uploaded because one was on its way, and how many to keep.
     """
 
     known: int = 0
-    owed: tuple[Path, int | None] | None = None
+    passed_over: tuple[Path, int | None] | None = None
     _task: Task | None = None
     _name: str = ""
 
