@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ds_pso.checkpoint.format import is_step, step_number, steps_in
-from ds_pso.checkpoint.recovery import find_whole, or_error
+from ds_pso.checkpoint.recovery import damage, find_whole, or_error
 from ds_pso.checkpoint.remote import Files, complete_in, fetch_file, read_manifest
 from ds_pso.checkpoint.uploading import address_of
 from ds_pso.checkpoint.writer import complete
@@ -37,7 +37,10 @@ def newest(session: Session, folder: Path, *, reshape: bool) -> str:
     coordinator, address = session.world.coordinator, address_of(session)
     name, wrong = find_whole(coordinator, folder)
     if address is not None:
-        for candidate in _told_by_leader(session, address, folder, complete_in):
+        candidates = _told_by_leader(session, address, folder, complete_in)
+        if not candidates and name is not None and session.is_leader:
+            warnings.warn(f"{address}: holds no checkpoint; resuming from {folder} alone", stacklevel=4)
+        for candidate in candidates:
             if name is not None and step_number(candidate) <= step_number(name):
                 break
             reason = _fetch(session, address, candidate, folder, complete, reshape=reshape)
@@ -49,13 +52,16 @@ def newest(session: Session, folder: Path, *, reshape: bool) -> str:
 
 
 def fetch_named(session: Session, folder: Path, name: str, *, reshape: bool) -> None:
-    """Fetch the checkpoint ``name`` into ``folder``, unless it is there on all ranks, or not at the address either.
+    """Fetch the checkpoint ``name`` into ``folder``, unless it is there and whole, or not at the address either.
 
     Raises:
         CheckpointError: it is damaged, or the address cannot be read.
     """
-    address = address_of(session)
-    if address is None or all(session.world.coordinator.gather("looking for a checkpoint", name in steps_in(folder))):
+    address, coordinator = address_of(session), session.world.coordinator
+    if address is None:
+        return
+    is_here = all(coordinator.gather("looking for a checkpoint", name in steps_in(folder)))
+    if is_here and damage(coordinator, folder / name) is None:
         return
     if is_step(name) and f"{name}.json" in _told_by_leader(session, address, folder, RemoteFolder.names):
         reason = _fetch(session, address, name, folder, replace_folder, reshape=reshape)

@@ -61,7 +61,6 @@ def load(session: Session, folder: Path, tag: str | None = None, *, reshape: boo
         _load_engine(session, source / f"particle_{session.particle}", DEEPSPEED_TAG)
         restore(session, record, tensors)
     session.metrics.rewind(record["step"])
-    session.uploads.known = record["step"]
     if session.is_leader:
         how = ", saved with another number of ranks" if reshape else ""
         log.info("checkpoint %s: loaded in %.1f s%s", source, time.perf_counter() - begin, how)

@@ -123,6 +123,7 @@ def restore(session: Session, record: RankRecord, tensors: dict[str, Tensor]) ->
             value.copy_(tensors[key])
     if session.synchronizer is not None:
         session.synchronizer.reloaded()
+    session.uploads.known = record["step"]
     total, count, steps, first = record["window"]
     session.window.restore(total, int(count), int(steps), first)
     for sampler, state in zip(session.samplers, record["samplers"], strict=True):

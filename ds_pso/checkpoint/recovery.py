@@ -40,7 +40,7 @@ def find_whole(coordinator: Coordinator, folder: Path) -> tuple[str | None, list
     for name in names:
         if latest and step_number(name) > step_number(latest):
             continue  # of a run that was gone back behind
-        reason = _damage(coordinator, folder / name)
+        reason = damage(coordinator, folder / name)
         if reason is None:
             return name, wrong
         wrong.append(reason)
@@ -66,7 +66,7 @@ def or_error(coordinator: Coordinator, folder: Path, name: str | None, wrong: li
     return name
 
 
-def _damage(coordinator: Coordinator, source: Path) -> str | None:
+def damage(coordinator: Coordinator, source: Path) -> str | None:
     """Return the damage that the first rank to see any has seen; None if the checkpoint is whole.
 
     The ranks of the checkpoint need not be those of this run.

@@ -10,6 +10,7 @@ from pathlib import Path
 from ds_pso.checkpoint.format import rank_stem, read_record, step_number
 from ds_pso.checkpoint.remote import Files, check_names, make_room, prune_remote, write_manifest
 from ds_pso.distributed.coordinator import Coordinator
+from ds_pso.errors import CheckpointError
 from ds_pso.session.session import Session
 from ds_pso.session.uploads import Uploads
 from ds_pso.utils.atomic_io import hash_file
@@ -46,7 +47,8 @@ def finish_uploads(session: Session) -> None:
     """Wait for the upload of the newest checkpoint, for ``timeout_s`` at most. Called on all ranks."""
     uploads, timeout_s = session.uploads, session.config.timeout_s
     begin = time.monotonic()
-    uploads.wait(timeout_s)
+    # Ranks whose upload has ended may be waiting for this one already, and no longer than that.
+    uploads.wait(timeout_s if uploads.passed_over is None else timeout_s / 2)
     if uploads.passed_over is not None:
         begin_upload(session, session.world.coordinator, *uploads.passed_over)
         uploads.wait(max(0.0, begin + timeout_s - time.monotonic()))
@@ -63,11 +65,12 @@ def _upload(coordinator: Coordinator, uploads: Uploads, address: str, final: Pat
     try:
         with coordinator.agree("beginning an upload"):
             remote = RemoteFolder(address)
-            mine = _own_files(final, coordinator.layout.rank)
+            own = _own_files(final, coordinator.layout.rank)
             if coordinator.is_leader:
                 make_room(remote, final.name, uploads.known)
-        listed = coordinator.gather("the files of an upload", mine)
+        listed = coordinator.gather("the files of an upload", own)
         files: dict[str, tuple[int, str]] = {}
+        mine = dict(own)
         for rank, names in zip(coordinator.ranks, listed, strict=True):
             for name in names.keys() - files.keys():  # ranks that share a disk may have listed the same
                 files[name] = names[name]
@@ -76,6 +79,8 @@ def _upload(coordinator: Coordinator, uploads: Uploads, address: str, final: Pat
         with coordinator.agree("uploading a checkpoint"):
             for name in mine:
                 remote.put(final / name, f"{final.name}/{name}")
+            if _own_files(final, coordinator.layout.rank) != own:
+                raise CheckpointError(f"{final}: was saved anew meanwhile")
         with coordinator.agree("completing an upload"):
             if coordinator.is_leader:
                 uploads.known = max(uploads.known, step_number(final.name))

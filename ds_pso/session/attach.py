@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ds_pso.comm.compression import UNCOMPRESSED
 from ds_pso.config import parallelism
 from ds_pso.config.checks import check_consistent, splits_layers
 from ds_pso.config.schema import total_num_steps
@@ -118,10 +119,10 @@ def build_synchronizer(session: Session, engine: Any, probe: Probe | None) -> Sy
                 f'swarm.{config.sync_mode}.merge = "rda": all ranks of a particle must hold a part of every matrix, '
                 'and the stages of a pipeline hold their own; use "mean"'
             )
-        if config.moments.wire in ("int8", "int4") and num_stages(engine) > 1:
+        if config.moments.rounds and num_stages(engine) > 1:
             raise UnsupportedError(
-                f'swarm.moments.wire = "{config.moments.wire}": stages of a pipeline may share a weight, and this wire '
-                'rounds its moments by what lies beside them, which is not the same; use "fp32" or "bf16"'
+                f'swarm.moments.wire = "{config.moments.wire}": stages of a pipeline may share a weight, and what is '
+                'rounded of its moments depends on where they lie, which is not the same; use "fp32"'
             )
         shards: Shards = find_shards(engine)
         check_precision(shards)
@@ -130,8 +131,13 @@ def build_synchronizer(session: Session, engine: Any, probe: Probe | None) -> Sy
         # The engine may split layers, and ds_pso.init not know.
         keys = session.ds_config | {parallelism.TENSOR: {parallelism.AUTOTP: tensor_parallel_size(engine)}}
         check_consistent(keys, config, "swarm.attach", of=splits_layers)
-        if config.fragments > 1:
-            _check_parts(session, shards)
+        by_place = {
+            f"fragments = {config.fragments}": config.fragments > 1,
+            f'wire = "{config.wire}"': config.wire != UNCOMPRESSED,
+            f'moments.wire = "{config.moments.wire}"': config.moments.rounds,
+        }
+        for key in (key for key, asked in by_place.items() if asked):
+            _check_parts(session, shards, key)
     if session.world.is_leader:
         more = [*cautions_of_nvme(engine), *_cautions_of_schedule_free(session, rule, shards)]
         for caution in [*cautions(engine), *more]:
@@ -200,14 +206,14 @@ def _check_experts(session: Session, shards: Shards) -> None:
         )
 
 
-def _check_parts(session: Session, shards: Shards) -> None:
-    """Refuse fragments that would cut what every rank of a split layer has whole at other places on each."""
+def _check_parts(session: Session, shards: Shards, key: str) -> None:
+    """Refuse what depends on where a parameter lies, if every rank of a split layer has it at another place."""
     sizes = session.world.coordinator.gather("sizes of the parts of layers", trained_numels(shards))
     if any(other != sizes[0] for other in sizes):
         raise UnsupportedError(
-            f"swarm.fragments = {session.config.fragments}: layers are split into unequal parts "
-            "(tensor_parallel.autotp_size), and a parameter that is not split would be cut at other places on each "
-            "rank; use 1, or an autotp_size that divides heads and widths",
+            f"swarm.{key}: layers are split into unequal parts (tensor_parallel.autotp_size), and a parameter that is "
+            "not split would be cut or rounded at other places on each rank; leave the key out, or use an autotp_size "
+            "that divides heads and widths",
             agreed=True,
         )
 

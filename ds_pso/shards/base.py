@@ -132,8 +132,8 @@ class Shards(ABC):
 
     @property
     def numels(self) -> list[int]:
-        """The sizes of ``tensors``, which may be asked for at any time."""
-        return [t.numel() for t in self.tensors]
+        """The sizes of ``tensors``, which may be asked for at any time, beside a step, too."""
+        return [master.numel() for master in self._masters()]  # not of copies, which would be made anew
 
     def mapped(self, *, writes: bool = True) -> contextlib.AbstractContextManager[None]:
         """In the block, ``tensors`` and ``moments`` are there; blocks may be nested.

@@ -85,6 +85,10 @@ class ReplicatedShards(Shards):
         masters = self._flat_masters()
         return [masters[m][start:stop] for m, start, stop in self._own]
 
+    @property
+    def numels(self) -> list[int]:
+        return [stop - start for _, start, stop in self._own]
+
     def _find_segments(self) -> list[Segment]:
         segments, contents = [], self._parameters()
         for shard, (master, start, stop) in enumerate(self._own):

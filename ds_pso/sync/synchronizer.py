@@ -262,14 +262,14 @@ class Synchronizer:
         if not due or not moments.agree():
             return ()
         moments.average(due, point.mean_weights())
-        self.parts.membership.confirm_local_ranks()
-        self.parts.shards.publish_moments()
         return due
 
     def _commit(self, attempt: _Attempt, window: FitnessWindow) -> SyncRecord | None:
         """Let the result count, for the particle's own ranks and for training."""
         parts, point = self.parts, attempt.point
         recovers = self.recovery.received is not None and self.recovery.commit()
+        if attempt.moments:
+            parts.shards.publish_moments()
         if recovers or attempt.resets:
             parts.shards.reset_optimizer_state()
         parts.shards.publish()

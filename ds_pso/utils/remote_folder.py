@@ -13,6 +13,8 @@ def check_address(address: str) -> None:
     scheme, colon, path = address.partition("://")
     if not (scheme and colon and path.strip("/")):
         raise ValueError(_SHAPE)
+    if set(path) & set("*?["):
+        raise ValueError("must hold none of * ? [, which fsspec would take for a pattern of several folders")
     try:
         import fsspec
 

@@ -137,6 +137,22 @@ def test_one_that_is_named(tmp_path: Path) -> None:
     assert tree(tmp_path / "b/step_00000002") == tree(old)
 
 
+def test_one_that_is_named_and_damaged_comes_again(tmp_path: Path) -> None:
+    run, name = run_of(), "step_00000002"
+    old = made(tmp_path / "a", 2)
+    upload(run, old)
+    fetching.fetch_named(run, tmp_path / "b", name, reshape=False)
+    (tmp_path / "b" / name / "particle_0/model/config.json").write_text("damaged")
+    fetching.fetch_named(run, tmp_path / "b", name, reshape=False)
+    assert tree(tmp_path / "b" / name) == tree(old)
+
+
+def test_an_empty_address_is_said(tmp_path: Path) -> None:
+    made(tmp_path, 2)
+    with pytest.warns(UserWarning, match=r"memory://run: holds no checkpoint; resuming from .* alone"):
+        assert resumed(tmp_path)[0] == "step_00000002"
+
+
 def test_nothing_anywhere(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint to resume"):
         resumed(tmp_path)
@@ -393,6 +409,38 @@ def test_the_end_does_not_wait_for_ever(tmp_path: Path, gate: threading.Event) -
     assert time.monotonic() - begin < 10
     gate.set()
     run.uploads.wait(30)
+
+
+def test_a_rank_that_still_uploads_does_not_let_the_others_wait_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those whose upload has ended wait for it, for as long, in what begins the upload that follows."""
+    run, waited = run_of(timeout_s=8.0), []
+    monkeypatch.setattr(run.uploads, "wait", waited.append)
+    finish_uploads(run)
+    run.uploads.passed_over = (Path("step_00000002"), None)
+    monkeypatch.setattr("ds_pso.checkpoint.uploading.begin_upload", lambda *_: None)
+    finish_uploads(run)
+    assert waited[:2] == [8.0, 4.0]
+
+
+def test_a_step_that_is_saved_anew_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was begun is given up, and what it would have made old stays."""
+    run, put = run_of(), RemoteFolder.put
+    old = made(tmp_path / "a", 2)
+    upload(run, old)
+
+    def save_anew(self: RemoteFolder, source: Path, name: str) -> None:
+        put(self, source, name)
+        monkeypatch.setattr(RemoteFolder, "put", put)
+        made(tmp_path / "a", 4, "anew")
+
+    monkeypatch.setattr(RemoteFolder, "put", save_anew)
+    first = made(tmp_path / "a", 4)
+    with pytest.warns(UserWarning, match="step_00000004: was saved anew meanwhile"):
+        upload(run, first, 1)
+    assert resumed(tmp_path / "b") == ("step_00000002", tree(old))
+    upload(run, first, 1)
+    assert resumed(tmp_path / "c") == ("step_00000004", tree(first))
+    assert b"anew" in tree(first)["particle_0/model/config.json"]
 
 
 def test_without_an_address_nothing_happens(tmp_path: Path) -> None:

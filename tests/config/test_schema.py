@@ -233,6 +233,14 @@ BAD_VALUES = [
         )
         for value in ("", "bucket/run", "nosuch://bucket/run", "s3://")
     ],
+    *[
+        (
+            "remote_checkpoints",
+            value,
+            "must hold none of * ? [, which fsspec would take for a pattern of several folders",
+        )
+        for value in ("s3://bucket/run[12]", "file:///runs/*/a", "gs://bucket/run?")
+    ],
     ("seed", -1, "must be greater than or equal to 0"),
     *[("seed", value, "must be a valid integer") for value in (0.0, "0", True, None)],
 ]

@@ -531,6 +531,11 @@ def keep_lengths(case: Case, folder: Path) -> None:
         pass
 
 
+def round_moments(case: Case, folder: Path) -> None:
+    with pipelines(replace(case, swarm={"optimizer_state": "average", "moments": {"wire": "bf16"}}), 2):
+        pass
+
+
 def half_precision(case: Case, folder: Path) -> None:
     with pipelines(replace(case, precision="bf16"), 2):
         pass
@@ -547,6 +552,7 @@ def count_tokens(case: Case, folder: Path) -> None:
         (count_tokens, "UnsupportedError", "swarm.expert_load = true: each stage of a pipeline has routers of its own"),
         (half_precision, "UnsupportedError", "DeepSpeed cannot load what it saves of a pipeline in bf16 at ZeRO 0"),
         (sample_too_early, "SwarmError", "swarm.sampler was called before swarm.attach"),
+        (round_moments, "UnsupportedError", 'swarm.moments.wire = "bf16": stages of a pipeline may share a weight'),
         (keep_lengths, "UnsupportedError", 'swarm.diloco.merge = "rda": all ranks of a particle must hold a part'),
     ],
 )

@@ -249,9 +249,17 @@ def attach_in_fragments(case: Case, intermediate_size: int) -> list[float]:
         return train_llama(case, 2, engine)
 
 
+BY_PLACE = {
+    "fragments = 2": {"delay": 2, "fragments": 2},
+    'wire = "bf16"': {"wire": "bf16"},
+    'moments.wire = "bf16"': {"optimizer_state": "average", "moments": {"wire": "bf16"}},
+}
+
+
 @pytest.mark.parametrize(("intermediate_size", "kind"), [(24, None), (25, "UnsupportedError")])
-def test_fragments_need_equal_parts(pool: Pool, intermediate_size: int, kind: str | None) -> None:
-    case = replace(CASE, interval=3, swarm={"delay": 2, "fragments": 2})
+@pytest.mark.parametrize("key", BY_PLACE)
+def test_what_goes_by_place_needs_equal_parts(pool: Pool, key: str, intermediate_size: int, kind: str | None) -> None:
+    case = replace(CASE, interval=3, swarm=BY_PLACE[key])
     for outcome in pool.outcomes(attach_in_fragments, case, intermediate_size):
         assert outcome.kind == kind, outcome
-        assert kind is None or "layers are split into unequal parts" in outcome.text
+        assert kind is None or f"swarm.{key}: layers are split into unequal parts" in outcome.text

@@ -92,6 +92,18 @@ def test_shards_that_are_gone_leave_no_hook_behind() -> None:
     assert not optimizer._optimizer_step_pre_hooks
 
 
+def test_sizes_may_be_asked_for_in_the_middle_of_a_step(shards: TwoMasters) -> None:
+    """By the thread of a sync: copies made then would be of masters that have taken half of the step."""
+
+    def ask(*_: object) -> None:
+        assert shards.numels == [3, 2]
+
+    shards.optimizer.register_step_pre_hook(ask)
+    shards.step()
+    assert shards.numels == [3, 2]
+    assert [tensor[0].item() for tensor in shards.tensors] == [0.0, 0.0]
+
+
 def test_fp32_masters_need_no_copies() -> None:
     shards = TwoMasters(torch.float32)
     assert [tensor.data_ptr() for tensor in shards.tensors] == [master.data_ptr() for master in shards.masters]
