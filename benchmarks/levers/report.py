@@ -115,6 +115,7 @@ def _draw(known: list[Setting], rows: Mapping[Run, Outcome], path: Path) -> None
     for inner, style in styles.items():
         axes.plot([], [], linestyle="none", label=inner, **style)
     axes.set_xscale("log")
+    axes.margins(x=0.12)  # room for the name at the right
     axes.set_xlabel("MB that each particle receives in the whole training")
     axes.set_ylabel("held-out loss, nats per token")
     axes.legend()
