@@ -43,6 +43,24 @@ def test_from_an_empty_folder(pool: Pool, tmp_path: Path, stage: int) -> None:
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["latest", "step_00000003"]
 
 
+def save_twice(case: Case, folder: Path, begin: int, end: int) -> None:
+    """By DeepSpeed's own means, which the second run loads, and by those of the swarm."""
+    with swarm_of(case) as (swarm, engine):
+        if begin:
+            engine.load_checkpoint(str(folder / "own"))
+        train(case, engine, range(begin, end))
+        swarm.save(folder / "run")
+        engine.save_checkpoint(str(folder / "own"))
+
+
+def test_a_run_that_deepspeed_has_resumed_is_the_same_run(pool: Pool, tmp_path: Path) -> None:
+    case = replace(beside(PSO, f"file://{tmp_path}/remote"), particles=2)
+    for begin, end in ((0, 3), (3, 5)):
+        pool.run(save_twice, case, tmp_path, begin, end, world_size=2)
+    names = sorted(path.name for path in (tmp_path / "remote").iterdir() if path.suffix)
+    assert names == ["step_00000003.json", "step_00000005.json"]
+
+
 def be_killed_in_the_second(case: Case, folder: Path) -> None:
     """All ranks at once, while a later checkpoint is on its way."""
     with swarm_of(case) as (swarm, engine):
